@@ -1,0 +1,1 @@
+"""RingMoE: ring attention and expert parallelism for any jitted JAX model."""

@@ -1,0 +1,84 @@
+"""Structural masks: which keys a query sees, told from their positions alone.
+
+A mask that is a rule rather than an array costs no memory, and whole blocks of it can be proved empty (skipped) or full
+(not masked). Positions are global: a device that holds rows `offset .. offset + t` of a sequence passes `offset`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ringmoe.errors import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Query i sees key j if and only if `i - left <= j <= i + right`; None leaves that side open.
+
+    Causal attention is `Band(right=0)`; a sliding window of w keys is `Band(w - 1, 0)`; no mask is `Band()`.
+    """
+
+    left: int | None = None
+    right: int | None = None
+
+    @classmethod
+    def make(cls, is_causal: bool, local_window_size: int | tuple[int, int] | None) -> "Band":
+        """The band that `jax.nn.dot_product_attention`'s two arguments describe together."""
+        if isinstance(local_window_size, int):
+            local_window_size = (local_window_size, local_window_size)
+        left, right = local_window_size if local_window_size is not None else (None, None)
+        check(
+            (left is None or left >= 0) and (right is None or right >= 0),
+            f"{local_window_size=}, expected how many keys to the left and to the right are seen, both >= 0",
+        )
+        return cls(left, 0 if is_causal else right)
+
+    @property
+    def is_full(self) -> bool:
+        return self.left is None and self.right is None
+
+    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """Boolean mask of the two (broadcast) position arrays: True where the key is seen."""
+        seen = jnp.ones(jnp.broadcast_shapes(query_positions.shape, key_positions.shape), bool)
+        if self.right is not None:
+            seen &= key_positions <= query_positions + self.right
+        if self.left is not None:
+            seen &= key_positions >= query_positions - self.left
+        return seen
+
+    def transpose(self) -> "Band":
+        """The same mask with the roles swapped: which queries see a key."""
+        return Band(self.right, self.left)
+
+    def blocks(self, start, stop, other_offset, block: int, num_blocks: int):
+        """The blocks of the other side that rows `start .. stop` can meet: `(first, last)`, last exclusive.
+
+        Args:
+          start, stop: positions of the rows, python ints or traced int32.
+          other_offset: position of the other side's first element.
+          block, num_blocks: the other side's block length and count.
+        """
+        first, last = 0, num_blocks
+        if self.left is not None:
+            first = jnp.clip((start - self.left - other_offset) // block, 0, num_blocks)
+        if self.right is not None:
+            last = jnp.clip((stop - 1 + self.right - other_offset) // block + 1, 0, num_blocks)
+        return first, last
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        """True where every query of the block sees every key of it (no masking needed)."""
+        full = jnp.bool_(True)
+        if self.right is not None:
+            full &= k_stop - 1 <= q_start + self.right
+        if self.left is not None:
+            full &= k_start >= q_stop - 1 - self.left
+        return full
+
+    def __str__(self) -> str:
+        if self.is_full:
+            return "full"
+        if self == Band(right=0):
+            return "causal"
+        side = {None: "all"}
+        return f"window({side.get(self.left, self.left)}, {side.get(self.right, self.right)})"

@@ -1,0 +1,60 @@
+"""What an attention kernel is: the types a schedule and a kernel share.
+
+A kernel is a module with the four functions below, on one device's arrays, head-major:
+q, do [B, N, T, H]; k, v [B, K, S, H] with N a multiple of K (query head n reads key head n // (N // K));
+lse, delta [B, N, T]. `acc` is float32, or float64 for float64 inputs. No kernel communicates and none knows the mesh:
+a schedule calls it once a hop and tells it by two offsets where in the sequence the local rows and keys stand.
+
+    check(spec, q, k, extras)                       raises NotImplementedError with what it lacks; nothing else
+    init(spec, q) -> state                          no key seen yet; an opaque pytree
+    forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
+    finish(spec, state) -> (o [B, N, T, H], lse [B, N, T])          both in acc's dtype
+    backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from ringmoe.masks import Band
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is computed, without shapes: `softmax(scale q k^T + bias, where band and mask) v`."""
+
+    scale: float
+    band: Band = Band()
+    interpret: bool = False  # run a TPU kernel in Pallas's TPU interpreter: set by `pick` off its platform
+
+
+class Offsets(NamedTuple):
+    """Global position of the first local query and of the first local key: int32 scalars, may be traced."""
+
+    query: jax.Array | int
+    key: jax.Array | int
+
+
+class Extras(NamedTuple):
+    """Optional per-call arrays, already cut to the local rows and keys; None where absent.
+
+    bias, mask: [B|1, N|1, T|1, S|1]; query_lengths, key_lengths: [B] int32, counted in global positions;
+    query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only.
+    """
+
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    key_lengths: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
+
+
+class Grads(NamedTuple):
+    """Gradients in acc's dtype: dq [B, N, T, H], dk, dv [B, K, S, H]; dbias shaped like extras.bias, or None."""
+
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+    dbias: jax.Array | None = None
