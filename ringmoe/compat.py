@@ -1,0 +1,29 @@
+"""The only module that touches JAX's private parts, each with the reason; tests/test_compat.py tells when one moves."""
+
+import jax
+from jax._src import dispatch
+from jax.extend.core import Primitive
+
+
+def require_devices(primitive: Primitive) -> None:
+    """Has JAX hand the device assignment to this primitive's lowering rule.
+
+    `custom_partitioning` needs it there, and JAX gives it only to jaxprs that hold a primitive of this private set.
+    """
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def vary_alike(tree):
+    """Inside a shard_map that checks it, marks every array as varying over all the axes that any of them varies over.
+
+    The mark's transpose is the sum over those axes that a replicated operand's gradient needs. `manual_axis_type` has no
+    public name yet.
+    """
+    varying = lambda x: frozenset(jax.typeof(x).manual_axis_type.varying)
+    every = frozenset().union(*(varying(x) for x in jax.tree.leaves(tree)))
+
+    def vary(x):
+        missing = tuple(sorted(every - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
