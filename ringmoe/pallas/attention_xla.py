@@ -1,0 +1,321 @@
+"""Block-wise attention in plain XLA: every platform, every shape, and never a T x S array.
+
+Forward walks row blocks and, inside, the key blocks they can see; backward walks key blocks and, inside, row blocks. The
+inner loop's bounds are dynamic: blocks that the band or the lengths empty cost nothing, blocks seen whole are not masked.
+
+A block starts where it still fits, so the last one of a length that is no multiple overlaps its neighbour; pairs the
+neighbour did are masked, and a masked pair changes nothing. A non-finite query, key or value makes NaN of the rows that
+see it and touches no other, forward and backward.
+
+Inside, heads are [K, G] (G = N // K query heads share a key head) and einsum letters name dimensions:
+b batch, k key heads, g group, t queries, s keys, h head dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ringmoe.pallas import softmax
+from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+
+DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
+TILE = 2**21  # most logits held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A block's length along batch, key heads, queries and keys; the first two divide their dimension."""
+
+    b: int
+    k: int
+    t: int
+    s: int
+
+    def __post_init__(self):
+        assert min(dataclasses.astuple(self)) >= 1, self
+
+    @classmethod
+    def choose(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> "Config":
+        """The blocks for q [B, N, T, H] and k [B, K, S, H]."""
+        (batch, num_heads, t, _), (_, key_heads, s, _) = q_shape, k_shape
+        group = num_heads // key_heads
+        t = max(1, min(t, 512 // group))
+        s = max(1, min(s, 512))
+        room = max(1, TILE // (group * t * s))
+        heads = _divisor(key_heads, room)
+        return cls(_divisor(batch, room // key_heads), heads, t, s)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of `n` that is at most `most`, or 1."""
+    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
+
+
+def check(spec: AttentionSpec, q, k, extras: Extras) -> None:
+    if q.dtype not in DTYPES:
+        raise NotImplementedError(f"{q.dtype=}, expected one of {[d.name for d in DTYPES]}")
+
+
+def init(spec: AttentionSpec, q):
+    """The state `(acc, m, l)`: unnormalised output [B, N, T, H], running maximum and sum [B, N, T, 1]."""
+    dtype = _acc_dtype(q)
+    row = jnp.zeros((*q.shape[:-1], 1), dtype)
+    return _same_varying((jnp.zeros(q.shape, dtype), row + softmax.INITIAL_MAX, row), q)[0]
+
+
+def finish(spec: AttentionSpec, state):
+    o, lse = softmax.finish(*state)
+    return o, lse[..., 0]
+
+
+def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, config: Config | None = None):
+    state, q, k, v, extras, at = _same_varying(state, q, k, v, extras, at)
+    walk = _Walk.make(spec, config, q, k, extras, at)
+    state, q = jax.tree.map(walk.group, (state, q))
+
+    def step(carry, tile, masked):
+        acc, m, l = carry
+        v_tile = _cut(v, "bksh", tile)
+        s, seen = walk.logits(_cut(q, "bkgth", tile), _cut(k, "bksh", tile), tile, masked)
+        if masked:
+            poison = jnp.where(jnp.all(jnp.isfinite(v_tile), -1), 0, jnp.nan).astype(s.dtype)
+            s = jnp.where(seen, s + poison[:, :, None, None], softmax.MASKED)
+            v_tile = _finite(v_tile)
+        m, l, alpha, p = softmax.step(m, l, s, -1)
+        return acc * alpha + _dot("bkgts,bksh->bkgth", p.astype(v.dtype), v_tile), m, l
+
+    def rows(n, state):
+        tile = walk.tile(n, "t")
+
+        def keys(j, carry):
+            return walk.at_block(step, carry, tile | {"s": walk.span("s", j)})
+
+        carry = tuple(_cut(x, "bkgth", tile) for x in state)
+        carry = lax.fori_loop(*walk.bounds(tile, "s"), keys, carry)
+        return tuple(_put(x, block, "bkgth", tile) for x, block in zip(state, carry))
+
+    state = lax.fori_loop(jnp.int32(0), walk.num_tiles("t"), rows, state)
+    return jax.tree.map(_ungroup, state)
+
+
+def backward(
+    spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras: Extras, at: Offsets, config: Config | None = None
+) -> Grads:
+    grads, q, k, v, do, lse, delta, extras, at = _same_varying(grads, q, k, v, do, lse, delta, extras, at)
+    walk = _Walk.make(spec, config, q, k, extras, at)
+    dq, q, do = map(walk.group, (grads.dq, q, do))
+    lse, delta = (walk.group(x[..., None]) for x in (softmax.finite_lse(lse), delta))
+    dbias = None if grads.dbias is None else walk.group_pairs(grads.dbias)
+
+    def share(tile, masked):
+        q_tile, do_tile, lse_tile, delta_tile = (_cut(x, "bkgth", tile) for x in (q, do, lse, delta))
+        k_tile, v_tile = (_cut(x, "bksh", tile) for x in (k, v))
+        s, seen = walk.logits(q_tile, k_tile, tile, masked)
+        p = jnp.exp(s - lse_tile)
+        ds = p * (_dot("bkgth,bksh->bkgts", do_tile, v_tile) - delta_tile)
+        if masked:
+            # A row whose do is not finite has such a delta too: adding it keeps the NaN that `_finite` takes from dv.
+            p = jnp.where(seen, p + 0 * delta_tile, 0)
+            ds = jnp.where(seen, ds, 0)
+            q_tile, k_tile, do_tile = _finite(q_tile), _finite(k_tile), _finite(do_tile)
+        low = ds.astype(q.dtype)
+        return Grads(
+            _dot("bkgts,bksh->bkgth", low, k_tile) * spec.scale,
+            _dot("bkgts,bkgth->bksh", low, q_tile) * spec.scale,
+            _dot("bkgts,bkgth->bksh", p.astype(do.dtype), do_tile),
+            None if dbias is None else _sum_to(ds, dbias.shape),
+        )
+
+    def keys(n, grads):
+        tile = walk.tile(n, "s")
+
+        def rows(i, carry):
+            inner = tile | {"t": walk.span("t", i)}
+            new = walk.at_block(lambda _, tile, masked: share(tile, masked), None, inner)
+            dq = _put(carry.dq, _cut(carry.dq, "bkgth", inner) + new.dq, "bkgth", inner)
+            dbias = carry.dbias
+            if dbias is not None:
+                dbias = _put(dbias, _cut(dbias, "bkgts", inner) + new.dbias, "bkgts", inner)
+            return Grads(dq, carry.dk + new.dk, carry.dv + new.dv, dbias)
+
+        own = grads._replace(dk=_cut(grads.dk, "bksh", tile), dv=_cut(grads.dv, "bksh", tile))
+        own = lax.fori_loop(*walk.bounds(tile, "t"), rows, own)
+        return own._replace(dk=_put(grads.dk, own.dk, "bksh", tile), dv=_put(grads.dv, own.dv, "bksh", tile))
+
+    out = lax.fori_loop(jnp.int32(0), walk.num_tiles("s"), keys, Grads(dq, grads.dk, grads.dv, dbias))
+    return Grads(_ungroup(out.dq), out.dk, out.dv, None if dbias is None else out.dbias.reshape(grads.dbias.shape))
+
+
+class _Span(NamedTuple):
+    """A block along one dimension: `size` elements from `start`, of which `first .. stop` are its own."""
+
+    start: jax.Array
+    first: jax.Array
+    stop: jax.Array
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """The blocks of one call: where they are, which meet, and the logits of a pair of them."""
+
+    spec: AttentionSpec
+    config: Config
+    sizes: dict[str, int]
+    offsets: dict[str, jax.Array]
+    lengths: dict[str, jax.Array]  # [B, 1, 1, 1, 1]; only those given
+    segments: dict[str, jax.Array]  # queries' [B, 1, 1, T, 1], keys' [B, 1, 1, 1, S]; both or none
+    bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
+    mask: jax.Array | None
+
+    @classmethod
+    def make(cls, spec, config, q, k, extras: Extras, at: Offsets) -> "_Walk":
+        (batch, num_heads, t, _), (_, key_heads, s, _) = q.shape, k.shape
+        sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
+        lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
+        segments = {}
+        if extras.query_segments is not None:
+            segments["t"] = extras.query_segments[:, None, None, :, None]
+            segments["s"] = extras.key_segments[:, None, None, None, :]
+        walk = cls(
+            spec,
+            config or Config.choose(q.shape, k.shape),
+            sizes,
+            {"t": jnp.int32(at.query), "s": jnp.int32(at.key)},
+            {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
+            segments,
+            None,
+            None,
+        )
+        pairs = {name: None if x is None else walk.group_pairs(x) for name, x in (("bias", extras.bias), ("mask", extras.mask))}
+        return dataclasses.replace(walk, **pairs)
+
+    def group(self, x):
+        """[B, N, ...] to [B, K, G, ...]."""
+        return x.reshape(x.shape[0], self.sizes["k"], self.sizes["g"], *x.shape[2:])
+
+    def group_pairs(self, x):
+        """[B|1, N|1, T|1, S|1] to [B|1, K|1, G|1, T|1, S|1]."""
+        return self.group(x) if x.shape[1] > 1 else x[:, :, None]
+
+    def num_blocks(self, dim: str) -> int:
+        return -(-self.sizes[dim] // getattr(self.config, dim))
+
+    def num_tiles(self, dim: str) -> jax.Array:
+        return jnp.int32(self.num_blocks("b") * self.num_blocks("k") * self.num_blocks(dim))
+
+    def span(self, dim: str, i) -> _Span:
+        size = getattr(self.config, dim)
+        first = i * size
+        return _Span(jnp.minimum(first, self.sizes[dim] - size), first, jnp.minimum(first + size, self.sizes[dim]), size)
+
+    def tile(self, n, dim: str) -> dict[str, _Span]:
+        """The n-th block of batch x heads x `dim`."""
+        n, i = n // self.num_blocks(dim), n % self.num_blocks(dim)
+        return {
+            "b": self.span("b", n // self.num_blocks("k")),
+            "k": self.span("k", n % self.num_blocks("k")),
+            dim: self.span(dim, i),
+        }
+
+    def bounds(self, tile, dim: str):
+        """First and last (exclusive) block along `dim` that the tile can meet."""
+        other = "s" if dim == "t" else "t"
+        band = self.spec.band if dim == "s" else self.spec.band.transpose()
+        start, stop = self.offsets[other] + tile[other].first, self.offsets[other] + tile[other].stop
+        first, last = band.blocks(start, stop, self.offsets[dim], getattr(self.config, dim), self.num_blocks(dim))
+        for side, lengths in self.lengths.items():
+            longest = jnp.max(_cut(lengths, "b", tile)) - self.offsets[side]
+            if side == dim:
+                last = jnp.minimum(last, -(-longest // getattr(self.config, dim)))
+            else:
+                last = jnp.where(tile[other].first < longest, last, 0)
+        return jnp.int32(first), jnp.int32(last)
+
+    def at_block(self, fun, carry, tile):
+        """`fun(carry, tile, masked)` with `masked` (static) false where every pair of the block is seen."""
+        t, s = tile["t"], tile["s"]
+        if self.mask is not None or self.segments:
+            return fun(carry, tile, True)
+        even = all(self.sizes[dim] % getattr(self.config, dim) == 0 for dim in "ts")
+        if even and self.spec.band.is_full and not self.lengths:
+            return fun(carry, tile, False)
+        positions = [x + self.offsets[dim] for dim in "ts" for x in (tile[dim].first, tile[dim].stop)]
+        full = self.spec.band.is_full_block(*positions) & (t.start == t.first) & (s.start == s.first)
+        for side, lengths in self.lengths.items():
+            full &= tile[side].stop + self.offsets[side] <= jnp.min(_cut(lengths, "b", tile))
+        return lax.cond(full, lambda c: fun(c, tile, False), lambda c: fun(c, tile, True), carry)
+
+    def logits(self, q_tile, k_tile, tile, masked: bool):
+        """`scale q k^T + bias` of a block, not masked yet, and which pairs are seen (None where `masked` is false)."""
+        s = _dot("bkgth,bksh->bkgts", q_tile, k_tile) * self.spec.scale
+        if self.bias is not None:
+            s = s + _cut(self.bias, "bkgts", tile).astype(s.dtype)
+        if not masked:
+            return s, None
+        rows = tile["t"].start + jnp.arange(tile["t"].size, dtype=jnp.int32)[:, None]
+        keys = tile["s"].start + jnp.arange(tile["s"].size, dtype=jnp.int32)
+        seen = (rows >= tile["t"].first) & (keys >= tile["s"].first)
+        position = {"t": rows + self.offsets["t"], "s": keys + self.offsets["s"]}
+        seen &= self.spec.band(position["t"], position["s"])
+        for side, lengths in self.lengths.items():
+            seen = seen & (position[side] < _cut(lengths, "b", tile))
+        if self.segments:
+            seen = seen & (_cut(self.segments["t"], "bkgts", tile) == _cut(self.segments["s"], "bkgts", tile))
+        if self.mask is not None:
+            seen = seen & _cut(self.mask, "bkgts", tile)
+        return s, seen
+
+
+def _place(x, dims: str, tile):
+    """Where the tile lies in `x`, whose leading dimensions are `dims`: those not tiled or of length 1 are whole."""
+    spans = [tile.get(d) if n > 1 else None for d, n in zip(dims.ljust(x.ndim), x.shape)]
+    return [0 if span is None else span.start for span in spans], [n if span is None else span.size for span, n in zip(spans, x.shape)]
+
+
+def _cut(x, dims: str, tile):
+    return lax.dynamic_slice(x, *_place(x, dims, tile))
+
+
+def _put(x, block, dims: str, tile):
+    return lax.dynamic_update_slice(x, block, _place(x, dims, tile)[0])
+
+
+def _dot(subscripts: str, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=_acc_dtype(x))
+
+
+def _acc_dtype(x):
+    return jnp.promote_types(jnp.float32, x.dtype)
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _sum_to(x, shape):
+    """Sums the dimensions that have length 1 in `shape`."""
+    return jnp.sum(x, [d for d, n in enumerate(shape) if n == 1], keepdims=True)
+
+
+def _ungroup(x):
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _same_varying(*trees):
+    """Gives every leaf the mesh axes over which any of them varies: under shard_map's check_vma, loops need it."""
+    trees = jax.tree.map(jnp.asarray, trees)
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(trees)))
+
+    def cast(x):
+        missing = tuple(axes - _varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, trees)
+
+
+def _varying(x) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,65 @@
+"""Dense oracles: the formulas as written, T x S arrays and all. For tests and documentation only."""
+
+import jax.numpy as jnp
+
+
+def dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+):
+    """Attention and its log-sum-exp: `out = softmax(scale q k^T + bias, over the keys a query sees) v`.
+
+    Arguments mean what they mean in `jax.nn.dot_product_attention`, except that a row without keys gives 0 and -inf.
+
+    Args:
+      query: [B, T, N, H]; key, value: [B, S, K, H] with N a multiple of K. Everything is computed in their dtype.
+      bias: [B|1, N|1, T|1, S|1], added to the logits; mask: likewise, True where a pair takes part.
+      query_seq_lengths, key_value_seq_lengths: [B], how many leading queries and keys are real.
+      local_window_size: keys seen to the left and to the right of a query, or one number for both; None for all.
+      query_segment_ids: [B, T]; key_value_segment_ids: [B, S]: a query sees the keys of its own segment.
+
+    Returns:
+      `(out [B, T, N, H], lse [B, T, N])`
+    """
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    group = query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, group, 2), jnp.repeat(value, group, 2)
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+
+    i, j = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)
+    seen = jnp.ones(logits.shape, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
+    if is_causal:
+        seen &= j <= i
+    if local_window_size is not None:
+        window = local_window_size
+        left, right = (window, window) if isinstance(window, int) else window
+        seen &= True if left is None else j >= i - left
+        seen &= True if right is None else j <= i + right
+    if query_seq_lengths is not None:
+        seen &= i < query_seq_lengths[:, None, None, None]
+    if key_value_seq_lengths is not None:
+        seen &= j < key_value_seq_lengths[:, None, None, None]
+    if query_segment_ids is not None:
+        seen &= (query_segment_ids[:, :, None] == key_value_segment_ids[:, None, :])[:, None]
+
+    logits = jnp.where(seen, logits, -jnp.inf)
+    any_seen = jnp.any(logits > -jnp.inf, -1, keepdims=True)
+    largest = jnp.where(any_seen, jnp.max(logits, -1, keepdims=True), 0)
+    weights = jnp.exp(logits - largest)
+    total = jnp.where(any_seen, jnp.sum(weights, -1, keepdims=True), 1)
+    out = jnp.einsum("bnts,bsnh->btnh", weights / total, value)
+    lse = jnp.where(any_seen, largest + jnp.log(total), -jnp.inf)
+    return out, jnp.swapaxes(lse[..., 0], 1, 2)
