@@ -160,7 +160,7 @@ def _lower(op: Op, platform: str, ctx, *operands, **params):
     avals, placement = ctx.avals_in, params["placement"]
     rule = op.rule(avals, params)
     if isinstance(placement, probe.Probe):
-        return probe.emit(placement, rule, operands, [mlir.aval_to_ir_type(aval) for aval in ctx.avals_out])
+        return probe.emit(placement, rule, operands, ctx.avals_out)
     plan, door = find_plan(op, avals, params)
     if door == "manual":
         run = op.body(plan, platform, params)

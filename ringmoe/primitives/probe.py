@@ -22,13 +22,14 @@ class Probe:
     number: int
 
 
-def emit(probe: Probe, rule: Rule, operands, result_types):
-    """The custom calls of one op: identity on each operand, then the op itself."""
+def emit(probe: Probe, rule: Rule, operands, results):
+    """The custom calls of one op: identity on each operand, then the op itself. `results`: abstract values."""
     sizes = dict(rule.sizes)
     marked = [
         _call(f"{probe.number}.{i}", OPERAND, [x], [x.type], (dims,), (dims,), sizes)[0]
         for i, (x, dims) in enumerate(zip(operands, rule.operands))
     ]
+    result_types = [ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in results]
     return _call(f"{probe.number}", OP, marked, result_types, rule.operands, rule.results, sizes)
 
 

@@ -1,0 +1,112 @@
+"""`ringmoe.jit`: jax.jit, with every RingMoE op partitioned by the sharding that Shardy finds for its operands.
+
+    trace (jax.jit) ─► propagate ─► jax.jit of the placed jaxpr: lower, compile, run
+
+What comes out is an ordinary jitted function of shard_maps: it runs on every platform, exports, and caches on disk.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AbstractMesh, NamedSharding
+
+from ringmoe.lowering import propagate
+
+
+class Jitted:
+    """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
+
+    def __init__(self, fun: Callable, options: dict[str, Any]):
+        functools.update_wrapper(self, fun)
+        self._options = options
+        self._plain = jax.jit(fun, **options)
+        self._placed: dict[Any, Any] = {}
+
+    def __call__(self, *args, **kwargs):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+            return self._plain(*args, **kwargs)  # inside another transformation: the outermost ringmoe.jit places the ops
+        return self._for(args, kwargs)(*args, **kwargs)
+
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        """As jax.jit's: arguments may be `jax.ShapeDtypeStruct`s with shardings, of devices that aren't here."""
+        return self._for(args, kwargs).lower(*args, **kwargs)
+
+    def trace(self, *args, **kwargs) -> jax.stages.Traced:
+        """As jax.jit's; its jaxpr shows each op with its `placement`."""
+        return self._for(args, kwargs).trace(*args, **kwargs)
+
+    def eval_shape(self, *args, **kwargs):
+        """As jax.jit's."""
+        return self._plain.eval_shape(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """As jax.jit's."""
+        self._placed.clear()
+        self._plain.clear_cache()
+
+    def _for(self, args, kwargs):
+        """The jitted function for arguments of these shapes and shardings."""
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        key = (tree, tuple(map(_signature, leaves)), jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64)
+        if key not in self._placed:
+            self._placed[key] = self._place(leaves, args, kwargs)
+        return self._placed[key]
+
+    def _place(self, leaves, args, kwargs):
+        traced = self._plain.trace(*args, **kwargs)
+        mesh = _mesh_of(leaves, self._options)
+        if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
+            return self._plain
+        tree = jax.tree.structure(traced.out_info)
+        run = functools.partial(_evaluate, tree=tree, name=getattr(self, "__name__", "ringmoe_jit"), options=self._options)
+        lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
+        return run(propagate.propagate(traced.jaxpr, mesh, lower))
+
+
+def jit(fun: Callable | None = None, **options) -> Any:
+    """Jits `fun` as `jax.jit` does, and partitions every RingMoE op in it by the sharding of its operands.
+
+    Takes what `jax.jit` takes (static_argnums, static_argnames, donate_argnums, donate_argnames, in_shardings,
+    out_shardings, ...) and is called, lowered and compiled like it. Needed on TPU when mesh axes are Auto; never wrong
+    elsewhere. Called inside `grad`, `vmap` or another jit it is a plain nested jit, and the outermost `ringmoe.jit` does
+    the work: write `ringmoe.jit(jax.grad(f))`, not `jax.grad(ringmoe.jit(f))`.
+
+    Cost: one more lowering and one run of Shardy's propagation for each new set of shapes and shardings.
+    Source: Shardy, https://github.com/openxla/shardy.
+    """
+    if fun is None:
+        return functools.partial(jit, **options)
+    return Jitted(fun, options)
+
+
+def _evaluate(jaxpr, *, tree, name: str, options: dict[str, Any]):
+    """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
+
+    def placed(*args, **kwargs):
+        # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
+        leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
+        return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
+
+    placed.__name__ = placed.__qualname__ = name
+    return jax.jit(placed, **options)
+
+
+def _signature(leaf):
+    """What of an argument decides the placement: type and sharding, or the value of a static one."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding, getattr(leaf, "committed", True)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf.shape, leaf.dtype
+    return (type(leaf),) if isinstance(leaf, (bool, int, float, complex)) else leaf
+
+
+def _mesh_of(leaves, options) -> AbstractMesh:
+    """The mesh of the arguments, of in_shardings, or the one that is set."""
+    given = jax.tree.leaves([options.get("in_shardings"), options.get("out_shardings")])
+    for sharding in [getattr(x, "sharding", None) for x in leaves] + given:
+        if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
+            return sharding.mesh.abstract_mesh
+    return jax.sharding.get_abstract_mesh()
