@@ -6,6 +6,7 @@ A plan is made from the op's sharding rule and the mesh axes of each of its fact
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 
 from ringmoe.errors import check
@@ -110,3 +111,107 @@ def _hops(band: Band, size: int, queries: int, keys: int) -> int:
     if band.right != 0 or band.left is None or queries != keys:
         return size
     return min(size, 1 + -(-band.left // keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """How one expert layer is spread over a mesh.
+
+    Three kinds of axes shard experts or their hidden dim:
+    an exchange axis shards experts and tokens: rows travel to their experts and back by all-to-all;
+    an expert axis that doesn't shard tokens: every device serves its own experts, the outputs are summed;
+    a hidden axis shards F: every device computes its part of every row, the outputs are summed.
+
+    Attributes:
+        num_experts: E.
+        capacity: C, slots per group and expert.
+        group_size: i, consecutive tokens per group; a device holds whole groups.
+        expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
+        exchange_axes: those of them that also shard tokens, in the order of expert_axes.
+        token_axes: all axes that shard tokens (batch or sequence).
+        hidden_axes: axes that shard F; neither token nor expert axes.
+        reason: why this plan, in words, for `explain`.
+        wire_bytes: sent per device, forward.
+        factors: the axes that split each factor, for the shard_map's specs.
+    """
+
+    num_experts: int
+    capacity: int
+    group_size: int
+    expert_axes: tuple[tuple[str, int], ...] = ()
+    exchange_axes: tuple[str, ...] = ()
+    token_axes: tuple[str, ...] = ()
+    hidden_axes: tuple[str, ...] = ()
+    reason: str = ""
+    wire_bytes: int = 0
+    factors: Factors = ()
+
+    def __post_init__(self):
+        experts = [axis for axis, _ in self.expert_axes]
+        assert self.num_experts % math.prod(size for _, size in self.expert_axes) == 0, self
+        assert list(self.exchange_axes) == [axis for axis in experts if axis in self.token_axes], self
+        assert not set(self.hidden_axes) & {*experts, *self.token_axes}, self
+
+    @property
+    def sum_axes(self) -> tuple[str, ...]:
+        """Axes over which outputs (and dx, dweight) are summed: expert axes without exchange, and hidden axes."""
+        own = (axis for axis, _ in self.expert_axes if axis not in self.exchange_axes)
+        return (*own, *self.hidden_axes)
+
+    @property
+    def weight_sum_axes(self) -> tuple[str, ...]:
+        """Axes over which weight gradients are summed: token axes that don't exchange, so each saw its own tokens only."""
+        return tuple(axis for axis in self.token_axes if axis not in self.exchange_axes)
+
+    @property
+    def num_exchange(self) -> int:
+        """Devices among which one device's rows are exchanged."""
+        return math.prod(size for axis, size in self.expert_axes if axis in self.exchange_axes)
+
+    @property
+    def exchange(self) -> str:
+        """What moves: "all_to_all", "sum", both, or "local"."""
+        kinds = ("all_to_all",) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
+        return " + ".join(kinds) or "local"
+
+    @property
+    def axes(self) -> Axes:
+        """The axes that it moves over."""
+        return (*self.exchange_axes, *self.sum_axes)
+
+
+@functools.cache
+def experts(
+    rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], capacity: int, itemsize: int
+) -> ExpertPlan:
+    """Where rows go: to the experts' devices over axes that also shard tokens; else outputs are summed.
+
+    `rule` is that of an op on "tokens" (or "rows"), `factors` what a door found. Weights sharded over the model dim, or
+    over the hidden dim along an axis that shards tokens or experts, are gathered first.
+    """
+    sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
+    token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
+    expert_axes = split.get("e", ())
+    split["f"] = tuple(a for a in split.get("f", ()) if a not in (*token_axes, *expert_axes))
+    exchange = tuple(a for a in expert_axes if a in token_axes)
+    own = tuple(a for a in expert_axes if a not in token_axes)
+    why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts"] * bool(exchange)
+    why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
+    why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
+    splits = lambda axes: math.prod(length[a] for a in axes)
+    groups = math.prod(n for f, n in sizes.items() if f == "z" or re.fullmatch(r"b\d+", f)) // splits(token_axes)
+    rows = sizes["e"] // splits(own) * groups * capacity * sizes.get("d", 1) * itemsize
+    summed = groups * sizes["i"] * sizes.get("d", 1) * max(itemsize, 4)
+    parts = splits((*own, *split["f"]))
+    return ExpertPlan(
+        num_experts=sizes["e"],
+        capacity=capacity,
+        group_size=sizes["i"],
+        expert_axes=tuple((a, length[a]) for a in expert_axes),
+        exchange_axes=exchange,
+        token_axes=token_axes,
+        hidden_axes=split["f"],
+        reason="; ".join(why) or "experts are whole on every device: nothing moves",
+        wire_bytes=2 * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
+        factors=freeze(split),
+    )
