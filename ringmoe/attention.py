@@ -99,7 +99,7 @@ def dot_product_attention(
     check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
     b, t, n, h = query.shape
     s = key.shape[1]
-    axes = _check_axis_name(axis_name)
+    axes = compat.check_axis_name(axis_name)
     columns = s * math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
     extras = Extras(
         bias=_logits_like("bias", bias, (b, n, t, columns)),
@@ -136,19 +136,6 @@ def _check_arrays(query, key, value):
         f"{n} query heads and {key.shape[2]} key heads, expected the first to be a multiple of the second",
     )
     check(min(query.shape + key.shape) > 0, f"{query.shape=}, {key.shape=}, expected no dim of length 0")
-
-
-def _check_axis_name(axis_name) -> tuple[str, ...]:
-    """The axes as a tuple, checked to be manual here."""
-    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    for axis in axes:
-        check(
-            axis in manual,
-            f"{axis_name=}, expected axes of an enclosing jax.shard_map, which here are {tuple(manual)}; outside a "
-            "shard_map leave axis_name out: shardings are found by themselves",
-        )
-    return axes
 
 
 def _logits_like(name: str, x, shape: tuple[int, ...]):

@@ -4,6 +4,8 @@ import jax
 from jax._src import dispatch
 from jax.extend.core import Primitive
 
+from ringmoe.errors import check
+
 
 def require_devices(primitive: Primitive) -> None:
     """Has JAX hand the device assignment to this primitive's lowering rule.
@@ -27,3 +29,16 @@ def vary_alike(tree):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def check_axis_name(axis_name) -> tuple[str, ...]:
+    """The axes as a tuple, checked to be manual here."""
+    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    for axis in axes:
+        check(
+            axis in manual,
+            f"{axis_name=}, expected axes of an enclosing jax.shard_map, which here are {tuple(manual)}; outside a "
+            "shard_map leave axis_name out: shardings are found by themselves",
+        )
+    return axes

@@ -69,6 +69,25 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
     return dx.astype(x.dtype), dweight.astype(weight.dtype), *dw
 
 
+def dispatch(plan: ExpertPlan, x, expert, slot, weight) -> jax.Array:
+    """Rows [e, *b, g, C, D] of this device's experts for its g groups; times `weight` of their assignment unless None."""
+    expert, slot, num_visible = _visible(plan, expert, slot)
+    table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
+    rows = dispatch_local(x, table, expert.shape[-1])
+    if weight is not None:
+        rows = (rows * dispatch_scalars(weight, table)[..., None]).astype(x.dtype)
+    groups = (*x.shape[:-2], x.shape[-2] // plan.group_size, plan.capacity)
+    return rows.reshape(num_visible, *groups, x.shape[-1])
+
+
+def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
+    """The transpose: tokens [*b, t, D] in the dtype of `rows`, summed over the devices that hold other experts."""
+    expert, slot, _ = _visible(plan, expert, slot)
+    flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
+    y = combine_local(flat, expert, slot, weight, plan.capacity, plan.group_size)
+    return _sum(y, plan.sum_axes).astype(rows.dtype)
+
+
 def _visible(plan, expert, slot):
     """(expert, slot, v): choices renumbered over the experts that this device's rows can reach; slot -1 for the others.
 
