@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from ringmoe import compat, pallas
 from ringmoe.errors import check
 from ringmoe.masks import Band
-from ringmoe.pallas.interface import AttentionSpec, Extras
+from ringmoe.interface import AttentionSpec, Extras
 from ringmoe.plan import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
 

@@ -36,7 +36,7 @@ class AttentionPlan:
     key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
-    wire_bytes: int  # sent per device, forward, K and V only
+    wire_bytes: int  # sent per device by this op
 
     @property
     def ring_size(self) -> int:
@@ -47,14 +47,15 @@ class AttentionPlan:
 @functools.cache
 def attention(
     rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], band: Band, exchange: str, itemsize: int,
-    bias: int | None = None,
+    bias: int | None = None, owed_itemsize: int = 0,
 ) -> AttentionPlan:
     """Chooses the exchange.
 
     Args:
       rule: query, key and value are its first operands; `bias` is the index of the bias among them, or None.
       factors: the axes a door found for each factor. mesh_shape: every axis and its size.
-      exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V.
+      exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
+        dK and dV on their way to their owner, in a backward pass.
 
     Raises ValueError where the caller asked for a ring that these shardings can't have.
     """
@@ -78,7 +79,8 @@ def attention(
     query, key = axes(rule.operands[0]), axes(rule.operands[1])
     own = () if kind == "all_gather" else split.get("s", ())
     shared = {a for a in key if a not in split.get("s", ())} | set(own)
-    block_bytes = 2 * itemsize * math.prod(rule.shape(rule.operands[1])) // math.prod(length[a] for a in key)
+    block = 2 * math.prod(rule.shape(rule.operands[1])) // math.prod(length[a] for a in key)
+    sends, returns = {"local": (0, 0), "ring": (hops - 1, hops), "all_gather": (size - 1, size - 1)}[kind]
     return AttentionPlan(
         factors=freeze(split),
         exchange=kind,
@@ -89,7 +91,7 @@ def attention(
         key_sum_axes=tuple(a for a in query if a not in shared),
         bias_sum_axes=() if bias is None else tuple(a for a in query if a not in axes(rule.operands[bias])),
         reason=why,
-        wire_bytes={"local": 0, "ring": hops - 1, "all_gather": size - 1}[kind] * block_bytes,
+        wire_bytes=block * (sends * itemsize + returns * owed_itemsize),
     )
 
 

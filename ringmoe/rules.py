@@ -94,18 +94,21 @@ class Rule:
         arrays = [{f for dim in dims for f in dim} for dims in self.operands + self.results]
         return set().union(*(factors for factors in arrays if factor in factors)) - {factor}
 
-    def factor_axes(self, specs: Sequence[Sequence[Axes]], mesh_shape: Mapping[str, int]) -> dict[str, Axes]:
+    def factor_axes(
+        self, specs: Sequence[Sequence[Axes]], mesh_shape: Mapping[str, int], strict: bool = True
+    ) -> dict[str, Axes]:
         """The mesh axes of each factor, from the axes of each dim of the arrays (operands, then perhaps results).
 
         The first array that splits a factor decides; an axis is given to one factor of an array only, the earlier one.
-        Raises ValueError where a factor's size isn't a multiple of its axes' size.
+        Where a factor's size isn't a multiple of its axes' size: raises ValueError, or, not `strict`, leaves it whole
+        and warns.
         """
         sizes = dict(self.sizes)
         arrays = self.operands + self.results
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                for factor, share in _split(dim, tuple(axes), sizes, mesh_shape):
+                for factor, share in _split(dim, tuple(axes), sizes, mesh_shape, strict):
                     taken = {axis for rival in self.neighbours(factor) for axis in found.get(rival, ())}
                     share = tuple(axis for axis in share if axis not in taken)
                     if share and factor not in found and factor not in WHOLE:
@@ -178,28 +181,36 @@ def _dims(text: str, ndim: int) -> list[Dim]:
     return words
 
 
-def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]):
-    """Yields `(factor, axes)`: the axes of one dim handed to its factors, major to minor.
+NOUNS = {"t": "query tokens", "s": "keys", "e": "experts", "f": "hidden units"}
+
+
+def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], strict: bool):
+    """Pairs `(factor, axes)`: the axes of one dim handed to its factors, major to minor.
 
     A factor takes axes while they divide it; the next one starts only when it is split to single elements.
     """
-    left = list(axes)
+    left, shares = list(axes), []
     for factor in dim:
         share, length = [], sizes.get(factor, 1)
         while left and length % mesh_shape[left[0]] == 0:
             length //= mesh_shape[left[0]]
             share.append(left.pop(0))
-        yield factor, tuple(share)
+        shares.append((factor, tuple(share)))
         if length > 1:
             break
-    if left:
-        length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
-        if dim[:2] == ("k", "g"):
-            warn_once("heads gathered", f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one "
-                      "head's group of queries, so the heads are gathered; choose a number of devices that divides the key heads")
-        elif dim[-1] == "i":
-            check(False, f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole "
-                  f"groups of {sizes['i']}: choose a group_size that divides the tokens of one device")
-        else:
-            check(False, f"a dim of length {length} (factor {' '.join(dim)!r}) is sharded over mesh axes {axes}, {parts} "
-                  "devices, expected a multiple of that: pad the dim, or shard it over fewer devices")
+    if not left:
+        return shares
+    length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
+    if dim[:2] == ("k", "g"):
+        warn_once("heads gathered", f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one head's "
+                  "group of queries, so the heads are gathered; choose a number of devices that divides the key heads")
+        return []
+    if dim[-1] == "i":
+        message = (f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole groups of "
+                   f"{sizes['i']}: choose a group_size that divides the tokens of one device")
+    else:
+        message = (f"{length} {NOUNS.get(dim[0], 'elements')} are sharded over mesh axes {axes}, {parts} devices, expected a "
+                   "multiple of that: pad that dim, or shard it over fewer devices")
+    check(not strict, message)
+    warn_once("gathered", message)
+    return []

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe.pallas import softmax
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 LANES = 128
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.pallas import softmax
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 TILE = 2**21  # most logits held at once

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ringmoe import pallas, plan
-from ringmoe.pallas.interface import AttentionSpec, Extras
+from ringmoe.interface import AttentionSpec, Extras
 from ringmoe.primitives.doors import Op
 from ringmoe.schedule import attention as schedule
 
@@ -65,9 +65,10 @@ def _bind(op: Op, call: Call, arrays, extras: Extras, results):
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
     operands = params["operands"]
     bias = operands.index("bias") if "bias" in operands else None
+    owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
     return plan.attention(
         rule, plan.freeze(factors), tuple(mesh_shape.items()), params["spec"].band, params["exchange"],
-        avals[1].dtype.itemsize, bias,
+        avals[1].dtype.itemsize, bias, owed,
     )
 
 

@@ -3,7 +3,7 @@
     bind ─► abstract_eval (Explicit axes: the result's sharding) ─► lowering ─► a door finds factor -> mesh axes
          ─► op.plan ─► op.body(plan) inside a shard_map whose specs are the plan's factors
 
-    placed       `ringmoe.jit` wrote the factors into the parameter `placement`
+    ringmoe.jit  wrote the factors into the parameter `placement`
     manual       inside the user's shard_map: `axis_name`
     types        Explicit axes: the operands' types tell
     partitioner  Auto axes under plain jax.jit: custom_partitioning asks back when XLA has propagated; not on TPU
@@ -97,7 +97,7 @@ def find_plan(op: Op, avals, params):
         factors = {factor: params["axis_name"] for factor in split}
         return op.plan(rule.scaled(split, size), factors, dict(mesh.shape), avals, params), "manual"
     if isinstance(placement, Placement):
-        return op.plan(rule, dict(placement.factors), dict(placement.mesh.shape), avals, params), "placed"
+        return op.plan(rule, dict(placement.factors), dict(placement.mesh.shape), avals, params), "ringmoe.jit"
     if typed := factors_in_types(rule, avals):
         return op.plan(rule, typed[1], dict(typed[0].shape), avals, params), "types"
     return None, "partitioner"
@@ -165,7 +165,7 @@ def _lower(op: Op, platform: str, ctx, *operands, **params):
     if door == "manual":
         run = op.body(plan, platform, params)
     elif plan is not None:
-        mesh = placement.mesh if door == "placed" else avals[0].sharding.mesh
+        mesh = placement.mesh if door == "ringmoe.jit" else avals[0].sharding.mesh
         run = _sharded(op, rule, plan, mesh, platform, params, ctx.avals_out)
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
         run = op.body(op.plan(rule, {}, {}, avals, params), platform, params)
@@ -198,7 +198,8 @@ def _partitioned(op: Op, rule, avals, platform: str, params) -> Callable:
 
     def partition(mesh, operands, results):
         specs = [rules.axes_of(x.sharding.spec, len(x.shape)) for x in (*operands, *results)]
-        plan = op.plan(rule, rule.factor_axes(specs, mesh.shape), dict(mesh.shape), avals, params)
+        # XLA's partitioner may split a dim in a way nobody asked for: such a dim is gathered, which is said, not refused.
+        plan = op.plan(rule, rule.factor_axes(specs, mesh.shape, strict=False), dict(mesh.shape), avals, params)
         factors = dict(plan.factors)
         place = lambda arrays: tuple(NamedSharding(mesh, rules.spec_of(dims, factors)) for dims in arrays)
         body = op.body(plan, platform, params)
@@ -206,8 +207,7 @@ def _partitioned(op: Op, rule, avals, platform: str, params) -> Callable:
 
     whole = op.body(op.plan(rule, {}, {}, avals, params), platform, params)
     call = custom_partitioning(lambda *arrays: tuple(whole(*arrays)))
-    sizes = {} if not rule.compound_sizes else rule.compound_sizes
-    call.def_partition(partition=partition, sharding_rule=str(rule), **sizes)
+    call.def_partition(partition=partition, sharding_rule=str(rule), **rule.compound_sizes)
     return call
 
 

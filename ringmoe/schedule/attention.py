@@ -10,7 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan import AttentionPlan
 from ringmoe.schedule.ring import ring
 
