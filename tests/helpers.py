@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import Phase
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -149,3 +150,7 @@ def tpu_mesh(target: str, shape: Sequence[int], axis_type: AxisType, names: Sequ
     devices = tpu_devices(target)
     names = tuple(names)[: len(shape)]
     return Mesh(np.array(devices).reshape(shape), names, axis_types=(axis_type,) * len(shape))
+
+
+# Hypothesis for examples that each compile a program: a failing one is shown as it was drawn, shrinking would take minutes.
+WITHOUT_SHRINKING = tuple(phase for phase in Phase if phase not in (Phase.shrink, Phase.explain))

@@ -17,7 +17,7 @@ import ringmoe
 from ringmoe import reference
 from tests.helpers import (
     AXES, DOORS, EXPLICIT_RINGMOE_JIT, MANUAL, MANUAL_VMA, MESHES, ONE_DEVICE, PARTITIONER, RINGMOE_JIT, SHARDED_DOORS,
-    TOLERANCE, TYPES, Door, assert_close, collectives, double, make_mesh, put, value_and_gradients,
+    TOLERANCE, TYPES, WITHOUT_SHRINKING, Door, assert_close, collectives, double, make_mesh, put, value_and_gradients,
 )  # fmt: skip
 
 ROLES = ("sequence", "batch", "heads", "groups", "keys only", "queries only", "nothing")
@@ -177,7 +177,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=30)
+@settings(max_examples=20, phases=WITHOUT_SHRINKING)
 def test_equals_the_dense_oracle(case):
     check(case)
 

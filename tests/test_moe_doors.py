@@ -16,6 +16,7 @@ import ringmoe
 from ringmoe import reference_moe
 from tests.helpers import (
     AXES, DOORS, MANUAL, MANUAL_VMA, MESHES, ONE_DEVICE, PARTITIONER, RINGMOE_JIT, SHARDED_DOORS, TOLERANCE, TYPES,
+    WITHOUT_SHRINKING,
     Door, assert_close, collectives, double, make_mesh, put, value_and_gradients,
 )  # fmt: skip
 
@@ -199,7 +200,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=25)
+@settings(max_examples=20, phases=WITHOUT_SHRINKING)
 def test_equals_the_dense_oracle(case):
     check(case)
 
