@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import io
 from collections.abc import Callable
+from typing import Any
 
 from jax.extend import source_info_util
 from rich.console import Console
 from rich.table import Table
 
-from ringmoe.lowering.jit import Jitted, jit
+from ringmoe.lowering.jit import jit
 from ringmoe.lowering.walk import ops
 from ringmoe.primitives.doors import OPS, find_plan
 
@@ -58,7 +59,7 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
 
     Raises what tracing `fun` raises.
     """
-    jitted = fun if isinstance(fun, Jitted) or hasattr(fun, "trace") else jit(fun)
+    jitted: Any = fun if hasattr(fun, "trace") else jit(fun)
     return Explanation(tuple(_row(eqn) for eqn in ops(jitted.trace(*args, **kwargs).jaxpr)))
 
 

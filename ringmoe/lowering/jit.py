@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 
@@ -22,7 +23,7 @@ class Jitted:
     def __init__(self, fun: Callable, options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
-        self._plain = jax.jit(fun, **options)
+        self._plain: Any = jax.jit(fun, **options)
         self._placed: dict[Any, Any] = {}
 
     def __call__(self, *args, **kwargs):
