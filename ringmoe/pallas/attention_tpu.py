@@ -9,6 +9,8 @@ stay in VMEM while the queries go by, dq (transposed) stays there while the keys
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,7 +23,9 @@ from ringmoe.pallas import softmax
 from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
 
 LANES = 128
+LOG2E = math.log2(math.e)
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
+AHEAD = 2  # chunks scored before the first softmax; with one, v6e and v7x wait 10% longer
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -30,7 +34,7 @@ class Config:
     """Tiles of one kernel: upper bounds, from which blocks that divide the shapes are chosen.
 
     block_q, block_k: queries and keys of one grid step.
-    chunk: keys scored at once; the next chunk is scored while this one's softmax is taken.
+    chunk: keys scored at once; the next chunks are scored while this one's softmax is taken.
     resident_bytes: VMEM for the dq of all queries that one backward call covers; more queries take more calls.
     """
 
@@ -40,7 +44,7 @@ class Config:
     resident_bytes: int = 16 * 2**20
 
     def __post_init__(self):
-        for name, unit in (("block_q", LANES), ("block_k", SUBLANES), ("chunk", SUBLANES), ("resident_bytes", 1)):
+        for name, unit in (("block_q", LANES), ("block_k", SUBLANES), ("chunk", 2 * SUBLANES), ("resident_bytes", 1)):
             value = getattr(self, name)
             if value < unit or value % unit:
                 raise ValueError(f"{name}={value}, expected a positive multiple of {unit}")
@@ -51,11 +55,11 @@ class Config:
 
 
 FORWARD = Config()
-BACKWARD = Config(block_q=512, block_k=512, chunk=128)
+BACKWARD = Config(block_q=512, block_k=512, chunk=512)
 
 
 class State(NamedTuple):
-    """acc [B, N, H, T], m and l [B, N, 1, T], float32: sum of exp(s - m) v^T, running maximum, sum of exp(s - m)."""
+    """acc [B, N, H, T], m and l [B, N, 1, T], float32: sum of v^T 2^(s - m), running maximum, sum of 2^(s - m); s in units of log 2."""
 
     acc: jax.Array
     m: jax.Array
@@ -80,7 +84,7 @@ def init(spec: AttentionSpec, q: jax.Array) -> State:
 
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array]:
-    o, lse = softmax.finish(*state)
+    o, lse = softmax.finish(state.acc, state.m / LOG2E, state.l)
     return jnp.swapaxes(o, -1, -2), lse[..., 0, :]
 
 
@@ -149,7 +153,7 @@ def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l,
 
     def block(masked: bool):
         def accumulate(c, s):
-            m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0)
+            m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
             v = v_ref[c]
             acc[...] = acc[...] * alpha + _dot(v, p.astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
@@ -267,14 +271,14 @@ def _backward_kernel(
         dv_ref[...] = dv_in[...]
 
     def block(masked: bool):
-        lse = softmax.finite_lse(lse_ref[...])
+        lse = softmax.finite_lse(lse_ref[...]) * LOG2E
 
         def scores(c):
             return _scores(spec, q_ref, k_ref, c, q_start, k_start, masked), _dot(v_ref[c], do_ref[...], 1, 1)
 
         def accumulate(c, s_and_dp):
             s, dp = s_and_dp
-            p = jnp.exp(s - lse)
+            p = jnp.exp2(s - lse)
             ds = (p * (dp - delta_ref[...])).astype(q_ref.dtype)
             dv_ref[c] += _dot(p.astype(do_ref.dtype), do_ref[...], 1, 0)
             dk[c] += _dot(ds, q_ref[...], 1, 0)
@@ -294,8 +298,8 @@ def _backward_kernel(
 
 
 def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
-    """Logits [chunk, block_q] of the keys `c` of the block."""
-    s = _dot(k_ref[c], q_ref[...], 1, 1) * spec.scale
+    """Logits [chunk, block_q] of the keys `c` of the block, in units of log 2."""
+    s = _dot(k_ref[c], q_ref[...], 1, 1) * (spec.scale * LOG2E)
     if masked:
         key = k_start + c.start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
         query = q_start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
@@ -304,12 +308,17 @@ def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
 
 
 def _chunks(block: int, chunk: int, start, finish) -> None:
-    """Calls `finish(c, start(c))` for each chunk of the block, a start ahead: the matrix unit works during the softmax."""
-    chunks = [pl.ds(i, min(chunk, block - i)) for i in range(0, block, chunk)]
-    ready = start(chunks[0])
-    for c, following in zip(chunks, [*chunks[1:], None], strict=True):
-        current, ready = ready, start(following) if following is not None else None
-        finish(c, current)
+    """Calls `finish(c, start(c))` for each chunk of the block, two starts ahead: the matrix unit works during the softmax.
+
+    The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
+    """
+    edges = [0, *range(chunk // 2, block, chunk), block]
+    chunks = [pl.ds(low, high - low) for low, high in itertools.pairwise(edges)]
+    started = [start(c) for c in chunks[:AHEAD]]
+    for i, c in enumerate(chunks):
+        if i + AHEAD < len(chunks):
+            started.append(start(chunks[i + AHEAD]))
+        finish(c, started.pop(0))
 
 
 def _if_seen(band, q_start, block_q, k_start, block_k, block) -> None:
