@@ -73,6 +73,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
             raise NotImplementedError(f"TPU attention kernel: {name} is not supported")
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise NotImplementedError(f"TPU attention kernel: {q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
+    if min(q.shape[2], k.shape[2]) < 8:
+        raise NotImplementedError(f"TPU attention kernel: {q.shape[2]} queries, {k.shape[2]} keys, supported: 8 or more")
     for config in (FORWARD, BACKWARD):
         config.blocks(q.shape[2], k.shape[2])
 
@@ -127,7 +129,7 @@ def forward(
             in_specs=[q_spec, k_spec, k_spec, acc_spec, row_spec, row_spec],
             out_specs=[acc_spec, row_spec, row_spec],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state],
+        out_shape=[_like(x, q, k, v) for x in state],
         input_output_aliases={4: 0, 5: 1, 6: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -137,7 +139,7 @@ def forward(
         ),
         interpret=pltpu.InterpretParams() if spec.interpret else False,
         name="ringmoe_attention_forward",
-    )(_offsets(at), q, k, v, *state)
+    )(_scalars(*at), q, k, v, *state)
     return State(*new)
 
 
@@ -183,24 +185,25 @@ def backward(
     rows = q.shape[1] // k.shape[1] * (q.shape[2] // block_q)
     fitting = max(1, config.resident_bytes // (block_q * q.shape[3] * 4))
     run = max(d for d in range(1, min(rows, fitting) + 1) if rows % d == 0)
-    for first in range(0, rows, run):
-        grads = _backward_run(spec, grads, q, k, v, do, lse[:, :, None], delta[:, :, None], at, config, first, run)
-    return grads
+    add = functools.partial(_backward_run, spec, q, k, v, do, lse[:, :, None], delta[:, :, None], at, config, run)
+    if run == rows:
+        return add(0, grads)
+    return lax.fori_loop(0, rows // run, lambda i, grads: add(i * run, grads), grads)
 
 
-def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
-    """Adds to `grads` what query blocks `first .. first + run` of every kv head give."""
+def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
+    """Adds to `grads` what query blocks `first .. first + run` of every kv head give; `first` may be traced."""
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     block_q, block_k = config.blocks(t, s)
     num_q, num_k, group = t // block_q, s // block_k, n // kv_heads
 
-    def row(kv, r):
+    def row(kv, r, offsets):
         """Query head and block of the run's r-th row."""
-        return kv * group + lax.div(first + r, num_q), lax.rem(first + r, num_q)
+        return kv * group + lax.div(offsets[2] + r, num_q), lax.rem(offsets[2] + r, num_q)
 
     def needed_row(b, kv, j, r, offsets):
         start = offsets[1] + j * block_k
-        n, i = row(kv, r)
+        n, i = row(kv, r, offsets)
         return n, _within(i, spec.band.transpose().blocks(start, start + block_k, offsets[0], block_q, num_q), num_q)
 
     def q_block(b, kv, j, r, offsets):
@@ -215,7 +218,7 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
         return b, kv, j, 0
 
     def dq_block(b, kv, j, r, offsets):  # stays at the run's first block until the last keys, when each is written once
-        n, i = row(kv, jnp.where(j == num_k - 1, r, 0))
+        n, i = row(kv, jnp.where(j == num_k - 1, r, 0), offsets)
         return b, n, i, 0
 
     q_spec = pl.BlockSpec((None, None, block_q, h), q_block)
@@ -225,7 +228,7 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
     dq, dk, dv = grads.dq, grads.dk, grads.dv
     pairs = b * kv_heads * run * block_q * s
     new = pl.pallas_call(
-        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, first=first, num_q=num_q),
+        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, num_k, run),
@@ -233,11 +236,11 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
             out_specs=[dq_spec, k_spec, k_spec],
             scratch_shapes=[pltpu.VMEM((run, h, block_q), jnp.float32), pltpu.VMEM((block_k, h), jnp.float32)],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (dq, dk, dv)],
+        out_shape=[_like(x, q, k, v, do) for x in (dq, dk, dv)],
         input_output_aliases={7: 0, 8: 1, 9: 2},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=16 * 2**20 + run * block_q * h * 4,
+            vmem_limit_bytes=(8 * q.dtype.itemsize * 2**20) + run * block_q * h * 4,  # blocks, spills; dq
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * h,
@@ -246,17 +249,17 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
         ),
         interpret=pltpu.InterpretParams() if spec.interpret else False,
         name="ringmoe_attention_backward",
-    )(_offsets(at), q, k, v, do, lse, delta, dq, dk, dv)
+    )(_scalars(*at, first), q, k, v, do, lse, delta, dq, dk, dv)
     return Grads(*new)
 
 
 def _backward_kernel(
     offsets, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
-    *, spec, chunk, first, num_q,
+    *, spec, chunk, num_q,
 ):  # fmt: skip
     j, r = pl.program_id(2), pl.program_id(3)
     (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    q_start = offsets[0] + lax.rem(first + r, num_q) * block_q
+    q_start = offsets[0] + lax.rem(offsets[2] + r, num_q) * block_q
     k_start = offsets[1] + j * block_k
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are the
@@ -312,7 +315,7 @@ def _chunks(block: int, chunk: int, start, finish) -> None:
 
     The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
     """
-    edges = [0, *range(chunk // 2, block, chunk), block]
+    edges = [0, *range(chunk // 2, block - SUBLANES + 1, chunk), block]
     chunks = [pl.ds(low, high - low) for low, high in itertools.pairwise(edges)]
     started = [start(c) for c in chunks[:AHEAD]]
     for i, c in enumerate(chunks):
@@ -355,8 +358,15 @@ def _within(i, needed, num_blocks: int):
     return jnp.clip(jnp.clip(i, first, last - 1), 0, num_blocks - 1)
 
 
-def _offsets(at: Offsets) -> jax.Array:
-    return jnp.stack([jnp.asarray(x, jnp.int32) for x in at])
+def _scalars(*values) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in values])
+
+
+def _like(x: jax.Array, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape of an output that takes the place of `x` and varies over the manual mesh axes that any operand varies over."""
+    types = [jax.typeof(y).mat for y in (x, *operands)]
+    varying = frozenset().union(*(mat.varying for mat in types))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=types[0].update(varying=varying))
 
 
 def _nbytes(*arrays: jax.Array) -> int:
