@@ -72,10 +72,19 @@ class Jitted:
         mesh = _mesh_of(leaves, self._options)
         if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
             return self._plain
-        tree = jax.tree.structure(traced.out_info)
-        run = functools.partial(_evaluate, tree=tree, name=getattr(self, "__name__", "ringmoe_jit"), options=self._options)
+        run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
         return run(propagate.propagate(traced.jaxpr, mesh, lower))
+
+    def _evaluate(self, jaxpr, tree):
+        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
+
+        def placed(*args, **kwargs):
+            # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
+            leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
+            return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
+
+        return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
 
 
 def jit(fun: Callable | None = None, **options) -> Any:
@@ -92,18 +101,6 @@ def jit(fun: Callable | None = None, **options) -> Any:
     if fun is None:
         return functools.partial(jit, **options)
     return Jitted(fun, options)
-
-
-def _evaluate(jaxpr, *, tree, name: str, options: dict[str, Any]):
-    """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
-
-    def placed(*args, **kwargs):
-        # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
-        leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
-        return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
-
-    placed.__name__ = placed.__qualname__ = name
-    return jax.jit(placed, **options)
 
 
 def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
