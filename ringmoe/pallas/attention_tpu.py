@@ -82,7 +82,7 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
 def init(spec: AttentionSpec, q: jax.Array) -> State:
     b, n, t, h = q.shape
     row = jnp.zeros((b, n, 1, t), jnp.float32)
-    return State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.INITIAL_MAX, row)
+    return _varying_like(State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.INITIAL_MAX, row), q)
 
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array]:
@@ -102,6 +102,7 @@ def forward(
     config: Config = FORWARD,
 ) -> State:
     check(spec, q, k, extras)
+    state = _varying_like(state, q, k, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     block_q, block_k = config.blocks(t, s)
     num_q, num_k = t // block_q, s // block_k
@@ -129,7 +130,7 @@ def forward(
             in_specs=[q_spec, k_spec, k_spec, acc_spec, row_spec, row_spec],
             out_specs=[acc_spec, row_spec, row_spec],
         ),
-        out_shape=[_like(x, q, k, v) for x in state],
+        out_shape=[_shape(x) for x in state],
         input_output_aliases={4: 0, 5: 1, 6: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -180,6 +181,7 @@ def backward(
     config: Config = BACKWARD,
 ) -> Grads:
     check(spec, q, k, extras)
+    grads = _varying_like(grads, q, k, v, do)
     block_q, _ = config.blocks(q.shape[2], k.shape[2])
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
     rows = q.shape[1] // k.shape[1] * (q.shape[2] // block_q)
@@ -236,7 +238,7 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
             out_specs=[dq_spec, k_spec, k_spec],
             scratch_shapes=[pltpu.VMEM((run, h, block_q), jnp.float32), pltpu.VMEM((block_k, h), jnp.float32)],
         ),
-        out_shape=[_like(x, q, k, v, do) for x in (dq, dk, dv)],
+        out_shape=[_shape(x) for x in (dq, dk, dv)],
         input_output_aliases={7: 0, 8: 1, 9: 2},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
@@ -362,11 +364,14 @@ def _scalars(*values) -> jax.Array:
     return jnp.stack([jnp.asarray(x, jnp.int32) for x in values])
 
 
-def _like(x: jax.Array, *operands: jax.Array) -> jax.ShapeDtypeStruct:
-    """Shape of an output that takes the place of `x` and varies over the manual mesh axes that any operand varies over."""
-    types = [jax.typeof(y).mat for y in (x, *operands)]
-    varying = frozenset().union(*(mat.varying for mat in types))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=types[0].update(varying=varying))
+def _varying_like(tree, *operands: jax.Array):
+    """`tree` made to vary over the manual mesh axes that any operand varies over (where shard_map checks that)."""
+    axes = frozenset().union(*(jax.typeof(y).mat.varying for y in operands))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - jax.typeof(x).mat.varying)), to="varying"), tree)
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat)
 
 
 def _nbytes(*arrays: jax.Array) -> int:
