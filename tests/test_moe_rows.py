@@ -129,30 +129,31 @@ def test_they_are_transposes(drawn):
 def test_a_nan_token_stays_alone():
     logits = jax.random.normal(jax.random.key(0), (16, 4)).at[5, 0].set(jnp.nan)
     x = jax.random.normal(jax.random.key(1), (16, D)).at[5].set(jnp.nan)
-    routing = route(logits, RouterConfig(4, capacity_factor=None, group_size=8))
-    rows = dispatch_local(x, table_of(routing), 2)
+    routing = jitted_route(logits, RouterConfig(4, capacity_factor=None, group_size=8), jnp.ones(16, bool))
+    rows = move(x, routing)[1]
     assert np.isfinite(rows).all()
-    y = np.asarray(combine(rows, routing, routing.weight))
+    y = np.asarray(back(rows, routing)[0])
     assert np.isnan(y[5]).all() and np.isfinite(np.delete(y, 5, 0)).all()
 
 
 def test_a_dropped_choice_adds_nothing_though_rows_are_nan():
-    routing = route(jnp.tile(jnp.array([2.0, 1.0]), (4, 1)), RouterConfig(2, top_k=1, capacity_factor=0.5, group_size=4))
+    config = RouterConfig(2, top_k=1, capacity_factor=0.5, group_size=4)
+    routing = jitted_route(jnp.tile(jnp.array([2.0, 1.0]), (4, 1)), config, jnp.ones(4, bool))
     assert routing.capacity == 1
     rows = jnp.full((2, 1, D), jnp.nan)
-    y = np.asarray(combine(rows, routing, routing.weight))
+    y = np.asarray(back(rows, routing)[0])
     assert np.isnan(y[0]).all() and (y[1:] == 0).all()
 
 
 def test_bfloat16_accumulates_in_float32():
-    routing = route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8))
+    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
     rows = move(jnp.ones((16, D), jnp.bfloat16), routing)[1]
     assert rows.dtype == jnp.bfloat16
     assert [y.dtype for y in back(rows, routing)] == [jnp.float32] * 2
 
 
 def test_no_scatter():
-    routing = route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8))
+    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
     for fun, x in ((move, jnp.ones((16, D))), (back, jnp.ones((4, 2 * routing.capacity, D)))):
         lowered = fun.lower(x, routing)
         assert "stablehlo.scatter" not in lowered.as_text()

@@ -83,10 +83,10 @@ def test_worked_example_of_the_article():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_lowest_index_wins_a_tie(dtype):
-    routing = route(jnp.zeros((6, 5), dtype), RouterConfig(5, top_k=3))
+    routing, _ = routed(jnp.zeros((6, 5), dtype), RouterConfig(5, top_k=3))
     np.testing.assert_array_equal(routing.expert, np.tile([0, 1, 2], (6, 1)))
     logits = jnp.tile(jnp.array([1, 2, 1, 2, 2], dtype), (6, 1))
-    np.testing.assert_array_equal(route(logits, RouterConfig(5, top_k=4)).expert, np.tile([1, 3, 4, 0], (6, 1)))
+    np.testing.assert_array_equal(routed(logits, RouterConfig(5, top_k=4))[0].expert, np.tile([1, 3, 4, 0], (6, 1)))
 
 
 def test_logits_that_round_to_one_score_are_still_told_apart():
@@ -105,23 +105,23 @@ def test_first_choices_go_before_second_choices():
 
 def test_dropless_drops_nothing():
     logits = jnp.tile(jnp.array([3.0, 2, 1, 0]), (8, 1))
-    routing = route(logits, RouterConfig(4, capacity_factor=None, group_size=8))
-    assert routing.capacity == 8 and metrics(routing, logits).dropped == 0
+    routing, measured = routed(logits, RouterConfig(4, capacity_factor=None, group_size=8))
+    assert routing.capacity == 8 and measured.dropped == 0
 
 
 def test_a_nan_token_changes_no_other():
     logits = jax.random.normal(jax.random.key(0), (2, 16, 4))
     config = RouterConfig(4, capacity_factor=0.5, group_size=8)
     mask = jnp.ones((2, 16), bool).at[0, 3].set(False)
-    without = route(logits, config, token_mask=mask)
+    without, _ = routed(logits, config, mask)
     for bad in (jnp.nan, jnp.inf):
-        routing = route(logits.at[0, 3, 2].set(bad), config)
+        routing, _ = routed(logits.at[0, 3, 2].set(bad), config)
         for name in ("expert", "slot", "weight", "scores"):
             got, want = (np.delete(np.asarray(getattr(r, name)).reshape(32, -1), 3, 0) for r in (routing, without))
             np.testing.assert_array_equal(got, want)
         assert np.isnan(routing.weight[0, 3]).all() and (routing.slot[0, 3] == -1).all()
     assert (without.weight[0, 3] == 0).all()
-    masked = route(logits.at[0, 3].set(jnp.nan), config, token_mask=mask)
+    masked, _ = routed(logits.at[0, 3].set(jnp.nan), config, mask)
     jax.tree.map(np.testing.assert_array_equal, masked, without)
 
 
@@ -176,8 +176,9 @@ def test_the_share_in_the_balance_loss_is_a_constant_to_gradients():
 
 def test_float64_stays():
     with jax.enable_x64(True):
-        routing = route(jnp.zeros((4, 4), jnp.float64), RouterConfig(4))
-        assert routing.weight.dtype == jnp.float64 and routing.slot.dtype == jnp.int32
+        routing, measured = routed(jnp.zeros((4, 4), jnp.float64), RouterConfig(4))
+        assert routing.weight.dtype == jnp.float64
+        assert {a.dtype for a in (routing.expert, routing.slot, measured.expert_load)} == {jnp.dtype(jnp.int32)}
 
 
 @pytest.mark.parametrize("mode", ["explicit", "auto", "manual"])
