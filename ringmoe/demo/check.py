@@ -26,7 +26,7 @@ def check_finite(step: int, loss: float) -> None:
         raise CheckFailed(f"the loss of step {step} is {loss}: an op made NaN or infinity, or training diverged")
 
 
-def check_loss(losses: Sequence[float], window: int = 5) -> float:
+def check_loss(losses: Sequence[float], window: int = 10) -> float:
     """The mean of the last `window` losses, in nats per byte, if it is below the bound."""
     last = float(np.mean(losses[-window:])) if len(losses) else math.inf
     if not last < LOSS_BOUND:

@@ -35,26 +35,30 @@ def save(path: pathlib.Path, losses, dropped, expert_load, loss_bound: float) ->
         loss_axes.plot(steps, losses, color="#1f4e79", linewidth=2)
         _level(loss_axes, np.log(256), "uniform bytes, ln 256")
         _level(loss_axes, loss_bound, "bound of the demo")
-        loss_axes.set_title(f"Loss: {losses[-5:].mean():.2f} nats per byte at the end")
+        loss_axes.set_title(f"Loss: {losses[-10:].mean():.2f} nats per byte in the last 10 steps")
         loss_axes.set(ylabel="nats per byte", ylim=(min(2, losses.min() - 0.1), None))
         drop_axes.fill_between(steps, dropped, color="#c55a11", alpha=0.35, linewidth=0)
         drop_axes.plot(steps, dropped, color="#c55a11", linewidth=1.5)
         drop_axes.set_title("Expert assignments dropped (no capacity left)")
         drop_axes.set(xlabel="step", ylim=(0, None), xlim=(1, last))
-        drop_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        drop_axes.yaxis.set_major_formatter(PercentFormatter(1))
 
         grid = right.subplots(num_layers, 2, squeeze=False, width_ratios=(3, 2))
         colors = plt.get_cmap("viridis")(np.linspace(0.05, 0.95, num_experts))
         for layer, (over_time, at_end) in enumerate(grid):
             over_time.stackplot(steps, share[:, layer].T, colors=colors, edgecolor="white", linewidth=0.3)
-            over_time.set_title(f"MoE layer {layer + 1}: share of each expert")
+            over_time.set_title(f"MoE layer {layer + 1}: experts' shares")
             over_time.set(xlim=(1, last), ylim=(0, 1))
-            over_time.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            final = share[-5:, layer].mean(0)
+            over_time.yaxis.set_major_formatter(PercentFormatter(1))
+            final = share[-10:, layer].mean(0)
             at_end.bar(np.arange(num_experts), final, color=colors)
-            _level(at_end, even, "even")
-            at_end.set(title="last 5 steps", xticks=np.arange(num_experts), ylim=(0, 1.25 * max(final.max(), even)))
-            at_end.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            _level(at_end, even, "")
+            at_end.set(
+                title="last 10 (dashed: even)",
+                xticks=np.arange(num_experts),
+                ylim=(0, 1.25 * max(final.max(), even)),
+            )
+            at_end.yaxis.set_major_formatter(PercentFormatter(1))
         grid[-1][0].set_xlabel("step")
         grid[-1][1].set_xlabel("expert")
         figure.savefig(path, dpi=130)
