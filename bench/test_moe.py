@@ -26,14 +26,14 @@ def config_of(spec):
 
 def make_inputs(spec):
     keys = jax.random.split(jax.random.key(0), 5)
-    normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
+    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
     num_experts, dim, hidden = spec.num_experts, spec.model_dim, spec.hidden_dim
     return (
-        normal(keys[0], 1, spec.num_tokens, dim),
-        normal(keys[1], dim, num_experts) / math.sqrt(dim),
-        normal(keys[2], num_experts, dim, hidden) / math.sqrt(dim),
-        normal(keys[3], num_experts, dim, hidden) / math.sqrt(dim),
-        normal(keys[4], num_experts, hidden, dim) / math.sqrt(hidden),
+        normal(keys[0], (1, spec.num_tokens, dim)),
+        normal(keys[1], (dim, num_experts)) / math.sqrt(dim),
+        normal(keys[2], (num_experts, dim, hidden)) / math.sqrt(dim),
+        normal(keys[3], (num_experts, dim, hidden)) / math.sqrt(dim),
+        normal(keys[4], (num_experts, hidden, dim)) / math.sqrt(hidden),
     )
 
 
@@ -63,12 +63,13 @@ scheduled.defvjp(lambda spec, *arrays: (scheduled(spec, *arrays), arrays), backw
 def one_hot(spec, x, router_weight, w_in, w_gate, w_out):
     """Dispatch and combine as einsums with one-hot tensors [groups, i, E, C], after GShard."""
     routing = route(x @ router_weight, config_of(spec))
-    grouped = lambda a: a.reshape(-1, spec.group_size, a.shape[-1])
-    expert, slot, weight, tokens = map(grouped, (routing.expert, routing.slot, routing.weight, x))
-    place = lambda scale: jnp.einsum(
-        "gike,gikc->giec",
-        jax.nn.one_hot(expert, spec.num_experts) * scale[..., None],
-        jax.nn.one_hot(slot, routing.capacity))
+    arrays = (routing.expert, routing.slot, routing.weight, x)
+    expert, slot, weight, tokens = (a.reshape(-1, spec.group_size, a.shape[-1]) for a in arrays)
+
+    def place(scale):
+        of_expert = jax.nn.one_hot(expert, spec.num_experts) * scale[..., None]
+        return jnp.einsum("gike,gikc->giec", of_expert, jax.nn.one_hot(slot, routing.capacity))
+
     rows = jnp.einsum("giec,gid->egcd", place(jnp.ones_like(weight)), tokens)
     hidden = jax.nn.silu(jnp.einsum("egcd,edf->egcf", rows, w_gate)) * jnp.einsum("egcd,edf->egcf", rows, w_in)
     out = jnp.einsum("egcf,efd->egcd", hidden, w_out)

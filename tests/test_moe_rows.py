@@ -138,7 +138,7 @@ def test_a_nan_token_stays_alone():
 
 def test_a_dropped_choice_adds_nothing_though_rows_are_nan():
     config = RouterConfig(2, top_k=1, capacity_factor=0.5, group_size=4)
-    routing = jitted_route(jnp.tile(jnp.array([2.0, 1.0]), (4, 1)), config, jnp.ones(4, bool))
+    routing = jitted_route(jnp.tile(jnp.array([1.0, 2.0]), (4, 1)), config, jnp.ones(4, bool))
     assert routing.capacity == 1
     rows = jnp.full((2, 1, D), jnp.nan)
     y = np.asarray(back(rows, routing)[0])

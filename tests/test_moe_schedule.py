@@ -42,7 +42,10 @@ CASES = {
 def make_inputs(gated=True, dtype=jnp.float32):
     """(x, expert, slot, weight, w_in, w_gate, w_out), dy; and the logits."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     logits = normal(B, T, E) + 0.5 * np.arange(E, dtype=np.float32)  # uneven, so that some experts overflow
     x, dy = normal(B, T, D), normal(B, T, D)
     w_in, w_gate = (normal(E, D, F) / np.float32(math.sqrt(D)) for _ in range(2))
@@ -99,10 +102,13 @@ def oracle(gated):
         logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size)
     assert (selection.slot < 0).any()
     with jax.enable_x64(True):
-        up = lambda a: None if a is None else jnp.asarray(np.asarray(a), jnp.float64)
-        f = lambda x, weight, w_in, w_gate, w_out: reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
-        y, pullback = jax.vjp(f, up(x), up(weight), *map(up, weights))
-        return jax.tree.map(np.asarray, (y, pullback(up(dy))))
+        x, dy, weight, *weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights])
+
+        def layer(x, weight, w_in, w_gate, w_out):
+            return reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
+
+        y, pullback = jax.vjp(layer, x, weight, *weights)
+        return jax.tree.map(np.asarray, (y, pullback(dy)))
 
 
 def assert_equals_oracle(y, grads, gated=True, atol=(1e-5, 1e-4)):
@@ -178,11 +184,13 @@ def test_the_same_choices_are_dropped_on_every_mesh(case):
 @pytest.mark.parametrize("case", ["experts on another axis", "exchange, own, exchange", "batch, exchange, hidden"])
 def test_a_nan_token_changes_no_other(case):
     (x, *rest), _, logits = make_inputs()
-    without = jax.jit(lambda l, m: route(l, CONFIG, token_mask=m))(logits, np.arange(B * T).reshape(B, T) != 7)
+    mask = np.arange(B * T).reshape(B, T) != 7
+    without = jax.jit(lambda logits: route(logits, CONFIG, token_mask=mask))(logits)
     logits[0, 7] = np.nan
     routing = jitted_route(logits)
-    run = lambda x, r: np.asarray(make_forward(case)(x, r.expert, r.slot, r.weight, *rest[3:])).reshape(-1, D)
-    got, want = run(x.at[0, 7].set(jnp.nan), routing), run(x, without)
+    got, want = (
+        np.asarray(make_forward(case)(x, r.expert, r.slot, r.weight, *rest[3:])).reshape(-1, D)
+        for x, r in ((x.at[0, 7].set(jnp.nan), routing), (x, without)))
     assert np.isnan(got[7]).all() and (want[7] == 0).all()
     np.testing.assert_array_equal(np.delete(got, 7, 0), np.delete(want, 7, 0))
 

@@ -16,6 +16,7 @@ def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: i
     Assignments are counted flat over [*B, T, k]. The slots taken of one (group, expert) are 0, 1, 2, ... without gaps, so
     after one sort by (expert, slot) the filled slots of an expert are neighbours and a start offset finds them: no scatter.
     """
+    assert expert.shape[-2] % group_size == 0, f"{expert.shape}: groups of {group_size} tokens would straddle sequences"
     per_group = group_size * expert.shape[-1]
     expert, slot = expert.reshape(-1, per_group), slot.reshape(-1, per_group)
     num_groups, num_slots = expert.shape[0], num_experts * capacity
