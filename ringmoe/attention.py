@@ -1,7 +1,7 @@
 """Public attention ops: docstring, checks, one bind each."""
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,6 @@ from ringmoe.primitives.attention import Call, attention
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
-@overload
-def dot_product_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ...,
-    *, return_residual: Literal[False] = ..., **kwargs
-) -> jax.Array: ...
-@overload
-def dot_product_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ...,
-    *, return_residual: Literal[True], **kwargs
-) -> tuple[jax.Array, jax.Array]: ...
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -45,7 +35,7 @@ def dot_product_attention(
     key_value_segment_ids: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather"] = "auto",
-):
+) -> Any:
     r"""Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
     .. math:: O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias}) V

@@ -82,5 +82,5 @@ class Band:
             return "full"
         if self == Band(right=0):
             return "causal"
-        side = {None: "all"}
-        return f"window({side.get(self.left, self.left)}, {side.get(self.right, self.right)})"
+        left, right = ("all" if side is None else side for side in (self.left, self.right))
+        return f"window({left}, {right})"

@@ -154,7 +154,7 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
 
     chosen = _top_k(jnp.where(finite[..., None], lax.stop_gradient(logits), 0), config.top_k)
     index = _iota_like(chosen[0])
-    expert = jnp.stack([jnp.sum(jnp.where(hit, index, 0), axis=-1) for hit in chosen], axis=-1)
+    expert = jnp.stack([jnp.sum(jnp.where(hit, index, 0), axis=-1, dtype=jnp.int32) for hit in chosen], axis=-1)
     weight = jnp.stack([jnp.sum(jnp.where(hit, scores, 0), axis=-1) for hit in chosen], axis=-1)
     if config.renormalize:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -206,9 +206,9 @@ def _slots(chosen, group_size, capacity):
     for hit in chosen:
         hit = hit.reshape(grouped)
         asked = hit.astype(jnp.int32)
-        place = jnp.cumsum(asked, axis=-2) - 1 + taken
-        taken = taken + jnp.sum(asked, axis=-2, keepdims=True)
-        slot = jnp.sum(jnp.where(hit & (place < capacity), place + 1, 0), axis=-1) - 1
+        place = jnp.cumsum(asked, axis=-2, dtype=jnp.int32) - 1 + taken
+        taken = taken + jnp.sum(asked, axis=-2, keepdims=True, dtype=jnp.int32)
+        slot = jnp.sum(jnp.where(hit & (place < capacity), place + 1, 0), axis=-1, dtype=jnp.int32) - 1
         slots.append(slot.reshape(*batch, num_tokens))
     return jnp.stack(slots, axis=-1)
 

@@ -40,67 +40,178 @@ CASES = {
 
 
 def make_inputs(gated=True, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 7)
-    normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
-    logits = normal(keys[0], B, T, E) + 0.5 * jnp.arange(E)  # uneven, so that some experts overflow
-    x, dy = normal(keys[1], B, T, D), normal(keys[2], B, T, D)
-    w_in, w_gate = (normal(key, E, D, F) / math.sqrt(D) for key in keys[3:5])
-    w_out = normal(keys[5], E, F, D) / math.sqrt(F)
-    cast = lambda *arrays: [a.astype(dtype) for a in arrays]
-    return (logits, *cast(x, w_in), w_gate.astype(dtype) if gated else None, *cast(w_out, dy))
+    """(x, expert, slot, weight, w_in, w_gate, w_out), dy; and the logits."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    logits = normal(B, T, E) + 0.5 * np.arange(E, dtype=np.float32)  # uneven, so that some experts overflow
+    x, dy = normal(B, T, D), normal(B, T, D)
+    w_in, w_gate = (normal(E, D, F) / np.float32(math.sqrt(D)) for _ in range(2))
+    w_out = normal(E, F, D) / np.float32(math.sqrt(F))
+    x, dy, w_in, w_gate, w_out = (jnp.asarray(a, dtype) for a in (x, dy, w_in, w_gate, w_out))
+    routing = jitted_route(logits)
+    return (x, routing.expert, routing.slot, routing.weight, w_in, w_gate if gated else None, w_out), dy, logits
 
 
-def make_schedule(case):
-    """forward and backward over global arrays, jitted, on the case's mesh."""
+@jax.jit
+def jitted_route(logits):
+    return route(logits, CONFIG)
+
+
+def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
-    size = dict(axes)
-    tokens = (*batch, *sequence)
-    plan = ExpertPlan(
+    size, tokens = dict(axes), (*batch, *sequence)
+    return ExpertPlan(
         E, CONFIG.capacity(CONFIG.group_size), CONFIG.group_size,
         expert_axes=tuple((a, size[a]) for a in expert_axes), exchange_axes=tuple(a for a in expert_axes if a in tokens),
-        token_axes=tokens, hidden_axes=hidden,
-    )
-    num_devices = math.prod(size.values())
-    mesh = jax.make_mesh(tuple(size.values()), tuple(size), axis_types=(AxisType.Auto,) * len(size),
-                         devices=jax.devices()[:num_devices])
-    of_tokens = P(batch or None, sequence or None, None)
-    of_in, of_out = P(expert_axes or None, None, hidden or None), P(expert_axes or None, hidden or None, None)
-    smap = functools.partial(jax.shard_map, mesh=mesh)
-    arrays = (of_tokens,) * 4 + (of_in, of_in, of_out)
-    forward = smap(functools.partial(experts.forward, plan, experts_xla), in_specs=arrays, out_specs=of_tokens)
-    backward = smap(
-        functools.partial(experts.backward, plan, experts_xla),
-        in_specs=(*arrays, of_tokens), out_specs=(of_tokens, of_tokens, of_in, of_in, of_out))
-    return jax.jit(forward), jax.jit(backward)
+        token_axes=tokens, hidden_axes=hidden)
+
+
+def shard(case, body, in_specs, out_specs, **options):
+    """jit of shard_map of `body` on the case's mesh; T, I, O in the specs stand for tokens, w_in and w_gate, w_out."""
+    axes, batch, sequence, expert_axes, hidden = CASES[case]
+    names, sizes = zip(*axes, strict=True)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)])
+    spec = {
+        "T": P(batch or None, sequence or None, None),
+        "I": P(expert_axes or None, None, hidden or None),
+        "O": P(expert_axes or None, hidden or None, None),
+    }
+    in_specs, out_specs = (tuple(spec[letter] for letter in letters) for letters in (in_specs, out_specs))
+    out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options))
+
+
+@functools.cache
+def make_forward(case, **options):
+    return shard(case, functools.partial(experts.forward, make_plan(case), experts_xla), "TTTTIIO", "T", **options)
+
+
+@functools.cache
+def make_backward(case, **options):
+    return shard(case, functools.partial(experts.backward, make_plan(case), experts_xla), "TTTTIIOT", "TTIIO", **options)
 
 
 @functools.cache
 def oracle(gated):
-    """Output and gradients in float64, with the same float32 inputs."""
-    logits, x, w_in, w_gate, w_out, dy = make_inputs(gated)
+    """Output and gradients in float64, from the same float32 inputs."""
+    (x, _, _, weight, *weights), dy, logits = make_inputs(gated)
+    selection = reference_moe.select(
+        logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size)
+    assert (selection.slot < 0).any()
     with jax.enable_x64(True):
-        up = lambda a: None if a is None else jnp.asarray(np.asarray(a), jnp.float64)
-        selection = reference_moe.select(
-            logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size)
-        assert (selection.slot < 0).any()
-        weight = up(route(logits, CONFIG).weight)
-        f = lambda x, weight, w_in, w_gate, w_out: reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
-        y, pullback = jax.vjp(f, up(x), weight, up(w_in), up(w_gate), up(w_out))
-        return jax.tree.map(np.asarray, (y, pullback(up(dy))))
+        x, dy, weight, *weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights])
+
+        def layer(x, weight, w_in, w_gate, w_out):
+            return reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
+
+        y, pullback = jax.vjp(layer, x, weight, *weights)
+        return jax.tree.map(np.asarray, (y, pullback(dy)))
 
 
-def run(case, gated=True, dtype=jnp.float32):
-    logits, x, w_in, w_gate, w_out, dy = make_inputs(gated, dtype)
-    routing = route(logits, CONFIG)
-    forward, backward = make_schedule(case)
-    arrays = (x, routing.expert, routing.slot, routing.weight, w_in, w_gate, w_out)
-    return forward(*arrays), backward(*arrays, dy)
+def assert_equals_oracle(y, grads, gated=True, atol=(1e-5, 1e-4)):
+    want, want_grads = oracle(gated)
+    np.testing.assert_allclose(y, want, rtol=0, atol=atol[0])
+    for name, got, expected in zip(("x", "weight", "w_in", "w_gate", "w_out"), grads, want_grads, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            np.testing.assert_allclose(got, expected, rtol=0, atol=atol[1], err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_dense_layer(case):
-    y, grads = run(case)
+    arrays, dy, _ = make_inputs()
+    assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy))
+
+
+@pytest.mark.parametrize("case", ["one device", "exchange, own, exchange"])
+def test_without_a_gate(case):
+    arrays, dy, _ = make_inputs(gated=False)
+    assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy), gated=False)
+
+
+def test_without_replication_checks():
+    arrays, dy, _ = make_inputs()
+    case = "experts and hidden"
+    grads = make_backward(case, check_vma=False)(*arrays, dy)
+    assert_equals_oracle(make_forward(case, check_vma=False)(*arrays), grads)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        arrays, dy, _ = make_inputs(dtype=jnp.float64)
+        arrays = (*arrays[:3], arrays[3].astype(jnp.float64), *arrays[4:])
+        case = "exchange, own, exchange"
+        y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
+    assert {a.dtype for a in (y, *grads)} == {jnp.dtype("float64")}
+    assert_equals_oracle(y, grads, atol=(1e-13, 1e-12))
+
+
+def test_bfloat16():
+    arrays, dy, _ = make_inputs(dtype=jnp.bfloat16)
+    case = "exchange, own, exchange"
+    y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
+    assert y.dtype == jnp.bfloat16 and [g.dtype for g in grads] == [a.dtype for a in (arrays[0], *arrays[3:])]
     want, want_grads = oracle(True)
-    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5)
-    for got, expected in zip(grads, want_grads, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    for got, expected in zip((y, *grads), (want, *want_grads), strict=True):
+        assert np.abs(np.asarray(got, np.float32) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_repeats_bit_for_bit():
+    arrays, dy, _ = make_inputs()
+    case = "exchange, own, exchange"
+    first, second = ((make_forward(case)(*arrays), make_backward(case)(*arrays, dy)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("case", ["experts on the token axis", "batch x experts on sequence", "exchange, own, exchange"])
+def test_the_same_choices_are_dropped_on_every_mesh(case):
+    """Routing where the tokens are, device by device, drops what routing all of them at once drops."""
+    arrays, _, logits = make_inputs()
+
+    def layer(x, logits, w_in, w_gate, w_out):
+        routing = route(logits, CONFIG)
+        arrays = (routing.expert, routing.slot, routing.weight)
+        return experts.forward(make_plan(case), experts_xla, x, *arrays, w_in, w_gate, w_out), routing.slot
+
+    y, slot = shard(case, layer, "TTIIO", "TT")(arrays[0], logits, *arrays[4:])
+    np.testing.assert_array_equal(slot, arrays[2])
+    np.testing.assert_allclose(y, oracle(True)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["experts on another axis", "exchange, own, exchange", "batch, exchange, hidden"])
+def test_a_nan_token_changes_no_other(case):
+    (x, *rest), _, logits = make_inputs()
+    mask = np.arange(B * T).reshape(B, T) != 7
+    without = jax.jit(lambda logits: route(logits, CONFIG, token_mask=mask))(logits)
+    logits[0, 7] = np.nan
+    routing = jitted_route(logits)
+    got, want = (
+        np.asarray(make_forward(case)(x, r.expert, r.slot, r.weight, *rest[3:])).reshape(-1, D)
+        for x, r in ((x.at[0, 7].set(jnp.nan), routing), (x, without)))
+    assert np.isnan(got[7]).all() and (want[7] == 0).all()
+    np.testing.assert_array_equal(np.delete(got, 7, 0), np.delete(want, 7, 0))
+
+
+@pytest.mark.parametrize(
+    "case, collectives",
+    [
+        ("one device", set()),
+        ("tokens only", set()),
+        ("experts on the token axis", {"all-to-all"}),
+        ("experts on another axis", {"all-reduce"}),
+        ("hidden", {"all-reduce"}),
+        ("exchange, own, exchange", {"all-to-all", "all-reduce"}),
+    ],
+)
+def test_compiled_text_holds_the_planned_collectives_and_no_scatter(case, collectives):
+    arrays, dy, _ = make_inputs()
+    text = make_forward(case).lower(*arrays).compile().as_text()
+    known = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "scatter")
+    assert {op for op in known if re.search(rf"\s{op}(-start)?\(", text)} == collectives
+    both = text + make_backward(case).lower(*arrays, dy).compile().as_text()
+    assert not re.search(r"\sscatter\(", both)
+    for step in ("dispatch", "experts", "combine", *(["exchange"] if "all-to-all" in collectives else [])):
+        assert f"/{step}/" in both, step

@@ -6,10 +6,12 @@ What comes out is an ordinary jitted function of shard_maps: it runs on every pl
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 
@@ -22,7 +24,8 @@ class Jitted:
     def __init__(self, fun: Callable, options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
-        self._plain = jax.jit(fun, **options)
+        self._plain: Any = jax.jit(fun, **options)
+        self._static = _static_arguments(fun, options)
         self._placed: dict[Any, Any] = {}
 
     def __call__(self, *args, **kwargs):
@@ -49,21 +52,39 @@ class Jitted:
 
     def _for(self, args, kwargs):
         """The jitted function for arguments of these shapes and shardings."""
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        key = (tree, tuple(map(_signature, leaves)), jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64)
-        if key not in self._placed:
-            self._placed[key] = self._place(leaves, args, kwargs)
-        return self._placed[key]
+        numbers, names = self._static
+        static = [args[i] for i in numbers if i < len(args)], [kwargs[n] for n in names if n in kwargs]
+        dynamic = [x for i, x in enumerate(args) if i not in numbers], {n: x for n, x in kwargs.items() if n not in names}
+        leaves, tree = jax.tree.flatten(dynamic)
+        context = jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
+        key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context
+        try:
+            if key not in self._placed:
+                self._placed[key] = self._place(leaves, args, kwargs)
+            return self._placed[key]
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            return self._plain  # jax.jit says which argument can't be hashed
 
     def _place(self, leaves, args, kwargs):
         traced = self._plain.trace(*args, **kwargs)
         mesh = _mesh_of(leaves, self._options)
         if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
             return self._plain
-        tree = jax.tree.structure(traced.out_info)
-        run = functools.partial(_evaluate, tree=tree, name=getattr(self, "__name__", "ringmoe_jit"), options=self._options)
+        run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
         return run(propagate.propagate(traced.jaxpr, mesh, lower))
+
+    def _evaluate(self, jaxpr, tree):
+        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
+
+        def placed(*args, **kwargs):
+            # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
+            leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
+            return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
+
+        return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
 
 
 def jit(fun: Callable | None = None, **options) -> Any:
@@ -82,25 +103,26 @@ def jit(fun: Callable | None = None, **options) -> Any:
     return Jitted(fun, options)
 
 
-def _evaluate(jaxpr, *, tree, name: str, options: dict[str, Any]):
-    """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
-
-    def placed(*args, **kwargs):
-        # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
-        leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
-        return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
-
-    placed.__name__ = placed.__qualname__ = name
-    return jax.jit(placed, **options)
+def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
+    """Positions and names of the static arguments; as in jax.jit, either may be given for both."""
+    listed = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
+    numbers, names = set(listed(options.get("static_argnums"))), set(listed(options.get("static_argnames")))
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    try:
+        positional = [p.name for p in inspect.signature(fun).parameters.values() if p.kind in kinds]
+    except (ValueError, TypeError):  # a callable without a signature: what was given is all there is
+        positional = []
+    numbers = {i % len(positional) if i < 0 and positional else i for i in numbers}
+    names |= {positional[i] for i in numbers if i < len(positional)}
+    numbers |= {i for i, name in enumerate(positional) if name in names}
+    return frozenset(numbers), frozenset(names)
 
 
 def _signature(leaf):
-    """What of an argument decides the placement: type and sharding, or the value of a static one."""
+    """What of an argument decides the placement: type and sharding."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding, getattr(leaf, "committed", True)
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return leaf.shape, leaf.dtype
-    return (type(leaf),) if isinstance(leaf, (bool, int, float, complex)) else leaf
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else type(leaf)
 
 
 def _mesh_of(leaves, options) -> AbstractMesh:

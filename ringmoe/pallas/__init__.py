@@ -22,7 +22,7 @@ def check_implementation(op: str, implementation: str | None) -> None:
     )
 
 
-def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[ModuleType, bool], None]) -> ModuleType:
+def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[ModuleType], None]) -> ModuleType:
     """The first kernel of `op` for `platform` that accepts the call.
 
     `accepts(kernel)` raises NotImplementedError with what the kernel lacks; then the next one is tried. An

@@ -9,6 +9,8 @@ stay in VMEM while the queries go by, dq (transposed) stays there while the keys
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,7 +23,9 @@ from ringmoe.pallas import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 LANES = 128
+LOG2E = math.log2(math.e)
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
+AHEAD = 2  # chunks scored before the first softmax; with one, v6e and v7x wait 10% longer
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -30,7 +34,7 @@ class Config:
     """Tiles of one kernel: upper bounds, from which blocks that divide the shapes are chosen.
 
     block_q, block_k: queries and keys of one grid step.
-    chunk: keys scored at once; the next chunk is scored while this one's softmax is taken.
+    chunk: keys scored at once; the next chunks are scored while this one's softmax is taken.
     resident_bytes: VMEM for the dq of all queries that one backward call covers; more queries take more calls.
     """
 
@@ -40,7 +44,7 @@ class Config:
     resident_bytes: int = 16 * 2**20
 
     def __post_init__(self):
-        for name, unit in (("block_q", LANES), ("block_k", SUBLANES), ("chunk", SUBLANES), ("resident_bytes", 1)):
+        for name, unit in (("block_q", LANES), ("block_k", SUBLANES), ("chunk", 2 * SUBLANES), ("resident_bytes", 1)):
             value = getattr(self, name)
             if value < unit or value % unit:
                 raise ValueError(f"{name}={value}, expected a positive multiple of {unit}")
@@ -51,11 +55,11 @@ class Config:
 
 
 FORWARD = Config()
-BACKWARD = Config(block_q=512, block_k=512, chunk=128)
+BACKWARD = Config(block_q=512, block_k=512, chunk=512)
 
 
 class State(NamedTuple):
-    """acc [B, N, H, T], m and l [B, N, 1, T], float32: sum of exp(s - m) v^T, running maximum, sum of exp(s - m)."""
+    """acc [B, N, H, T], m and l [B, N, 1, T], float32: sum of v^T 2^(s - m), running maximum, sum of 2^(s - m); s in units of log 2."""
 
     acc: jax.Array
     m: jax.Array
@@ -69,6 +73,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
             raise NotImplementedError(f"TPU attention kernel: {name} is not supported")
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise NotImplementedError(f"TPU attention kernel: {q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
+    if min(q.shape[2], k.shape[2]) < 8:
+        raise NotImplementedError(f"TPU attention kernel: {q.shape[2]} queries, {k.shape[2]} keys, supported: 8 or more")
     for config in (FORWARD, BACKWARD):
         config.blocks(q.shape[2], k.shape[2])
 
@@ -76,11 +82,11 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
 def init(spec: AttentionSpec, q: jax.Array) -> State:
     b, n, t, h = q.shape
     row = jnp.zeros((b, n, 1, t), jnp.float32)
-    return State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.INITIAL_MAX, row)
+    return _varying_like(State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.INITIAL_MAX, row), q)
 
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array]:
-    o, lse = softmax.finish(*state)
+    o, lse = softmax.finish(state.acc, state.m / LOG2E, state.l)
     return jnp.swapaxes(o, -1, -2), lse[..., 0, :]
 
 
@@ -96,6 +102,7 @@ def forward(
     config: Config = FORWARD,
 ) -> State:
     check(spec, q, k, extras)
+    state = _varying_like(state, q, k, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     block_q, block_k = config.blocks(t, s)
     num_q, num_k = t // block_q, s // block_k
@@ -123,7 +130,7 @@ def forward(
             in_specs=[q_spec, k_spec, k_spec, acc_spec, row_spec, row_spec],
             out_specs=[acc_spec, row_spec, row_spec],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state],
+        out_shape=[_shape(x) for x in state],
         input_output_aliases={4: 0, 5: 1, 6: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -133,7 +140,7 @@ def forward(
         ),
         interpret=pltpu.InterpretParams() if spec.interpret else False,
         name="ringmoe_attention_forward",
-    )(_offsets(at), q, k, v, *state)
+    )(_scalars(*at), q, k, v, *state)
     return State(*new)
 
 
@@ -149,7 +156,7 @@ def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l,
 
     def block(masked: bool):
         def accumulate(c, s):
-            m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0)
+            m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
             v = v_ref[c]
             acc[...] = acc[...] * alpha + _dot(v, p.astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
@@ -174,29 +181,31 @@ def backward(
     config: Config = BACKWARD,
 ) -> Grads:
     check(spec, q, k, extras)
+    grads = _varying_like(grads, q, k, v, do)
     block_q, _ = config.blocks(q.shape[2], k.shape[2])
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
     rows = q.shape[1] // k.shape[1] * (q.shape[2] // block_q)
     fitting = max(1, config.resident_bytes // (block_q * q.shape[3] * 4))
     run = max(d for d in range(1, min(rows, fitting) + 1) if rows % d == 0)
-    for first in range(0, rows, run):
-        grads = _backward_run(spec, grads, q, k, v, do, lse[:, :, None], delta[:, :, None], at, config, first, run)
-    return grads
+    add = functools.partial(_backward_run, spec, q, k, v, do, lse[:, :, None], delta[:, :, None], at, config, run)
+    if run == rows:
+        return add(0, grads)
+    return lax.fori_loop(0, rows // run, lambda i, grads: add(i * run, grads), grads)
 
 
-def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
-    """Adds to `grads` what query blocks `first .. first + run` of every kv head give."""
+def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
+    """Adds to `grads` what query blocks `first .. first + run` of every kv head give; `first` may be traced."""
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     block_q, block_k = config.blocks(t, s)
     num_q, num_k, group = t // block_q, s // block_k, n // kv_heads
 
-    def row(kv, r):
+    def row(kv, r, offsets):
         """Query head and block of the run's r-th row."""
-        return kv * group + lax.div(first + r, num_q), lax.rem(first + r, num_q)
+        return kv * group + lax.div(offsets[2] + r, num_q), lax.rem(offsets[2] + r, num_q)
 
     def needed_row(b, kv, j, r, offsets):
         start = offsets[1] + j * block_k
-        n, i = row(kv, r)
+        n, i = row(kv, r, offsets)
         return n, _within(i, spec.band.transpose().blocks(start, start + block_k, offsets[0], block_q, num_q), num_q)
 
     def q_block(b, kv, j, r, offsets):
@@ -211,7 +220,7 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
         return b, kv, j, 0
 
     def dq_block(b, kv, j, r, offsets):  # stays at the run's first block until the last keys, when each is written once
-        n, i = row(kv, jnp.where(j == num_k - 1, r, 0))
+        n, i = row(kv, jnp.where(j == num_k - 1, r, 0), offsets)
         return b, n, i, 0
 
     q_spec = pl.BlockSpec((None, None, block_q, h), q_block)
@@ -221,7 +230,7 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
     dq, dk, dv = grads.dq, grads.dk, grads.dv
     pairs = b * kv_heads * run * block_q * s
     new = pl.pallas_call(
-        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, first=first, num_q=num_q),
+        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, num_k, run),
@@ -229,11 +238,11 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
             out_specs=[dq_spec, k_spec, k_spec],
             scratch_shapes=[pltpu.VMEM((run, h, block_q), jnp.float32), pltpu.VMEM((block_k, h), jnp.float32)],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (dq, dk, dv)],
+        out_shape=[_shape(x) for x in (dq, dk, dv)],
         input_output_aliases={7: 0, 8: 1, 9: 2},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=16 * 2**20 + run * block_q * h * 4,
+            vmem_limit_bytes=(8 * q.dtype.itemsize * 2**20) + run * block_q * h * 4,  # blocks, spills; dq
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * h,
@@ -242,17 +251,17 @@ def _backward_run(spec, grads, q, k, v, do, lse, delta, at, config, first, run):
         ),
         interpret=pltpu.InterpretParams() if spec.interpret else False,
         name="ringmoe_attention_backward",
-    )(_offsets(at), q, k, v, do, lse, delta, dq, dk, dv)
+    )(_scalars(*at, first), q, k, v, do, lse, delta, dq, dk, dv)
     return Grads(*new)
 
 
 def _backward_kernel(
     offsets, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
-    *, spec, chunk, first, num_q,
+    *, spec, chunk, num_q,
 ):  # fmt: skip
     j, r = pl.program_id(2), pl.program_id(3)
     (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    q_start = offsets[0] + lax.rem(first + r, num_q) * block_q
+    q_start = offsets[0] + lax.rem(offsets[2] + r, num_q) * block_q
     k_start = offsets[1] + j * block_k
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are the
@@ -267,14 +276,14 @@ def _backward_kernel(
         dv_ref[...] = dv_in[...]
 
     def block(masked: bool):
-        lse = softmax.finite_lse(lse_ref[...])
+        lse = softmax.finite_lse(lse_ref[...]) * LOG2E
 
         def scores(c):
             return _scores(spec, q_ref, k_ref, c, q_start, k_start, masked), _dot(v_ref[c], do_ref[...], 1, 1)
 
         def accumulate(c, s_and_dp):
             s, dp = s_and_dp
-            p = jnp.exp(s - lse)
+            p = jnp.exp2(s - lse)
             ds = (p * (dp - delta_ref[...])).astype(q_ref.dtype)
             dv_ref[c] += _dot(p.astype(do_ref.dtype), do_ref[...], 1, 0)
             dk[c] += _dot(ds, q_ref[...], 1, 0)
@@ -294,8 +303,8 @@ def _backward_kernel(
 
 
 def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
-    """Logits [chunk, block_q] of the keys `c` of the block."""
-    s = _dot(k_ref[c], q_ref[...], 1, 1) * spec.scale
+    """Logits [chunk, block_q] of the keys `c` of the block, in units of log 2."""
+    s = _dot(k_ref[c], q_ref[...], 1, 1) * (spec.scale * LOG2E)
     if masked:
         key = k_start + c.start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
         query = q_start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
@@ -304,12 +313,17 @@ def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
 
 
 def _chunks(block: int, chunk: int, start, finish) -> None:
-    """Calls `finish(c, start(c))` for each chunk of the block, a start ahead: the matrix unit works during the softmax."""
-    chunks = [pl.ds(i, min(chunk, block - i)) for i in range(0, block, chunk)]
-    ready = start(chunks[0])
-    for c, following in zip(chunks, [*chunks[1:], None], strict=True):
-        current, ready = ready, start(following) if following is not None else None
-        finish(c, current)
+    """Calls `finish(c, start(c))` for each chunk of the block, two starts ahead: the matrix unit works during the softmax.
+
+    The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
+    """
+    edges = [0, *range(chunk // 2, block - SUBLANES + 1, chunk), block]
+    chunks = [pl.ds(low, high - low) for low, high in itertools.pairwise(edges)]
+    started = [start(c) for c in chunks[:AHEAD]]
+    for i, c in enumerate(chunks):
+        if i + AHEAD < len(chunks):
+            started.append(start(chunks[i + AHEAD]))
+        finish(c, started.pop(0))
 
 
 def _if_seen(band, q_start, block_q, k_start, block_k, block) -> None:
@@ -346,8 +360,18 @@ def _within(i, needed, num_blocks: int):
     return jnp.clip(jnp.clip(i, first, last - 1), 0, num_blocks - 1)
 
 
-def _offsets(at: Offsets) -> jax.Array:
-    return jnp.stack([jnp.asarray(x, jnp.int32) for x in at])
+def _scalars(*values) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in values])
+
+
+def _varying_like(tree, *operands: jax.Array):
+    """`tree` made to vary over the manual mesh axes that any operand varies over (where shard_map checks that)."""
+    axes = frozenset().union(*(jax.typeof(y).mat.varying for y in operands))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - jax.typeof(x).mat.varying)), to="varying"), tree)
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat)
 
 
 def _nbytes(*arrays: jax.Array) -> int:

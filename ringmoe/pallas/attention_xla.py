@@ -124,8 +124,8 @@ def backward(
         low = ds.astype(q.dtype)
         return Grads(
             _dot("bkgts,bksh->bkgth", low, k_tile) * spec.scale,
-            _dot("bkgts,bkgth->bksh", low, q_tile) * spec.scale,
-            _dot("bkgts,bkgth->bksh", p.astype(do.dtype), do_tile),
+            _dot("bkgth,bkgts->bkhs", q_tile, low) * spec.scale,
+            _dot("bkgth,bkgts->bkhs", do_tile, p.astype(do.dtype)),
             None if dbias is None else _sum_to(ds, dbias.shape),
         )
 
@@ -141,9 +141,10 @@ def backward(
                 dbias = _put(dbias, _cut(dbias, "bkgts", inner) + new.dbias, "bkgts", inner)
             return Grads(dq, carry.dk + new.dk, carry.dv + new.dv, dbias)
 
-        own = grads._replace(dk=_cut(grads.dk, "bksh", tile), dv=_cut(grads.dv, "bksh", tile))
+        # dk and dv are [b, k, h, s] within the loop: the other way round XLA would transpose p and ds, which are far larger.
+        own = grads._replace(dk=_cut(grads.dk, "bksh", tile).mT, dv=_cut(grads.dv, "bksh", tile).mT)
         own = lax.fori_loop(*walk.bounds(tile, "t"), rows, own)
-        return own._replace(dk=_put(grads.dk, own.dk, "bksh", tile), dv=_put(grads.dv, own.dv, "bksh", tile))
+        return own._replace(dk=_put(grads.dk, own.dk.mT, "bksh", tile), dv=_put(grads.dv, own.dv.mT, "bksh", tile))
 
     out = lax.fori_loop(jnp.int32(0), walk.num_tiles("s"), keys, Grads(dq, grads.dk, grads.dv, dbias))
     return Grads(_ungroup(out.dq), out.dk, out.dv, None if dbias is None else out.dbias.reshape(grads.dbias.shape))
@@ -273,7 +274,8 @@ class _Walk:
 def _place(x, dims: str, tile):
     """Where the tile lies in `x`, whose leading dimensions are `dims`: those not tiled or of length 1 are whole."""
     spans = [tile.get(d) if n > 1 else None for d, n in zip(dims.ljust(x.ndim), x.shape)]
-    return [0 if span is None else span.start for span in spans], [n if span is None else span.size for span, n in zip(spans, x.shape)]
+    starts = [jnp.int32(0 if span is None else span.start) for span in spans]
+    return starts, [n if span is None else span.size for span, n in zip(spans, x.shape)]
 
 
 def _cut(x, dims: str, tile):

@@ -133,7 +133,7 @@ def _batch(op: Op, arrays, dims, **params):
     table = rules.FAMILIES[op.family]
     bare = [name for name, dim in zip(params["operands"], dims) if dim is not None and "..." not in table[name]]
     if bare or any("..." not in table[name] for name in params["results"]):
-        mapped = [batching.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims) if dim is not None]
+        mapped = [jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims) if dim is not None]
 
         def one(*slices):
             slices = iter(slices)
@@ -146,7 +146,7 @@ def _batch(op: Op, arrays, dims, **params):
 
     def lead(name, x, dim):
         if dim is not None:
-            return batching.moveaxis(x, dim, 0)
+            return jnp.moveaxis(x, dim, 0)
         if "..." not in table[name]:
             return x
         once = name in BROADCASTING and name not in params["results"]

@@ -13,6 +13,7 @@ from ringmoe.primitives.doors import Op
 from ringmoe.schedule import experts as schedule
 
 WEIGHTS = ("w_in", "w_gate", "w_out")
+LAYER = ("tokens", "expert", "slot", "weight", *WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,15 @@ def experts(call: Call, x, expert, slot, weight, w_in, w_gate, w_out):
 
 
 def _experts_forward(call: Call, *arrays):
-    names = ("tokens", "expert", "slot", "weight", *WEIGHTS)
-    (y,) = _bind(FORWARD, call, dict(zip(names, arrays)), ("tokens",))
+    (y,) = _bind(FORWARD, call, dict(zip(LAYER, arrays)), ("tokens",))
     return y, arrays
 
 
 def _experts_backward(call: Call, arrays, dy):
-    names = ("tokens", "expert", "slot", "weight", *WEIGHTS)
-    named = dict(zip(names, arrays))
+    named = dict(zip(LAYER, arrays))
     wanted = [name for name in ("tokens", "weight", *WEIGHTS) if named[name] is not None]
     grads = dict(zip(wanted, _bind(BACKWARD, call, named | {"tokens_cotangent": dy}, tuple(wanted))))
-    return tuple(grads.get(name) for name in names)
+    return tuple(grads.get(name) for name in LAYER)
 
 
 experts.defvjp(_experts_forward, _experts_backward)
@@ -137,17 +136,14 @@ def _body(run):
     return body
 
 
-def _layer(named):
-    return [named[name] for name in ("tokens", "expert", "slot", "weight", *WEIGHTS)]
-
-
 def _forward_body(plan, platform, params, named):
-    return [schedule.forward(plan, _kernel(platform, params, named), *_layer(named))]
+    layer = (named[name] for name in LAYER)
+    return [schedule.forward(plan, _kernel(platform, params, named), *layer)]
 
 
 def _backward_body(plan, platform, params, named):
-    dy = named["tokens_cotangent"]
-    grads = schedule.backward(plan, _kernel(platform, params, named), *_layer(named), dy)
+    layer = (named[name] for name in (*LAYER, "tokens_cotangent"))
+    grads = schedule.backward(plan, _kernel(platform, params, named), *layer)
     return [grad for grad in grads if grad is not None]
 
 

@@ -98,12 +98,12 @@ def _visible(plan, expert, slot):
     index, mine = jnp.zeros((), jnp.int32), True
     for axis, size in plan.expert_axes:
         stride //= size
-        coordinate = expert // stride % size
+        coordinate = lax.rem(lax.div(expert, jnp.int32(stride)), jnp.int32(size))
         if axis in plan.exchange_axes:
             index = index * size + coordinate
         else:
             mine = mine & (coordinate == lax.axis_index(axis))
-    index = index * stride + expert % stride
+    index = index * stride + lax.rem(expert, jnp.int32(stride))
     return index, jnp.where(mine, slot, -1), plan.num_exchange * stride
 
 

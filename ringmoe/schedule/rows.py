@@ -16,6 +16,7 @@ def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: i
     Assignments are counted flat over [*B, T, k]. The slots taken of one (group, expert) are 0, 1, 2, ... without gaps, so
     after one sort by (expert, slot) the filled slots of an expert are neighbours and a start offset finds them: no scatter.
     """
+    assert expert.shape[-2] % group_size == 0, f"{expert.shape}: groups of {group_size} tokens would straddle sequences"
     per_group = group_size * expert.shape[-1]
     expert, slot = expert.reshape(-1, per_group), slot.reshape(-1, per_group)
     num_groups, num_slots = expert.shape[0], num_experts * capacity
@@ -23,7 +24,7 @@ def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: i
     _, order = lax.sort((key, lax.broadcasted_iota(jnp.int32, key.shape, 1)), num_keys=1)
     kept = (slot >= 0)[:, None, :] & (expert[:, None, :] == lax.broadcasted_iota(jnp.int32, (1, num_experts, 1), 1))
     count = jnp.sum(kept, axis=-1, dtype=jnp.int32).T  # [E, G]
-    first = jnp.cumsum(count, axis=0) - count + lax.broadcasted_iota(jnp.int32, (1, num_groups), 1) * per_group
+    first = jnp.cumsum(count, axis=0, dtype=jnp.int32) - count + lax.broadcasted_iota(jnp.int32, (1, num_groups), 1) * per_group
     place = lax.broadcasted_iota(jnp.int32, (1, 1, capacity), 2)
     filled = place < count[..., None]
     order = order + lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) * per_group
@@ -33,7 +34,7 @@ def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: i
 
 def dispatch_local(x: jax.Array, table: jax.Array, num_choices: int) -> jax.Array:
     """Rows by slot: out[e, r] = x[token of table[e, r]], 0 where the slot is empty; [E, R, D] in x's dtype."""
-    return _take(x.reshape(-1, x.shape[-1]), table // num_choices)
+    return _take(x.reshape(-1, x.shape[-1]), lax.div(table, jnp.int32(num_choices)))
 
 
 def dispatch_scalars(values: jax.Array, table: jax.Array) -> jax.Array:
@@ -67,8 +68,9 @@ def _row_index(rows, expert, slot, capacity, group_size):
     """[*B, T, k] int32: where each choice's row lies in `rows` flattened; past the end without a slot."""
     num_rows = rows.shape[1]
     num_choices = expert.shape[-1]
-    token = lax.broadcasted_iota(jnp.int32, (expert.size // num_choices, 1), 0).reshape(*expert.shape[:-1], 1)
-    index = expert * num_rows + token // group_size * capacity + slot
+    groups = (expert.size // num_choices // group_size, group_size)
+    group = lax.broadcasted_iota(jnp.int32, groups, 0).reshape(*expert.shape[:-1], 1)
+    index = expert * num_rows + group * capacity + slot
     return jnp.where(slot >= 0, index, rows.shape[0] * num_rows)
 
 
