@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from ringmoe import pallas, plan
 from ringmoe.primitives.doors import Op
@@ -46,6 +48,19 @@ def _experts_backward(call: Call, arrays, dy):
 experts.defvjp(_experts_forward, _experts_backward)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Sharding:
+    """The sharding in an array's type, as a residual: with Explicit axes its gradient must have the same."""
+
+    sharding: Any
+
+    def place(self, grad):
+        mesh = self.sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types and not mesh.manual_axes
+        return jax.sharding.reshard(grad, self.sharding) if explicit else grad
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(call: Call, x, expert, slot):
     """Rows [E, *batch, G, C, D] of tokens x [*batch, T, D]; zeros where a slot is empty."""
@@ -66,8 +81,13 @@ def _combine(call, rows, expert, slot, weight):
     return _bind(COMBINE, call, {"rows": rows, "expert": expert, "slot": slot, "weight": weight}, ("tokens",))[0]
 
 
-def _dispatch_backward(call, choices, drows):
-    return _combine(call, drows, *choices, None), None, None
+def _dispatch_forward(call, x, *choices):
+    return dispatch(call, x, *choices), (_Sharding(jax.typeof(x).sharding), choices)
+
+
+def _dispatch_backward(call, residuals, drows):
+    like, choices = residuals
+    return like.place(_combine(call, drows, *choices, None)), None, None
 
 
 def _combine_backward(call, residuals, dy):
@@ -76,10 +96,11 @@ def _combine_backward(call, residuals, dy):
         jnp.sum((dy * _combine(call, rows, expert[..., j : j + 1], slot[..., j : j + 1], None)).astype(weight.dtype), -1)
         for j in range(expert.shape[-1])
     ]
-    return _dispatch(call, dy, expert, slot, weight), None, None, jnp.stack(dweight, -1)
+    place = lambda grad, like: _Sharding(jax.typeof(like).sharding).place(grad)
+    return place(_dispatch(call, dy, expert, slot, weight), rows), None, None, place(jnp.stack(dweight, -1), weight)
 
 
-dispatch.defvjp(lambda call, x, *choices: (dispatch(call, x, *choices), choices), _dispatch_backward)
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 combine.defvjp(lambda call, *arrays: (combine(call, *arrays), arrays), _combine_backward)
 
 
