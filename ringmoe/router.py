@@ -146,6 +146,7 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     """
     _check_route(logits, config, token_mask)
     group_size = config.group(logits.shape[-2])
+    _check_whole_groups(logits, group_size)
     capacity = config.capacity(group_size)
     rule = rules.make("experts", (("tokens", logits.shape),), (), (("i", group_size),))
     factors_in_types(rule, [jax.typeof(logits)])  # Explicit axes: raises where a device would hold part of a group
@@ -182,6 +183,19 @@ def _check_route(logits, config, token_mask):
             f"token_mask {token_mask.dtype}{token_mask.shape}, expected bool{logits.shape[:-1]}: one flag per token, "
             "True where the token takes part",
         )
+
+
+def _check_whole_groups(logits, group_size):
+    """With Explicit axes the type tells how tokens are sharded; with others the op's own rule checks it."""
+    sharding, num_tokens = jax.typeof(logits).sharding, logits.shape[-2]
+    axes = sharding.spec[-2]
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    check(
+        num_tokens // group_size % parts == 0,
+        f"{num_tokens} tokens over mesh axes {axes} leave {num_tokens / parts:g} tokens a device, expected whole groups of "
+        f"{group_size}: choose a group_size that divides the tokens of one device",
+    )
 
 
 def _iota_like(x):

@@ -199,6 +199,9 @@ def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[s
         if length > 1:
             break
     if not left:
+        if cut := [axes for factor, axes in shares if factor == "i" and axes]:
+            warn_once("groups gathered", f"mesh axes {cut[0]} cut groups of {sizes['i']} tokens, so the tokens are gathered "
+                      "over them; choose a group_size that divides the tokens of one device")
         return shares
     length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
     if dim[:2] == ("k", "g"):

@@ -10,8 +10,8 @@ FLAGS = (
     "--xla_cpu_collective_timeout_seconds=600",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, no TPU is looked for
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one libtpu per test process
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 
 import hypothesis  # noqa: E402

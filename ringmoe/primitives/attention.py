@@ -64,7 +64,8 @@ def _bind(op: Op, call: Call, arrays, extras: Extras, results):
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
     operands = params["operands"]
-    bias = operands.index("bias") if "bias" in operands else None
+    # Inside the user's shard_map a gradient is one device's share: the shard_map's own transpose adds the shares up.
+    bias = operands.index("bias") if "bias" in operands and not params["axis_name"] else None
     owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
     return plan.attention(
         rule, plan.freeze(factors), tuple(mesh_shape.items()), params["spec"].band, params["exchange"],
