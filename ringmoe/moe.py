@@ -66,8 +66,10 @@ def moe_ffn(
     pallas.check_implementation("experts", implementation)
     acc = jnp.promote_types(x.dtype, jnp.float32)
     with jax.named_scope("router"):
+        # A masked token may hold anything: it must not reach the router weight's gradient.
+        seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
         logits = jnp.einsum(
-            "...d,de->...e", x.astype(acc), router_weight.astype(acc), precision=jax.lax.Precision.HIGHEST
+            "...d,de->...e", seen.astype(acc), router_weight.astype(acc), precision=jax.lax.Precision.HIGHEST
         )
         routing = router.route(logits, config, token_mask=token_mask)
         metrics = router.metrics(routing, logits)
@@ -152,6 +154,10 @@ def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, ax
         f"{router_weight.shape=}, expected [D, E] = ({d}, {e}): D is x's last dim, E is config.num_experts",
     )
     parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
+    check(
+        not axes or config.group_size is not None,
+        f"config.group_size=None with {axes=}, expected a number: inside a shard_map the default would depend on the mesh",
+    )
     check(e % parts == 0, f"config.num_experts={e} over axis_name={axes} of {parts} devices, expected a multiple")
     f = w_in.shape[-1] if w_in.ndim else 0
     shapes = {"w_in": (e // parts, d, f), "w_gate": (e // parts, d, f), "w_out": (e // parts, f, d)}

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringmoe import rules
 from ringmoe.errors import check
+from ringmoe.primitives.doors import factors_in_types
 
 MAX_DEFAULT_GROUP = 256
 
@@ -146,6 +148,8 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     group_size = config.group(logits.shape[-2])
     _check_whole_groups(logits, group_size)
     capacity = config.capacity(group_size)
+    rule = rules.make("experts", (("tokens", logits.shape),), (), (("i", group_size),))
+    factors_in_types(rule, [jax.typeof(logits)])  # Explicit axes: raises where a device would hold part of a group
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if token_mask is not None:
         logits = jnp.where(token_mask[..., None], logits, 0)

@@ -1,10 +1,10 @@
 """Attention on TPU: the kernel of `interface.py`, in Pallas, with its running state passed through the kernel.
 
-Scores are computed transposed, `s = k q^T` [block_k, block_q]: the softmax reduces over sublanes, its statistics are row
-vectors `[1, block_q]` that cost no padding in HBM, and the accumulator is `[H, block_q]`, turned round once, in `finish`.
-State and gradients are read and written in place (aliased), so nothing of XLA's stands between two hops of a ring and its
-scheduler has only the kernel to hide the exchange behind. Backward is one kernel of five matmuls a block pair: dk and dv
-stay in VMEM while the queries go by, dq (transposed) stays there while the keys do.
+Scores are computed transposed, `s = k q^T` [block_k, block_q]: the softmax reduces over sublanes, its statistics are
+row vectors `[1, block_q]` that cost no padding in HBM, and the accumulator is `[H, block_q]`, turned round once, in
+`finish`. State and gradients are read and written in place (aliased), so nothing of XLA's stands between two hops of a
+ring and its scheduler has only the kernel to hide the exchange behind. Backward is one kernel of five matmuls a block
+pair: dk and dv stay in VMEM while the queries go by, dq (transposed) stays there while the keys do.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ LANES = 128
 LOG2E = math.log2(math.e)
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
 AHEAD = 2  # chunks scored before the first softmax; with one, v6e and v7x wait 10% longer
+MAX_HEAD_DIM = 256  # float32 at 256 needs 32 MiB of VMEM beside dq
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -50,7 +51,7 @@ class Config:
                 raise ValueError(f"{name}={value}, expected a positive multiple of {unit}")
 
     def blocks(self, num_queries: int, num_keys: int) -> tuple[int, int]:
-        """(block_q, block_k) that divide these lengths; raises NotImplementedError where the TPU's tiling allows none."""
+        """(block_q, block_k) that divide these lengths; NotImplementedError where the TPU's tiling allows none."""
         return _divisor(num_queries, self.block_q, LANES), _divisor(num_keys, self.block_k, SUBLANES)
 
 
@@ -59,7 +60,10 @@ BACKWARD = Config(block_q=512, block_k=512, chunk=512)
 
 
 class State(NamedTuple):
-    """acc [B, N, H, T], m and l [B, N, 1, T], float32: sum of v^T 2^(s - m), running maximum, sum of 2^(s - m); s in units of log 2."""
+    """Float32 acc [B, N, H, T] = sum of v^T 2^(s - m), m [B, N, 1, T] = max of s, l [B, N, 1, T] = sum of 2^(s - m).
+
+    The logits s are in units of log 2.
+    """
 
     acc: jax.Array
     m: jax.Array
@@ -70,13 +74,16 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
     """Raises NotImplementedError, naming what this kernel lacks."""
     for name, extra in extras._asdict().items():
         if extra is not None:
-            raise NotImplementedError(f"TPU attention kernel: {name} is not supported")
+            raise _lacks(f"{name} is not supported")
     if q.dtype not in DTYPES or k.dtype != q.dtype:
-        raise NotImplementedError(f"TPU attention kernel: {q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
-    if min(q.shape[2], k.shape[2]) < 8:
-        raise NotImplementedError(f"TPU attention kernel: {q.shape[2]} queries, {k.shape[2]} keys, supported: 8 or more")
+        raise _lacks(f"{q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
+    (t, h), s = q.shape[2:], k.shape[2]
+    if min(t, s) < 8:
+        raise _lacks(f"{t} queries, {s} keys, supported: 8 or more")
+    if h > MAX_HEAD_DIM:
+        raise _lacks(f"head dim {h}, supported: up to {MAX_HEAD_DIM}")
     for config in (FORWARD, BACKWARD):
-        config.blocks(q.shape[2], k.shape[2])
+        config.blocks(t, s)
 
 
 def init(spec: AttentionSpec, q: jax.Array) -> State:
@@ -203,17 +210,14 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
         """Query head and block of the run's r-th row."""
         return kv * group + lax.div(offsets[2] + r, num_q), lax.rem(offsets[2] + r, num_q)
 
-    def needed_row(b, kv, j, r, offsets):
-        start = offsets[1] + j * block_k
-        n, i = row(kv, r, offsets)
-        return n, _within(i, spec.band.transpose().blocks(start, start + block_k, offsets[0], block_q, num_q), num_q)
-
     def q_block(b, kv, j, r, offsets):
-        n, i = needed_row(b, kv, j, r, offsets)
-        return b, n, i, 0
+        start = offsets[1] + j * block_k
+        needed = spec.band.transpose().blocks(start, start + block_k, offsets[0], block_q, num_q)
+        n, i = row(kv, r, offsets)
+        return b, n, _within(i, needed, num_q), 0
 
-    def lse_block(b, kv, j, r, offsets):
-        n, i = needed_row(b, kv, j, r, offsets)
+    def lse_block(*step):
+        b, n, i, _ = q_block(*step)
         return b, n, 0, i
 
     def k_block(b, kv, j, r, offsets):
@@ -247,7 +251,8 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * h,
             transcendentals=pairs,
-            bytes_accessed=_nbytes(k, v, dk, dk, dv, dv) + (num_k * _nbytes(q, do) + 2 * _nbytes(dq)) * run // (group * num_q),
+            bytes_accessed=_nbytes(k, v, dk, dk, dv, dv)
+            + (num_k * _nbytes(q, do) + 2 * _nbytes(dq)) * run // (group * num_q),
         ),
         interpret=pltpu.InterpretParams() if spec.interpret else False,
         name="ringmoe_attention_backward",
@@ -264,8 +269,8 @@ def _backward_kernel(
     q_start = offsets[0] + lax.rem(offsets[2] + r, num_q) * block_q
     k_start = offsets[1] + j * block_k
 
-    # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are the
-    # sums over rows 0 .. r for key block j; dv_ref began with what came in.
+    # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are
+    # the sums over rows 0 .. r for key block j; dv_ref began with what came in.
     @pl.when(j == 0)
     def clear_dq():
         dq[r] = jnp.zeros_like(dq[r])
@@ -313,7 +318,7 @@ def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
 
 
 def _chunks(block: int, chunk: int, start, finish) -> None:
-    """Calls `finish(c, start(c))` for each chunk of the block, two starts ahead: the matrix unit works during the softmax.
+    """Calls `finish(c, start(c))` for each chunk `c` of the block, two starts ahead: the MXU works during the softmax.
 
     The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
     """
@@ -344,6 +349,10 @@ def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
     return lax.dot_general(a, b.astype(a.dtype), dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _lacks(what: str) -> NotImplementedError:
+    return NotImplementedError(f"TPU attention kernel: {what}")
+
+
 def _divisor(length: int, limit: int, unit: int) -> int:
     """The largest block up to `limit` that divides `length`, whole or in units."""
     if length <= limit:
@@ -351,7 +360,7 @@ def _divisor(length: int, limit: int, unit: int) -> int:
     for block in range(limit, 0, -unit):
         if length % block == 0:
             return block
-    raise NotImplementedError(f"TPU attention kernel: {length} tokens are not a multiple of {unit}; pad them")
+    raise _lacks(f"{length} tokens, more than {limit} and in no blocks of {unit}; pad them to a multiple of {LANES}")
 
 
 def _within(i, needed, num_blocks: int):

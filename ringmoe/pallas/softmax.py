@@ -16,7 +16,7 @@ MASKED = -jnp.inf
 def step(m: jax.Array, l: jax.Array, s: jax.Array, axis: int, exp=jnp.exp):
     """One block: returns `(m', l', alpha, p)`. `m` and `l` keep `axis` with length 1.
 
-    `exp=jnp.exp2` takes `s` and keeps `m` in units of log 2 (logits times log2(e)): a multiplication less per logit on TPU.
+    `exp=jnp.exp2` takes `s` and keeps `m` in units of log 2 (logits times log2 e): a multiplication less on TPU.
     """
     m_new = jnp.maximum(m, jnp.max(s, axis, keepdims=True))
     alpha = exp(m - m_new)
