@@ -88,7 +88,9 @@ def test_private_parts_of_jax_are_touched_in_compat_alone(path):
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_import_inside_a_function(path):
     tree, name = ast.parse(path.read_text()), str(path.relative_to(ROOT))
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    ]
     hidden = {module for function in functions for module, _ in imported(function)}
     assert not {module for module in hidden if (name, module) not in INSIDE_FUNCTIONS}
 

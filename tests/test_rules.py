@@ -26,7 +26,7 @@ def experts(b=B, t=16, d=4, e=8, f=6, i=4, gate=False):
     return rules.make("experts", (("tokens", (b, t, d)), *choices, *weights), ("tokens",), (("i", i),))
 
 
-@pytest.mark.parametrize("rule, text", [
+@pytest.mark.parametrize(("rule", "text"), [
     (attention(), "b0 t (k g) h, b0 s k h, b0 s k h -> b0 t (k g) h, b0 t (k g)"),
     (attention(("bias", (B, N, T, S))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 (k g) t u -> b0 t (k g) h, b0 t (k g)"),
     (attention(("key_lengths", (B,))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 -> b0 t (k g) h, b0 t (k g)"),
@@ -83,7 +83,7 @@ def found(rule, *specs, mesh=MESH, strict=True):
     return rule.factor_axes([rules.axes_of(spec, len(dims)) for spec, dims in zip(specs, rule.operands)], mesh, strict)
 
 
-@pytest.mark.parametrize("specs, want", [
+@pytest.mark.parametrize(("specs", "want"), [
     ((P("a", "b"), P("a", "b"), P("a", "b")), {"b0": ("a",), "t": ("b",), "s": ("b",)}),
     ((P(("a", "c"), "b"),), None),  # 2 batches over 4 devices
     ((P(None, ("a", "b")), P(None, ("a", "b"))), {"t": ("a", "b"), "s": ("a", "b")}),
@@ -98,7 +98,7 @@ def found(rule, *specs, mesh=MESH, strict=True):
 ])  # fmt: skip
 def test_axes_of_each_factor(specs, want):
     if want is None:
-        with pytest.raises(ValueError, match="2 elements are sharded over mesh axes .*4 devices"):
+        with pytest.raises(ValueError, match=r"2 elements are sharded over mesh axes .*4 devices"):
             found(attention(), *specs)
     else:
         assert found(attention(), *specs) == want
@@ -131,9 +131,11 @@ def test_specs_come_back(entries):
 
 
 def test_groups_are_never_cut():
-    """More devices than groups: an error; whole groups on the first axes and parts on the last: gathered there, and said."""
+    """More devices than groups: an error; groups whole on the first axes, cut by the last: gathered there, and said."""
     errors.forget_warnings()
-    with pytest.raises(ValueError, match=r"12 tokens over mesh axes \('a', 'b'\) leave 1.5 tokens a device, expected whole groups of 4"):
+    with pytest.raises(
+        ValueError, match=r"12 tokens over mesh axes \('a', 'b'\) leave 1.5 tokens a device, expected whole groups of 4"
+    ):
         found(experts(t=12), P(None, ("a", "b")))
     with pytest.warns(errors.CostWarning, match="gathered: 12 tokens over"):
         assert found(experts(t=12), P(None, ("a", "b")), strict=False) == {}
@@ -146,7 +148,7 @@ def test_the_rule_of_the_whole_call_from_one_devices_shapes():
     assert dict(rule.sizes)["z"] == 32 and dict(rule.sizes)["e"] == 8 and dict(rule.sizes)["d"] == 4
 
 
-@pytest.mark.parametrize("spec, axes", [
+@pytest.mark.parametrize(("spec", "axes"), [
     (P(), ((), (), ())), (P("a"), (("a",), (), ())), (P(None, ("a", "b")), ((), ("a", "b"), ())),
     (P(P.UNCONSTRAINED, None, "c"), ((), (), ("c",))),
 ])  # fmt: skip
@@ -157,7 +159,7 @@ def test_axes_of_a_spec(spec, axes):
 @pytest.mark.parametrize("family", rules.FAMILIES)
 def test_every_rule_is_one_that_custom_partitioning_takes(family):
     """The text and sizes go through JAX's own parser."""
-    from jax.experimental.custom_partitioning import custom_partitioning  # noqa: PLC0415
+    from jax.experimental.custom_partitioning import custom_partitioning
 
     rule = attention(("bias", (1, N, T, 1))) if family == "attention" else experts(gate=True)
     call = custom_partitioning(lambda *xs: tuple(jnp.zeros(rule.shape(dims)) for dims in rule.results))
