@@ -219,6 +219,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_through_every_door(layout, door):

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from ringmoe import compat
 from tests.helpers import make_mesh
 
+pytestmark = pytest.mark.oldest
+
 
 def test_the_private_set_of_primitives_that_need_devices_is_where_it_was():
     from jax._src import dispatch

@@ -247,6 +247,7 @@ hidden_in_custom_vjp.defvjp(
 )
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("place", HIDDEN)
 def test_ops_are_found_wherever_they_hide(mesh, place):
     x = arrays()[0]
@@ -259,6 +260,7 @@ def test_ops_are_found_wherever_they_hide(mesh, place):
     assert_close(jitted(sharded), body(body(x)), 10 * FORWARD)
 
 
+@pytest.mark.oldest
 def test_value_and_grad_inside(mesh, placed):
     loss = lambda q, k, v: jnp.sum(attend(q, k, v, is_causal=True) ** 2)
     gradient = jax.value_and_grad(loss, (0, 1, 2))
@@ -354,6 +356,7 @@ print(json.dumps(counts | {"files": len(os.listdir(sys.argv[1]))}))
 """
 
 
+@pytest.mark.oldest
 def test_a_second_process_gets_a_cache_hit(tmp_path):
     def once():
         env = os.environ | {"PYTHONPATH": str(pathlib.Path(ringmoe.__file__).parents[1])}

@@ -253,6 +253,7 @@ FOUND_LAYOUTS = {  # inside a user's shard_map experts lie over the tokens' axis
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_through_every_door(layout, door):

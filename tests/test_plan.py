@@ -142,7 +142,7 @@ def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_
 
 
 def test_bytes_of_an_expert_exchange():
-    """64 tokens in groups of 4 over 4 devices: 4 groups each, 8 experts x 3 slots x 4 numbers x 2 bytes, there and back."""
+    """64 tokens in groups of 4 over 4 devices: 4 groups each, 8 experts x 3 slots x 4 x 2 bytes, there and back."""
     rows = 8 * 4 * 3 * 4 * 2
     assert experts({"z": ("b",), "e": ("b",)}).wire_bytes == 2 * rows * 3 // 4
     tokens = B * 32 * 4 * 4  # float32

@@ -70,6 +70,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.oldest
 def test_two_processes_agree_with_one(tmp_path):
     from tests.conftest import FLAGS
 

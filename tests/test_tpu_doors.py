@@ -16,6 +16,7 @@ from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, tpu_mesh
 TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
 DOORS = {target: (TYPES, RINGMOE_JIT) for target in TARGETS} | {"v5p:2x2x2": (TYPES, RINGMOE_JIT, MANUAL_VMA)}
 CASES = [(target, door) for target in TARGETS for door in DOORS[target]]
+pytestmark = pytest.mark.oldest
 every_target = pytest.mark.parametrize(("target", "door"), CASES, ids=str)
 
 TOKENS, HEADS, KEY_HEADS, HEAD, MODEL, HIDDEN, EXPERTS = 512, 4, 2, 128, 128, 256, 8
