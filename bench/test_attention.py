@@ -13,7 +13,7 @@ import pytest
 from bench.specs import ATTENTION, AttentionShape
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_xla as kernel
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 
 @jax.custom_vjp
