@@ -108,7 +108,7 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                if any(factor in found for factor in dim) or WHOLE.issuperset(dim):
+                if any(factor in found for factor in dim) or (WHOLE.issuperset(dim) and dim != ("i",)):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
                 taken = {axis for rival in rivals for axis in found.get(rival, ())}
