@@ -55,9 +55,9 @@ def moe(
     )
 
 
-def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a"):
+def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a", group_size=2):
     mesh = make_mesh((8,), AxisType.Auto)
-    config = ringmoe.RouterConfig(experts, group_size=2)
+    config = ringmoe.RouterConfig(experts, group_size=group_size)
     local = lambda x: moe(x, router=(D, experts), w_in=w_in, w_out=w_out, config=config, axis_name=axis_name)[0]
     return jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))(jnp.zeros((1, 16, D)))
 
@@ -237,9 +237,17 @@ CASES = {
         lambda: moe_manual(w_in=(E, D, F)),
         r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*over 8 devices",
     ),
+    "a default group size inside a shard_map": (
+        lambda: moe_manual(group_size=None),
+        r"config.group_size=None with axes=\('a',\), expected a number: inside a shard_map",
+    ),
     "groups cut by the mesh": (
         lambda: moe_over("a", None, group_size=4),
         r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 4: choose a group_size",
+    ),
+    "a single group cut by the mesh": (
+        lambda: moe_over("a", None, group_size=16),
+        r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 16",
     ),
     "groups cut by the mesh, types": (
         lambda: moe_over("a", None, group_size=4, door=TYPES),
@@ -290,7 +298,8 @@ def test_every_check_has_a_case(monkeypatch):
         with pytest.raises(ValueError):
             call()
     hit = {where for where in written for name, line in fired if name == where[0] and where[1] <= line <= where[2]}
-    assert not written - hit
+    missing = sorted(written - hit)
+    assert not missing, missing
 
 
 # What can't be written by a caller with arrays of ours: JAX itself refuses, with a ValueError too.
