@@ -1,1 +1,20 @@
 """RingMoE: ring attention and expert parallelism for any jitted JAX model."""
+
+import pathlib
+
+from jax.extend import source_info_util
+
+from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.lowering import explain as explain
+from ringmoe.lowering import jit as jit
+from ringmoe.moe import combine as combine
+from ringmoe.moe import dispatch as dispatch
+from ringmoe.moe import moe_ffn as moe_ffn
+from ringmoe.router import MoeMetrics as MoeMetrics
+from ringmoe.router import RouterConfig as RouterConfig
+from ringmoe.router import Routing as Routing
+from ringmoe.router import route as route
+
+# Tracebacks and `explain` point at the caller's line, not at ours; the demo's model is a caller.
+for _part in ("attention.py", "compat.py", "moe.py", "router.py", "lowering", "pallas", "primitives", "schedule"):
+    source_info_util.register_exclusion(str(pathlib.Path(__file__).parent / _part))

@@ -60,10 +60,12 @@ class Band:
           block, num_blocks: the other side's block length and count.
         """
         first, last = 0, num_blocks
+        # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform
         if self.left is not None:
-            first = jnp.clip((start - self.left - other_offset) // block, 0, num_blocks)
+            first = jax.lax.div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block), block)
         if self.right is not None:
-            last = jnp.clip((stop - 1 + self.right - other_offset) // block + 1, 0, num_blocks)
+            reach = stop + self.right - other_offset  # the other side is seen up to here, exclusive
+            last = jax.lax.div(jnp.clip(reach, 0, num_blocks * block) + block - 1, block)
         return first, last
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
@@ -80,5 +82,5 @@ class Band:
             return "full"
         if self == Band(right=0):
             return "causal"
-        side = {None: "all"}
-        return f"window({side.get(self.left, self.left)}, {side.get(self.right, self.right)})"
+        left, right = ("all" if side is None else side for side in (self.left, self.right))
+        return f"window({left}, {right})"

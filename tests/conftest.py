@@ -1,11 +1,20 @@
-"""Eight CPU devices and repeatable hypothesis runs, set before anything imports jax."""
+"""Eight CPU devices, patient collectives and repeatable hypothesis runs, set before anything imports jax."""
 
 import os
 
+# Eight devices on a few busy cores: a collective waits long for its last device, which is no dead lock.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_collective_timeout_seconds=600",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, no TPU is looked for
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one libtpu per test process
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 
-import hypothesis
+import hypothesis  # noqa: E402
 
 hypothesis.settings.register_profile("ringmoe", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 hypothesis.settings.load_profile("ringmoe")

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ringmoe import reference
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_xla as kernel
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from tests.helpers import TOLERANCE, assert_close
 
 

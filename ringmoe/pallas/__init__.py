@@ -1,0 +1,42 @@
+"""Kernels, and the one place that knows which platform runs which."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+from ringmoe.errors import check, warn_once
+from ringmoe.pallas import attention_tpu, attention_xla, experts_xla
+
+KERNELS: dict[str, dict[str, ModuleType]] = {
+    "attention": {"tpu": attention_tpu, "xla": attention_xla},
+    "experts": {"xla": experts_xla},
+}
+PREFERRED = {"tpu": ("tpu", "xla")}  # any other platform: the XLA kernel
+IMPLEMENTATIONS = tuple(sorted({name for kernels in KERNELS.values() for name in kernels}))
+
+
+def check_implementation(op: str, implementation: str | None) -> None:
+    """Raises ValueError for a name that `op` has no kernel of."""
+    check(
+        implementation is None or implementation in KERNELS[op],
+        f"{implementation=}, expected None (the best for the platform) or one of {tuple(KERNELS[op])}",
+    )
+
+
+def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[ModuleType], None]) -> ModuleType:
+    """The first kernel of `op` for `platform` that accepts the call.
+
+    `accepts(kernel)` raises NotImplementedError with what the kernel lacks; then the next one is tried. An
+    implementation that was asked for is the only one tried. Falling back is slower and said once.
+    """
+    names = [implementation] if implementation else [n for n in PREFERRED.get(platform, ("xla",)) if n in KERNELS[op]]
+    refusals: list[NotImplementedError] = []
+    for name in names:
+        try:
+            accepts(KERNELS[op][name])
+        except NotImplementedError as refusal:
+            refusals.append(refusal)
+            continue
+        for refusal in refusals:
+            warn_once(f"{op} on {platform}", f"the {name} kernel runs instead of a faster one: {refusal}")
+        return KERNELS[op][name]
+    raise ExceptionGroup(f"no kernel of {op} takes this call on {platform}", refusals)

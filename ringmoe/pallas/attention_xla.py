@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.pallas import softmax
-from ringmoe.pallas.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head

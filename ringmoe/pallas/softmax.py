@@ -13,11 +13,14 @@ INITIAL_MAX = -1e30  # finite: exp(-inf - INITIAL_MAX) == 0, and alpha of a firs
 MASKED = -jnp.inf
 
 
-def step(m: jax.Array, l: jax.Array, s: jax.Array, axis: int):
-    """One block: returns `(m', l', alpha, p)`. `m` and `l` keep `axis` with length 1."""
+def step(m: jax.Array, l: jax.Array, s: jax.Array, axis: int, exp=jnp.exp):
+    """One block: returns `(m', l', alpha, p)`. `m` and `l` keep `axis` with length 1.
+
+    `exp=jnp.exp2` takes `s` and keeps `m` in units of log 2 (logits times log2 e): a multiplication less on TPU.
+    """
     m_new = jnp.maximum(m, jnp.max(s, axis, keepdims=True))
-    alpha = jnp.exp(m - m_new)
-    p = jnp.exp(s - m_new)
+    alpha = exp(m - m_new)
+    p = exp(s - m_new)
     return m_new, l * alpha + jnp.sum(p, axis, keepdims=True), alpha, p
 
 

@@ -1,0 +1,150 @@
+"""Public attention ops: docstring, checks, one bind each."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ringmoe import compat, pallas
+from ringmoe.errors import check
+from ringmoe.masks import Band
+from ringmoe.interface import AttentionSpec, Extras
+from ringmoe.plan import EXCHANGES
+from ringmoe.primitives.attention import Call, attention
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["tpu", "xla"] | None = None,
+    return_residual: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    exchange: Literal["auto", "ring", "all_gather"] = "auto",
+) -> Any:
+    r"""Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
+
+    .. math:: O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias}) V
+
+    Every argument that `jax.nn` has means what it means there. Two things differ: a query that sees no key gives zeros
+    (and LSE -inf), where `jax.nn` averages V; and the residual is fp32 (fp64 for fp64 inputs) and differentiable.
+
+    Letters: B batch, T query tokens, S key tokens, N query heads, K key heads (N a multiple of K), H head dim. Where
+    query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is gathered.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H]; bf16, fp16, fp32 or fp64.
+      key, value: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
+      bias: added to the logits, broadcastable to [B, N, T, S]; differentiable.
+      mask: boolean, broadcastable to [B, N, T, S]; True takes part.
+      scale: of the logits; default 1 / sqrt(H).
+      is_causal: token i sees keys j <= i, both counted from their sequence's start.
+      query_seq_lengths, key_value_seq_lengths: [B] int32, valid tokens of each sequence; the rest is padding.
+      local_window_size: (left, right) or one int for both: token i sees keys i - left .. i + right.
+      implementation: "tpu" (Pallas), "xla", or None: the best that takes this call on this platform. Away from a TPU
+        "tpu" runs in Pallas's interpreter, slowly: for tests.
+      return_residual: also return the LSE.
+      query_segment_ids, key_value_segment_ids: [B, T] and [B, S] int32, both or neither: a query sees keys of its own
+        segment only (packed sequences).
+      axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) over which the sequence is sharded; query,
+        key and value are then one device's slices, and bias, mask and key_value_segment_ids span the whole of S. Outside
+        a shard_map shardings are found by themselves and this stays None.
+      exchange: "ring", "all_gather" (K and V whole on every device), or "auto".
+
+    Returns:
+      output like query; with `return_residual` also the LSE [B, T, N] (or [T, N]), log sum_j exp(logit_ij).
+
+    Raises:
+      ValueError: shapes, dtypes or names that don't fit, with what was expected.
+      NotImplementedError: the implementation that was asked for lacks something.
+
+    Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward; (P - 1) / P of K and V
+    sent forward, three to five times that backward (fp32 dK, dV travel too); memory beyond the operands: the next K and V
+    block and one fp32 output.
+
+    Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Dao, FlashAttention-2,
+    https://arxiv.org/abs/2307.08691.
+    """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    shape = query.shape
+    check(query.ndim in (3, 4), f"{query.shape=}, expected [B, T, N, H] or [T, N, H]")
+    if query.ndim == 3:
+        query, key, value = (x[None] for x in (query, key, value))
+    _check_arrays(query, key, value)
+    pallas.check_implementation("attention", implementation)
+    check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
+    b, t, n, h = query.shape
+    s = key.shape[1]
+    axes = compat.check_axis_name(axis_name)
+    columns = s * math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
+    extras = Extras(
+        bias=_logits_like("bias", bias, (b, n, t, columns)),
+        mask=_logits_like("mask", mask, (b, n, t, columns)),
+        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (b,)),
+        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (b,)),
+        query_segments=_integers("query_segment_ids", query_segment_ids, (b, t)),
+        key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (b, columns)),
+    )
+    check(
+        (extras.query_segments is None) == (extras.key_segments is None),
+        "query_segment_ids and key_value_segment_ids: one was given, expected both or neither",
+    )
+    band = Band.make(is_causal, local_window_size)
+    call = Call(
+        AttentionSpec(1 / math.sqrt(h) if scale is None else float(scale), band), exchange, implementation, axes
+    )
+    output, lse = attention(call, *compat.vary_alike((query, key, value, extras)))
+    output = output.reshape(shape)
+    return (output, lse.reshape(shape[:-1])) if return_residual else output
+
+
+def _check_arrays(query, key, value):
+    check(query.dtype in DTYPES, f"{query.dtype=}, expected one of {[jnp.dtype(d).name for d in DTYPES]}: cast the inputs")
+    for name, x in (("key", key), ("value", value)):
+        check(x.dtype == query.dtype, f"{name} has dtype {x.dtype}, expected query's {query.dtype}: cast one of them")
+        check(x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}")
+    b, _, n, h = query.shape
+    expected = (b, key.shape[1], key.shape[2], h)
+    check(key.shape == expected, f"{key.shape=}, expected [B, S, K, H] with query's B={b} and H={h}")
+    check(value.shape == expected, f"{value.shape=}, expected key's shape {expected}")
+    check(
+        key.shape[2] > 0 and n % key.shape[2] == 0,
+        f"{n} query heads and {key.shape[2]} key heads, expected the first to be a multiple of the second",
+    )
+    check(min(query.shape + key.shape) > 0, f"{query.shape=}, {key.shape=}, expected no dim of length 0")
+
+
+def _logits_like(name: str, x, shape: tuple[int, ...]):
+    """The bias or mask with 4 dims, checked to broadcast to `shape`."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    kind = jnp.floating if name == "bias" else jnp.bool_
+    check(jnp.issubdtype(x.dtype, kind), f"{name} has dtype {x.dtype}, expected {'a float' if name == 'bias' else 'bool'}")
+    check(x.ndim <= 4, f"{name} has shape {x.shape}, expected at most 4 dims, broadcastable to [B, N, T, S] = {shape}")
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    fits = all(n in (1, m) for n, m in zip(x.shape, shape))
+    check(fits, f"{name} has shape {x.shape}, expected one that broadcasts to [B, N, T, S] = {shape}")
+    return x
+
+
+def _integers(name: str, x, shape: tuple[int, ...]):
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    check(x.shape == shape and x.dtype == jnp.int32, f"{name} has shape {x.shape} and dtype {x.dtype}, expected int32 {shape}")
+    return x

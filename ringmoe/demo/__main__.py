@@ -1,0 +1,5 @@
+import sys
+
+from ringmoe.demo.train import main
+
+sys.exit(main())

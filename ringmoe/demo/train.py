@@ -1,0 +1,219 @@
+"""The demo's program: trains the byte model on 8 CPU devices, checks it, and shows what its ops became.
+
+python -m ringmoe.demo --steps 40 --out ./out
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+try:
+    import matplotlib  # noqa: F401  (picture needs it)
+    import optax
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the demo needs {error.name!r}, which is not installed: pip install 'ringmoe[examples]'", name=error.name
+    ) from error
+
+import ringmoe
+from ringmoe.demo import check, data, machines, model, picture, placement
+
+SEQUENCE_LENGTH = 4096
+BATCH_SIZE = 2
+
+
+class State(NamedTuple):
+    params: Any  # model.Params
+    optimizer: Any  # optax's
+
+
+class History(NamedTuple):
+    """One entry a step."""
+
+    loss: list[float]
+    dropped: list[float]
+    expert_load: list[np.ndarray]
+
+
+def make_optimizer(num_steps: int, peak: float = 5e-3) -> optax.GradientTransformation:
+    """AdamW with gradients clipped to norm 1; the rate warms up for a tenth of the steps, then falls as a cosine."""
+    warmup = max(1, num_steps // 10)
+    rate = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, warmup, max(num_steps, warmup + 1), 0.1 * peak)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=_is_matrix))
+
+
+def _is_matrix(params: model.Params) -> Any:
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def init_state(seed: int, config: model.Config, optimizer: optax.GradientTransformation) -> State:
+    params = model.init(jax.random.key(seed), config)
+    return State(params, optimizer.init(params))
+
+
+def make_train_step(config: model.Config, optimizer: optax.GradientTransformation):
+    """`step(state, inputs [B, T], targets [B, T]) -> (state, report)`; its arguments alone make it dense or sharded."""
+
+    def train_step(state: State, inputs: jax.Array, targets: jax.Array):
+        grad = jax.grad(functools.partial(model.loss, config=config), has_aux=True)
+        grads, report = grad(state.params, inputs, targets)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), optimizer_state), report
+
+    return train_step
+
+
+def abstract_arguments(state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """The train step's arguments, shapes and shardings only."""
+    tokens = jax.ShapeDtypeStruct((BATCH_SIZE, SEQUENCE_LENGTH), np.int32, sharding=placement.batch_sharding(mesh))
+    return placement.abstract(state, placement.state_shardings(state, mesh)), tokens, tokens
+
+
+def compile_step(train_step, state: Any, mesh: jax.sharding.Mesh):
+    """Compiles the step for the mesh's devices, which need not exist; the state it is given is overwritten in place."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    out_shardings = (placement.state_shardings(state, mesh), everywhere)
+    jitted = ringmoe.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return jitted.lower(*abstract_arguments(state, mesh)).compile()
+
+
+def fit(step, state: State, batches: Sequence[np.ndarray], mesh, console: Console) -> tuple[State, History]:
+    """One step a batch [B, T + 1], with a progress bar; raises `check.CheckFailed` at a loss that is not finite."""
+    history = History([], [], [])
+    num_steps = len(batches)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=num_steps)
+        for i, batch in enumerate(batches, 1):
+            start = time.perf_counter()
+            inputs, targets = jax.device_put((batch[:, :-1], batch[:, 1:]), placement.batch_sharding(mesh))
+            state, report = step(state, inputs, targets)
+            report = jax.device_get(report)
+            seconds = time.perf_counter() - start
+            check.check_finite(i, float(report["loss"]))
+            history.loss.append(float(report["loss"]))
+            history.dropped.append(float(report["dropped"]))
+            history.expert_load.append(report["expert_load"])
+            line = (
+                f"loss {history.loss[-1]:.3f} nats/byte  {batch[:, 1:].size / seconds:,.0f} tokens/s  "
+                f"dropped {history.dropped[-1]:.1%}"
+            )
+            progress.update(bar, advance=1, description=line)
+            if not console.is_terminal and (i % 10 == 0 or i in (1, num_steps)):
+                console.print(f"step {i}/{num_steps}  {line}")
+    return state, history
+
+
+@contextlib.contextmanager
+def timed(console: Console, what: str):
+    """A spinner while the block runs; then one line with its seconds."""
+    start = time.perf_counter()
+    with console.status(f"{what} ..."):
+        yield
+    console.print(f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+def compile_for_targets(train_step, state: Any, console: Console) -> None:
+    """Prints what the same train step becomes on machines that are not here."""
+    if not machines.can_compile():
+        console.print(f"not compiled for {', '.join(machines.TARGETS)}: libtpu is missing ({machines.HOW_TO_INSTALL})")
+        return
+    for target in machines.TARGETS:
+        with timed(console, f"compiling the same train step for {target}"):
+            mesh = placement.make_mesh(machines.devices(target))
+            found = machines.summary(compile_step(train_step, state, mesh))
+        console.print(f"  {target}: {found}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ringmoe demo",
+        description="Trains a byte-level mixture-of-experts model on the Python standard library's own sources, in "
+        f"sequences of {SEQUENCE_LENGTH} bytes sharded over {placement.NUM_DEVICES} CPU devices (sequence, experts), "
+        "checks it against the dense model and shows how every op was partitioned. About three minutes on two cores.",
+        epilog=f"Exits with 1 if the loss does not fall below {check.LOSS_BOUND} nats per byte or if sharded and dense "
+        f"logits differ by more than {check.LOGITS_BOUND:.0e}.",
+    )
+    parser.add_argument("--steps", type=int, default=40, help="batches to train for (default %(default)s)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="picture's folder (default ./out)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of text (default %(default)s)")
+    targets = " and ".join(machines.TARGETS)
+    parser.add_argument("--no-targets", dest="targets", action="store_false", help=f"don't compile for {targets}")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}, expected at least 1")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    arguments = parse(argv)
+    console = Console(soft_wrap=True)
+    start = time.perf_counter()
+    try:
+        placement.use_cpu_devices()
+    except RuntimeError as error:  # of the caller's making; those of a run below keep their traceback
+        console.print(f"demo failed: {error}", style="bold red", markup=False)
+        return 1
+    try:
+        run(arguments, console)
+    except check.CheckFailed as error:
+        console.print(f"demo failed: {error}", style="bold red", markup=False)
+        return 1
+    console.print(f"demo passed in {time.perf_counter() - start:.0f} s", style="bold green")
+    return 0
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    config = model.Config()
+    corpus = data.load(SEQUENCE_LENGTH)
+    mesh = placement.make_mesh(jax.devices())
+    optimizer = make_optimizer(arguments.steps)
+    train_step = make_train_step(config, optimizer)
+    init = functools.partial(init_state, arguments.seed, config, optimizer)
+    # Born in its place: no device ever holds all experts.
+    state = jax.jit(init, out_shardings=placement.state_shardings(jax.eval_shape(init), mesh))()
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    console.print(
+        f"{count:,} weights, {len(corpus.train):,} sequences of {SEQUENCE_LENGTH:,} bytes, mesh "
+        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    )
+
+    with timed(console, f"compiling the train step for {mesh.size} CPU devices"):
+        step = compile_step(train_step, state, mesh)
+    batches = list(itertools.islice(data.batches(corpus.train, BATCH_SIZE, arguments.seed), arguments.steps))
+    state, history = fit(step, state, batches, mesh, console)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "demo.png"
+    picture.save(path, *history, check.LOSS_BOUND)
+    console.print(f"picture of loss and expert load: {path}")
+
+    console.print(str(ringmoe.explain(train_step, *abstract_arguments(state, mesh))), markup=False)
+    with timed(console, "comparing sharded with dense logits"):
+        candidates = next(data.batches(corpus.heldout, 4 * BATCH_SIZE, arguments.seed))
+        agreement = check.compare_logits(state.params, candidates, BATCH_SIZE, config, mesh)
+    console.print(
+        f"largest difference {agreement.max_difference:.1e} (bound {check.LOGITS_BOUND:.0e}, largest logit "
+        f"{agreement.max_logit:.1f}, closest expert choice {agreement.margin:.1e})"
+    )
+    if arguments.targets:
+        compile_for_targets(train_step, state, console)
+    last = check.check_loss(history.loss)
+    console.print(f"loss {last:.3f} nats per byte (bound {check.LOSS_BOUND}); held out {agreement.heldout_loss:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""`ringmoe.jit`: jax.jit, with every RingMoE op partitioned by the sharding that Shardy finds for its operands.
+
+    trace (jax.jit) ─► propagate ─► jax.jit of the placed jaxpr: lower, compile, run
+
+What comes out is an ordinary jitted function of shard_maps: it runs on every platform, exports, and caches on disk.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AbstractMesh, NamedSharding
+
+from ringmoe.lowering import propagate
+
+
+class Jitted:
+    """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
+
+    def __init__(self, fun: Callable, options: dict[str, Any]):
+        functools.update_wrapper(self, fun)
+        self._options = options
+        self._plain: Any = jax.jit(fun, **options)
+        self._static = _static_arguments(fun, options)
+        self._placed: dict[Any, Any] = {}
+
+    def __call__(self, *args, **kwargs):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+            return self._plain(*args, **kwargs)  # inside another transformation: the outermost ringmoe.jit places the ops
+        return self._for(args, kwargs)(*args, **kwargs)
+
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        """As jax.jit's: arguments may be `jax.ShapeDtypeStruct`s with shardings, of devices that aren't here."""
+        return self._for(args, kwargs).lower(*args, **kwargs)
+
+    def trace(self, *args, **kwargs) -> jax.stages.Traced:
+        """As jax.jit's; its jaxpr shows each op with its `placement`."""
+        return self._for(args, kwargs).trace(*args, **kwargs)
+
+    def eval_shape(self, *args, **kwargs):
+        """As jax.jit's."""
+        return self._plain.eval_shape(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """As jax.jit's."""
+        self._placed.clear()
+        self._plain.clear_cache()
+
+    def _for(self, args, kwargs):
+        """The jitted function for arguments of these shapes and shardings."""
+        numbers, names = self._static
+        static = [args[i] for i in numbers if i < len(args)], [kwargs[n] for n in names if n in kwargs]
+        dynamic = [x for i, x in enumerate(args) if i not in numbers], {n: x for n, x in kwargs.items() if n not in names}
+        leaves, tree = jax.tree.flatten(dynamic)
+        context = jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
+        key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context
+        try:
+            if key not in self._placed:
+                self._placed[key] = self._place(leaves, args, kwargs)
+            return self._placed[key]
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            return self._plain  # jax.jit says which argument can't be hashed
+
+    def _place(self, leaves, args, kwargs):
+        traced = self._plain.trace(*args, **kwargs)
+        mesh = _mesh_of(leaves, self._options)
+        if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
+            return self._plain
+        run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
+        lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
+        return run(propagate.propagate(traced.jaxpr, mesh, lower))
+
+    def _evaluate(self, jaxpr, tree):
+        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
+
+        def placed(*args, **kwargs):
+            # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
+            leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
+            return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
+
+        return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
+
+
+def jit(fun: Callable | None = None, **options) -> Any:
+    """Jits `fun` as `jax.jit` does, and partitions every RingMoE op in it by the sharding of its operands.
+
+    Takes what `jax.jit` takes (static_argnums, static_argnames, donate_argnums, donate_argnames, in_shardings,
+    out_shardings, ...) and is called, lowered and compiled like it. Needed on TPU when mesh axes are Auto; never wrong
+    elsewhere. Called inside `grad`, `vmap` or another jit it is a plain nested jit, and the outermost `ringmoe.jit` does
+    the work: write `ringmoe.jit(jax.grad(f))`, not `jax.grad(ringmoe.jit(f))`.
+
+    Cost: one more lowering and one run of Shardy's propagation for each new set of shapes and shardings.
+    Source: Shardy, https://github.com/openxla/shardy.
+    """
+    if fun is None:
+        return functools.partial(jit, **options)
+    return Jitted(fun, options)
+
+
+def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
+    """Positions and names of the static arguments; as in jax.jit, either may be given for both."""
+    listed = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
+    numbers, names = set(listed(options.get("static_argnums"))), set(listed(options.get("static_argnames")))
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    try:
+        positional = [p.name for p in inspect.signature(fun).parameters.values() if p.kind in kinds]
+    except (ValueError, TypeError):  # a callable without a signature: what was given is all there is
+        positional = []
+    numbers = {i % len(positional) if i < 0 and positional else i for i in numbers}
+    names |= {positional[i] for i in numbers if i < len(positional)}
+    numbers |= {i for i, name in enumerate(positional) if name in names}
+    return frozenset(numbers), frozenset(names)
+
+
+def _signature(leaf):
+    """What of an argument decides the placement: type and sharding."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding, getattr(leaf, "committed", True)
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else type(leaf)
+
+
+def _mesh_of(leaves, options) -> AbstractMesh:
+    """The mesh of the arguments, of in_shardings, or the one that is set."""
+    given = jax.tree.leaves([options.get("in_shardings"), options.get("out_shardings")])
+    for sharding in [getattr(x, "sharding", None) for x in leaves] + given:
+        if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
+            return sharding.mesh.abstract_mesh
+    return jax.sharding.get_abstract_mesh()

@@ -1,0 +1,219 @@
+"""Plans: which exchange an op uses, over which axes, and why. Frozen data without arrays, made by cached pure functions.
+
+A plan is made from the op's sharding rule and the mesh axes of each of its factors (rules.py), whichever door found them.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+from ringmoe.errors import check
+from ringmoe.masks import Band
+from ringmoe.rules import Axes, Rule
+
+EXCHANGES = ("auto", "ring", "all_gather")
+
+Factors = tuple[tuple[str, Axes], ...]  # a dict of factor -> axes, sorted, hashable
+
+
+def freeze(factors: Mapping[str, Axes]) -> Factors:
+    """The hashable form of a factor -> axes mapping."""
+    return tuple(sorted((factor, axes) for factor, axes in factors.items() if axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """How one attention call is spread over the mesh."""
+
+    factors: Factors  # the axes that really split each factor: the shard_map's specs come from here
+    exchange: str  # "local" | "ring" | "all_gather"
+    axes: Axes  # mesh axes that K and V are exchanged over, major to minor
+    size: int  # devices on those axes
+    hops: int  # key blocks that a device meets, its own included
+    query_axes: Axes  # mesh axes that split the queries
+    key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
+    bias_sum_axes: Axes  # axes over which the shares of dbias are summed
+    reason: str
+    wire_bytes: int  # sent per device by this op
+
+    @property
+    def ring_size(self) -> int:
+        """Devices on the ring: 1 where nothing travels."""
+        return self.size if self.exchange == "ring" else 1
+
+
+@functools.cache
+def attention(
+    rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], band: Band, exchange: str, itemsize: int,
+    bias: int | None = None, owed_itemsize: int = 0,
+) -> AttentionPlan:
+    """Chooses the exchange.
+
+    Args:
+      rule: query, key and value are its first operands; `bias` is the index of the bias among them, or None.
+      factors: the axes a door found for each factor. mesh_shape: every axis and its size.
+      exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
+        dK and dV on their way to their owner, in a backward pass.
+
+    Raises ValueError where the caller asked for a ring that these shardings can't have.
+    """
+    sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
+    key_axes = split.get("s", ())
+    size = math.prod(length[a] for a in key_axes)
+    if size == 1:
+        kind, why = "local", "keys are whole on every device: nothing to exchange"
+    elif exchange == "all_gather":
+        kind, why = "all_gather", "asked for"
+    else:
+        kind, why = _ring_or_gather(rule, split, sizes, key_axes, size)
+        check(
+            kind == "ring" or exchange != "ring",
+            f"exchange='ring' was asked for, but {why}: shard queries and keys over the same axes, or use exchange='auto'",
+        )
+    if kind == "ring":
+        split["t"] = key_axes
+    hops = _hops(band, size, sizes["t"] // size, sizes["s"] // size) if kind == "ring" else 1
+    axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
+    query, key = axes(rule.operands[0]), axes(rule.operands[1])
+    own = () if kind == "all_gather" else split.get("s", ())
+    shared = {a for a in key if a not in split.get("s", ())} | set(own)
+    block = 2 * math.prod(rule.shape(rule.operands[1])) // math.prod(length[a] for a in key)
+    sends, returns = {"local": (0, 0), "ring": (hops - 1, hops), "all_gather": (size - 1, size - 1)}[kind]
+    return AttentionPlan(
+        factors=freeze(split),
+        exchange=kind,
+        axes=key_axes if size > 1 else (),
+        size=size,
+        hops=hops,
+        query_axes=split.get("t", ()),
+        key_sum_axes=tuple(a for a in query if a not in shared),
+        bias_sum_axes=() if bias is None else tuple(a for a in query if a not in axes(rule.operands[bias])),
+        reason=why,
+        wire_bytes=block * (sends * itemsize + returns * owed_itemsize),
+    )
+
+
+def _ring_or_gather(rule: Rule, split, sizes, key_axes: Axes, size: int) -> tuple[str, str]:
+    query_axes = split.get("t", ())
+    if query_axes == key_axes:
+        return "ring", "queries and keys are sharded over the same axes"
+    busy = {axis for f in rule.neighbours("t") for axis in split.get(f, ())}
+    if not query_axes and not busy & set(key_axes) and sizes["t"] % size == 0:
+        return "ring", "keys are sharded; queries are cut alike, which moves nothing"
+    return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
+
+
+def _hops(band: Band, size: int, queries: int, keys: int) -> int:
+    """Key blocks that any device needs, walking from its own one to earlier ones.
+
+    With `right <= 0` and a finite `left`, queries `[i t, i t + t)` see no key before `i t - left`: the ring stops there.
+    """
+    if band.right != 0 or band.left is None or queries != keys:
+        return size
+    return min(size, 1 + -(-band.left // keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """How one expert layer is spread over a mesh.
+
+    Three kinds of axes shard experts or their hidden dim:
+    an exchange axis shards experts and tokens: rows travel to their experts and back by all-to-all;
+    an expert axis that doesn't shard tokens: every device serves its own experts, the outputs are summed;
+    a hidden axis shards F: every device computes its part of every row, the outputs are summed.
+
+    Attributes:
+        num_experts: E.
+        capacity: C, slots per group and expert.
+        group_size: i, consecutive tokens per group; a device holds whole groups.
+        expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
+        exchange_axes: those of them that also shard tokens, in the order of expert_axes.
+        token_axes: all axes that shard tokens (batch or sequence).
+        hidden_axes: axes that shard F; neither token nor expert axes.
+        reason: why this plan, in words, for `explain`.
+        wire_bytes: sent per device, forward.
+        factors: the axes that split each factor, for the shard_map's specs.
+    """
+
+    num_experts: int
+    capacity: int
+    group_size: int
+    expert_axes: tuple[tuple[str, int], ...] = ()
+    exchange_axes: tuple[str, ...] = ()
+    token_axes: tuple[str, ...] = ()
+    hidden_axes: tuple[str, ...] = ()
+    reason: str = ""
+    wire_bytes: int = 0
+    factors: Factors = ()
+
+    def __post_init__(self):
+        experts = [axis for axis, _ in self.expert_axes]
+        assert self.num_experts % math.prod(size for _, size in self.expert_axes) == 0, self
+        assert list(self.exchange_axes) == [axis for axis in experts if axis in self.token_axes], self
+        assert not set(self.hidden_axes) & {*experts, *self.token_axes}, self
+
+    @property
+    def sum_axes(self) -> tuple[str, ...]:
+        """Axes over which outputs (and dx, dweight) are summed: expert axes without exchange, and hidden axes."""
+        own = (axis for axis, _ in self.expert_axes if axis not in self.exchange_axes)
+        return (*own, *self.hidden_axes)
+
+    @property
+    def weight_sum_axes(self) -> tuple[str, ...]:
+        """Axes over which weight gradients are summed: token axes that don't exchange, so each saw its own tokens only."""
+        return tuple(axis for axis in self.token_axes if axis not in self.exchange_axes)
+
+    @property
+    def num_exchange(self) -> int:
+        """Devices among which one device's rows are exchanged."""
+        return math.prod(size for axis, size in self.expert_axes if axis in self.exchange_axes)
+
+    @property
+    def exchange(self) -> str:
+        """What moves: "all_to_all", "sum", both, or "local"."""
+        kinds = ("all_to_all",) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
+        return " + ".join(kinds) or "local"
+
+    @property
+    def axes(self) -> Axes:
+        """The axes that it moves over."""
+        return (*self.exchange_axes, *self.sum_axes)
+
+
+@functools.cache
+def experts(
+    rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], capacity: int, itemsize: int
+) -> ExpertPlan:
+    """Where rows go: to the experts' devices over axes that also shard tokens; else outputs are summed.
+
+    `rule` is that of an op on "tokens" (or "rows"), `factors` what a door found. Weights sharded over the model dim, or
+    over the hidden dim along an axis that shards tokens or experts, are gathered first.
+    """
+    sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
+    token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
+    expert_axes = split.get("e", ())
+    split["f"] = tuple(a for a in split.get("f", ()) if a not in (*token_axes, *expert_axes))
+    exchange = tuple(a for a in expert_axes if a in token_axes)
+    own = tuple(a for a in expert_axes if a not in token_axes)
+    why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts"] * bool(exchange)
+    why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
+    why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
+    splits = lambda axes: math.prod(length[a] for a in axes)
+    groups = math.prod(n for f, n in sizes.items() if f == "z" or re.fullmatch(r"b\d+", f)) // splits(token_axes)
+    rows = sizes["e"] // splits(own) * groups * capacity * sizes.get("d", 1) * itemsize
+    summed = groups * sizes["i"] * sizes.get("d", 1) * max(itemsize, 4)
+    parts = splits((*own, *split["f"]))
+    return ExpertPlan(
+        num_experts=sizes["e"],
+        capacity=capacity,
+        group_size=sizes["i"],
+        expert_axes=tuple((a, length[a]) for a in expert_axes),
+        exchange_axes=exchange,
+        token_axes=token_axes,
+        hidden_axes=split["f"],
+        reason="; ".join(why) or "experts are whole on every device: nothing moves",
+        wire_bytes=2 * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
+        factors=freeze(split),
+    )

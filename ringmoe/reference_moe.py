@@ -1,0 +1,78 @@
+"""The dense oracle of the expert layer: loops that count, and every expert applied to every token. For tests and docs.
+
+Everything runs in the dtype of its inputs; give float64 for an oracle. Shapes: x [*B, T, D], logits [*B, T, E].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Selection(NamedTuple):
+    """numpy arrays: expert, slot [*B, T, k] int (slot -1: dropped or not taking part); active [*B, T] bool."""
+
+    expert: np.ndarray
+    slot: np.ndarray
+    active: np.ndarray
+
+
+def select(logits, *, top_k: int, capacity: int, group_size: int, token_mask=None) -> Selection:
+    """Who goes where, by counting: for each group, all first choices in token order, then all second choices, ...
+
+    The largest logits win, the lowest index among equals. Masked tokens, and tokens with a NaN, a +inf or nothing but
+    -inf, are passed over.
+    """
+    logits = np.asarray(logits)
+    num_tokens, num_experts = logits.shape[-2:]
+    flat = logits.reshape(-1, num_tokens, num_experts)
+    with np.errstate(invalid="ignore"):
+        active = ~np.isnan(flat).any(-1) & ~np.isposinf(flat).any(-1) & ~np.isneginf(flat).all(-1)
+    finite = active.copy()
+    if token_mask is not None:
+        active &= np.asarray(token_mask).reshape(active.shape)
+    expert = np.zeros((*flat.shape[:2], top_k), np.int32)
+    slot = np.full(expert.shape, -1, np.int32)
+    for b in range(flat.shape[0]):
+        for t in range(num_tokens):
+            row = flat[b, t] if finite[b, t] and active[b, t] else np.zeros(num_experts)
+            expert[b, t] = sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k]
+        for start in range(0, num_tokens, group_size):
+            taken = [0] * num_experts
+            for j in range(top_k):
+                for t in range(start, start + group_size):
+                    if active[b, t]:
+                        e = expert[b, t, j]
+                        slot[b, t, j] = taken[e] if taken[e] < capacity else -1
+                        taken[e] += 1
+    shape = (*logits.shape[:-1], top_k)
+    return Selection(expert.reshape(shape), slot.reshape(shape), active.reshape(shape[:-1]))
+
+
+def weights(logits, selection: Selection, *, renormalize: bool) -> jax.Array:
+    """[*B, T, k] softmax scores of the chosen experts, divided by their sum before any drop if `renormalize`."""
+    chosen = jax.nn.one_hot(selection.expert, logits.shape[-1], dtype=logits.dtype)
+    weight = jnp.einsum("...tke,...te->...tk", chosen, jax.nn.softmax(logits, axis=-1))
+    return weight / weight.sum(-1, keepdims=True) if renormalize else weight
+
+
+def experts(x, selection: Selection, weight, w_in, w_out, w_gate=None) -> jax.Array:
+    """y = sum over the choices that have a slot of weight * FFN_expert(x); differentiable in all arrays.
+
+    SwiGLU with w_gate, tanh-GELU without. A token whose weights are NaN gives NaN.
+    """
+    u = jnp.einsum("...td,edf->...tef", x, w_in)
+    if w_gate is None:
+        hidden = jax.nn.gelu(u, approximate=True)
+    else:
+        hidden = jax.nn.silu(jnp.einsum("...td,edf->...tef", x, w_gate)) * u
+    out = jnp.einsum("...tef,efd->...ted", hidden, w_out)
+    chosen = jax.nn.one_hot(selection.expert, w_in.shape[0], dtype=x.dtype) * (selection.slot >= 0)[..., None]
+    return jnp.einsum("...tk,...tke,...ted->...td", weight, chosen, out)
+
+
+def moe_ffn(x, router_weight, w_in, w_out, w_gate=None, *, selection: Selection, renormalize: bool = True) -> jax.Array:
+    """The whole layer, differentiable, with the choices of `select(x @ router_weight, ...)` held fixed."""
+    weight = weights(x @ router_weight, selection, renormalize=renormalize)
+    return experts(x, selection, weight, w_in, w_out, w_gate)

@@ -1,0 +1,136 @@
+"""Attention on one device of a mesh: which blocks of keys meet the local queries, and in which order.
+
+Arrays are local and in the public layouts: query [*batch, t, N, H], key and value [*batch, s, K, H], lse and delta
+[*batch, t, N]. Extras come whole along the keys and are cut to each hop's columns here.
+"""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.plan import AttentionPlan
+from ringmoe.schedule.ring import ring
+
+
+def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
+    """Returns output like query and the LSE [*batch, t, N] in the accumulator's dtype."""
+    q, k, v = (_head_major(x) for x in (query, key, value))
+    blocks = _Blocks(plan, query, q, k, extras)
+
+    def step(state, block, owner):
+        k, v = block
+        return kernel.forward(spec, state, q, k, v, blocks.extras(owner), blocks.offsets(owner)), ()
+
+    state, _ = ring(step, plan.axes, plan.ring_size, plan.hops, kernel.init(spec, q), blocks.gather((k, v)))
+    output, lse = kernel.finish(spec, state)
+    lse = lse.swapaxes(1, 2).reshape(*query.shape[:-1])
+    return _public(output, query), lse
+
+
+def backward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, lse, do, delta, extras: Extras):
+    """Returns dq, dk, dv in the dtypes of query, key and value, and dbias or None.
+
+    `lse` and `delta` (sum(do * output) - dlse) are those of the whole softmax: each hop's share is then final.
+    """
+    q, k, v, do_ = (_head_major(x) for x in (query, key, value, do))
+    lse_, delta_ = (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta))
+    blocks = _Blocks(plan, query, q, k, extras)
+    acc = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+    k, v = blocks.gather((k, v))
+
+    def step(state, block, owner):
+        dq, dbias = state
+        k, v = block
+        here = blocks.extras(owner)
+        zero = Grads(dq, acc(k), acc(v), None if here.bias is None else acc(here.bias))
+        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(owner))
+        return (grads.dq, blocks.add_columns(dbias, grads.dbias, owner)), (grads.dk, grads.dv)
+
+    dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
+    (dq, dbias), dkv = ring(step, plan.axes, plan.ring_size, plan.hops, (acc(q), dbias), (k, v), (acc(k), acc(v)))
+    dk, dv = blocks.reduce(dkv)
+    dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
+    return _public(dq, query), _public(dk, key), _public(dv, value), dbias
+
+
+class _Blocks:
+    """Where the local queries and each block of keys stand in the sequence, and the extras that belong to them."""
+
+    def __init__(self, plan: AttentionPlan, query, q, k, extras: Extras):
+        self.plan = plan
+        self.gathered = plan.exchange == "all_gather"
+        self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
+        self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else jnp.int32(0)
+        self.batch = query.shape[:-3]
+        self.whole = Extras(*(None if x is None else self._flat(x) for x in extras))
+
+    def offsets(self, owner) -> Offsets:
+        return Offsets(self.query_offset, owner * self.keys)
+
+    def gather(self, kv):
+        """K and V whole along the keys where the plan gathers them; as they are where they travel."""
+        if not self.gathered:
+            return kv
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.plan.axes, axis=2, tiled=True), kv)
+
+    def reduce(self, dkv):
+        """The transpose of `gather`, and the sum over devices whose queries met the same keys."""
+        plan, sum_axes = self.plan, self.plan.key_sum_axes
+        if self.gathered and set(plan.axes) <= set(sum_axes):
+            scatter = functools.partial(jax.lax.psum_scatter, axis_name=plan.axes, scatter_dimension=2, tiled=True)
+            dkv, sum_axes = jax.tree.map(scatter, dkv), tuple(a for a in sum_axes if a not in plan.axes)
+        elif self.gathered:
+            size = self.keys // plan.size
+            start = jax.lax.axis_index(plan.axes) * size
+            dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
+        return jax.lax.psum(dkv, sum_axes) if sum_axes else dkv
+
+    def extras(self, owner) -> Extras:
+        """The extras cut to the columns of `owner`'s keys."""
+        whole = self.whole
+        cut = {name: self._columns(getattr(whole, name), owner) for name in ("bias", "mask", "key_segments")}
+        return whole._replace(**cut)
+
+    def _columns(self, x, owner):
+        if x is None or x.shape[-1] in (1, self.keys):
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, owner * self.keys, self.keys, axis=-1)
+
+    def add_columns(self, total, part, owner):
+        """`total` plus `part` at the columns of `owner`'s keys: the transpose of cutting them."""
+        if total is None or total.shape == part.shape:
+            return None if total is None else total + part
+        start = owner * self.keys
+        here = jax.lax.dynamic_slice_in_dim(total, start, self.keys, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(total, here + part, start, axis=-1)
+
+    def _flat(self, x):
+        """Batch dims made one; the bias and the mask may have 1 in place of all of them, or of some."""
+        rest = x.shape[len(self.batch) :]
+        if all(n == 1 for n in x.shape[: len(self.batch)]):
+            return x.reshape(1, *rest)
+        return jnp.broadcast_to(x, (*self.batch, *rest)).reshape(-1, *rest)
+
+    def bias_gradient(self, dbias, bias):
+        """`dbias` of the flattened bias, in the bias's own shape: summed over what the bias broadcasts over."""
+        if dbias.shape[0] > 1:
+            dbias = dbias.reshape(*self.batch, *dbias.shape[1:])
+            broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
+            dbias = dbias.sum(broadcast, keepdims=True)
+        axes = self.plan.bias_sum_axes
+        dbias = dbias.reshape(bias.shape)
+        return (jax.lax.psum(dbias, axes) if axes else dbias).astype(bias.dtype)
+
+
+def _head_major(x):
+    """[*batch, t, N, H] -> [B, N, t, H]."""
+    return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+
+
+def _public(x, like):
+    """[B, N, t, ...] -> [*batch, t, N, ...] in the dtype of `like`; the inverse of `_head_major`."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(*like.shape[:-3], *x.shape[1:]).astype(like.dtype)

@@ -1,0 +1,134 @@
+"""Expert parallelism: the per-device body of the expert layer, forward and backward.
+
+Called inside a shard_map in which the plan's axes are manual; all arrays are the device's own. The steps, named so that the
+inspector finds them: dispatch (tokens to rows), exchange (rows to the devices that hold their experts, and back), experts
+(the kernel), combine (rows to tokens). Devices that share tokens but not experts, or that hold parts of the hidden dim,
+add up their outputs at the end.
+Symbols: t tokens and e experts of this device, v experts visible to its tokens (e times the devices it exchanges with),
+r = groups * C rows per visible expert, P devices in the exchange, R = P * r rows per expert after it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ringmoe.plan import ExpertPlan
+from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slot_table
+
+
+def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out) -> jax.Array:
+    """y = sum_j weight_j FFN_{expert_j}(x), over the choices that have a slot; like x.
+
+    Args:
+        plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`.
+        x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts.
+        w_in, w_gate: [e, D, f], w_out: [e, f, D]; w_gate None without a gate.
+
+    Cost per device: v * r * D elements of x's dtype to send out, a share (P - 1) / P of it over the wire, and back the same;
+    an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D].
+    """
+    with jax.named_scope("dispatch"):
+        expert, slot, num_visible = _visible(plan, expert, slot)
+        table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
+        rows = dispatch_local(x, table, expert.shape[-1])
+    rows = _to_experts(plan, rows)
+    with jax.named_scope("experts"):
+        out = kernel.forward(rows, w_in, w_gate, w_out)
+    out = _to_tokens(plan, out, x.dtype)
+    with jax.named_scope("combine"):
+        y = combine_local(out, expert, slot, weight, plan.capacity, plan.group_size)
+        return _sum(y, plan.sum_axes).astype(x.dtype)
+
+
+def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out, dy):
+    """(dx, dweight, dw_in, dw_gate, dw_out), each of the dtype of what it is the gradient of; dw_gate None without a gate.
+
+    Nothing but the arguments is kept from the forward pass: rows travel again, together with rows of dy and the weights of
+    their slots. <dy row, out row> is taken where the expert is and travels back as one number per slot.
+
+    Cost per device: the exchanges of `forward` once and a half, plus 2 numbers per slot; all-reduces of dx and dweight over
+    sum_axes, and of the weight gradients in float32 over weight_sum_axes.
+    """
+    with jax.named_scope("dispatch"):
+        expert, slot, num_visible = _visible(plan, expert, slot)
+        table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
+        rows = dispatch_local(x, table, expert.shape[-1])
+        dy_rows = dispatch_local(dy.astype(x.dtype), table, expert.shape[-1])
+        row_weight = dispatch_scalars(weight, table)
+    rows, dy_rows, row_weight = (_to_experts(plan, a) for a in (rows, dy_rows, row_weight))
+    with jax.named_scope("experts"):
+        grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows)
+    drows = _to_tokens(plan, grads.drows, x.dtype)
+    drow_weight = _to_tokens(plan, grads.dweight, grads.dweight.dtype)
+    with jax.named_scope("combine"):
+        dx = combine_local(drows, expert, slot, None, plan.capacity, plan.group_size)
+        dweight = combine_scalars(drow_weight, expert, slot, plan.capacity, plan.group_size)
+        dx, dweight = _sum((dx, dweight), plan.sum_axes)
+        dw = _sum((grads.dw_in, grads.dw_gate, grads.dw_out), plan.weight_sum_axes)
+    dw = (None if d is None else d.astype(w.dtype) for d, w in zip(dw, (w_in, w_gate, w_out), strict=True))
+    return dx.astype(x.dtype), dweight.astype(weight.dtype), *dw
+
+
+def dispatch(plan: ExpertPlan, x, expert, slot, weight) -> jax.Array:
+    """Rows [e, *b, g, C, D] of this device's experts for its g groups; times `weight` of their assignment unless None."""
+    expert, slot, num_visible = _visible(plan, expert, slot)
+    table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
+    rows = dispatch_local(x, table, expert.shape[-1])
+    if weight is not None:
+        rows = (rows * dispatch_scalars(weight, table)[..., None]).astype(x.dtype)
+    groups = (*x.shape[:-2], x.shape[-2] // plan.group_size, plan.capacity)
+    return rows.reshape(num_visible, *groups, x.shape[-1])
+
+
+def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
+    """The transpose: tokens [*b, t, D] in the dtype of `rows`, summed over the devices that hold other experts."""
+    expert, slot, _ = _visible(plan, expert, slot)
+    flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
+    y = combine_local(flat, expert, slot, weight, plan.capacity, plan.group_size)
+    return _sum(y, plan.sum_axes).astype(rows.dtype)
+
+
+def _visible(plan, expert, slot):
+    """(expert, slot, v): choices renumbered over the experts that this device's rows can reach; slot -1 for the others.
+
+    An expert's number is its coordinates on expert_axes, major to minor, then its place e on a device. Coordinates on
+    exchange axes stay (rows can travel there); on the other axes only this device's own coordinate is reachable.
+    """
+    stride = plan.num_experts
+    index, mine = jnp.zeros((), jnp.int32), True
+    for axis, size in plan.expert_axes:
+        stride //= size
+        coordinate = lax.rem(lax.div(expert, jnp.int32(stride)), jnp.int32(size))
+        if axis in plan.exchange_axes:
+            index = index * size + coordinate
+        else:
+            mine = mine & (coordinate == lax.axis_index(axis))
+    index = index * stride + lax.rem(expert, jnp.int32(stride))
+    return index, jnp.where(mine, slot, -1), plan.num_exchange * stride
+
+
+def _to_experts(plan, rows):
+    """[v, r, ...] rows by visible expert -> [e, R, ...] rows by own expert, from all P devices in order."""
+    if not plan.exchange_axes:
+        return rows
+    with jax.named_scope("exchange"):
+        num_devices = plan.num_exchange
+        rows = rows.reshape(num_devices, rows.shape[0] // num_devices, *rows.shape[1:])
+        rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
+        rows = jnp.moveaxis(rows, 0, 1)
+        return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+
+
+def _to_tokens(plan, rows, dtype):
+    """The inverse of `_to_experts`; rows travel in `dtype`, and stay in float32 where they don't travel."""
+    if not plan.exchange_axes:
+        return rows
+    with jax.named_scope("exchange"):
+        num_devices = plan.num_exchange
+        rows = rows.astype(dtype).reshape(rows.shape[0], num_devices, -1, *rows.shape[2:])
+        rows = lax.all_to_all(jnp.moveaxis(rows, 1, 0), plan.exchange_axes, 0, 0)
+        return rows.reshape(-1, *rows.shape[2:])
+
+
+def _sum(values, axes):
+    return lax.psum(values, axes) if axes else values

@@ -1,0 +1,53 @@
+"""The ring: arrays travel from neighbour to neighbour while each device works on what it holds.
+
+Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing.
+What a device owes the owner of a block (its gradients) travels one hop behind the block, so that its transfer too goes on
+during the work: what arrived is added to this device's share and sent on at the start of the next hop.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def ring(step: Callable, axes: tuple[str, ...], size: int, hops: int, state, block, owed=()):
+    """Walks `hops` blocks past every device.
+
+    Args:
+      step: `(state, block, owner) -> (state, share)`: the work on one block; `owner` is the int32 index of the device whose
+        block it is, `share` a pytree like `owed` that is summed at the owner.
+      axes, size: mesh axes of the ring, major to minor, and the number of devices on them.
+      hops: blocks each device meets, 1 <= hops <= size, its own first and then those of its predecessors.
+      state: stays on its device. block: this device's own block, a pytree. owed: zeros, a pytree; () when nothing is owed.
+
+    Returns:
+      `(state, owed)`: the last state, and what all devices owed this one.
+
+    Per hop and device, `block` goes over the wire once, `owed` once from the second hop on and once at the end.
+    """
+    me = jax.lax.axis_index(axes) if size > 1 else jnp.int32(0)
+
+    def send(tree, distance=1):
+        pairs = [(i, (i + distance) % size) for i in range(size)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, pairs), tree)
+
+    def hop(carry, h, first=False, last=False):
+        state, block, owed, share = carry
+        # Sends start before the work and nothing but the work follows them: schedulers hide them behind it.
+        with jax.named_scope("ring_send"):
+            owed = owed if first else send(jax.tree.map(jnp.add, owed, share))
+            arrived = block if last else send(block)
+        with jax.named_scope("ring_work"):
+            state, share = step(state, block, (me - h) % size)
+        return state, arrived, owed, share
+
+    carry = (state, block, owed, owed)
+    if hops > 1:
+        start = 0
+        if jax.tree.leaves(owed):  # nothing is owed yet in the first hop: taken out of the loop, it sends no zeros
+            carry, start = hop(carry, 0, first=True), 1
+        carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
+    state, _, owed, share = hop(carry, hops - 1, first=hops == 1, last=True)
+    total = jax.tree.map(jnp.add, owed, share)
+    return state, send(total, -(hops - 1)) if hops > 1 else total

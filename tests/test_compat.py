@@ -1,0 +1,100 @@
+"""Tells when the private or unstable pieces of JAX that ringmoe leans on have moved."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir, passmanager
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import mlir
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ringmoe import compat
+from tests.helpers import make_mesh
+
+
+def test_the_private_set_of_primitives_that_need_devices_is_where_it_was():
+    from jax._src import dispatch  # noqa: PLC0415  (what the test is about)
+
+    assert isinstance(dispatch.prim_requires_devices_during_lowering, set)
+    primitive = Primitive("ringmoe_compat_test")
+    compat.require_devices(primitive)
+    try:
+        assert primitive in dispatch.prim_requires_devices_during_lowering
+    finally:
+        dispatch.prim_requires_devices_during_lowering.discard(primitive)
+
+
+def test_a_primitive_that_requires_devices_gets_them_while_lowering():
+    seen = []
+    primitive = Primitive("ringmoe_compat_devices")
+    primitive.def_abstract_eval(lambda x: x)
+
+    def lower(ctx, x):
+        seen.append(ctx.module_context.axis_context.num_devices)
+        return [x]
+
+    mlir.register_lowering(primitive, lower)
+    compat.require_devices(primitive)
+    mesh = make_mesh((8,), AxisType.Auto)
+    x = jax.device_put(jnp.zeros(8), jax.NamedSharding(mesh, P("a")))
+    jax.jit(primitive.bind).lower(x)
+    assert seen == [8]
+
+
+def varying(x):
+    return set(jax.typeof(x).manual_axis_type.varying)
+
+
+def test_arrays_are_marked_as_varying_alike():
+    mesh = make_mesh((2, 4), AxisType.Auto)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("a"), P("b"), P()), out_specs=P("a", "b"))
+    def local(x, y, z):
+        assert (varying(x), varying(y), varying(z)) == ({"a"}, {"b"}, set())
+        x, y, (z, nothing) = compat.vary_alike((x, y, (z, None)))
+        assert nothing is None and varying(x) == varying(y) == varying(z) == {"a", "b"}
+        return x[:, None] + y[None, :] + z
+
+    want = np.arange(2)[:, None] + np.arange(4) + 1.0
+    np.testing.assert_array_equal(local(jnp.arange(2.0), jnp.arange(4.0), jnp.float32(1)), want)
+
+
+def test_outside_a_shard_map_nothing_is_marked():
+    x = jnp.zeros(3)
+    assert compat.vary_alike((x, None))[0] is x
+
+
+def test_shardys_propagation_pipeline_is_registered():
+    mesh = make_mesh((8,), AxisType.Auto)
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P("a")))
+    module = jax.jit(lambda x: x + 1).lower(x).compiler_ir("stablehlo")
+    with module.context:
+        passmanager.PassManager.parse("builtin.module(sdy-propagation-pipeline)").run(module.operation)
+    assert "sdy.sharding" in str(module)
+
+
+def test_shardys_attributes_are_readable():
+    mesh = make_mesh((8,), AxisType.Auto)
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "a")))
+    module = jax.jit(lambda x: x).lower(x).compiler_ir("stablehlo")
+    main = module.body.operations[-1]
+    assert isinstance(main.operation.context, ir.Context)
+    sharding = sdy.TensorShardingAttr(ir.DictAttr(main.attributes["arg_attrs"][0])["sdy.sharding"])
+    dims = [[sdy.AxisRefAttr(axis).name for axis in sdy.DimensionShardingAttr(dim).axes] for dim in sharding.dimension_shardings]
+    assert dims == [[], ["a"]]
+
+
+@pytest.mark.parametrize("name", ("a", ("a",), None))
+def test_axis_names_are_those_of_the_enclosing_shard_map(name):
+    mesh = make_mesh((8,), AxisType.Auto)
+
+    def local(x):
+        assert compat.check_axis_name(name) == (() if name is None else ("a",))
+        return x
+
+    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=P("a"), out_specs=P("a")), jnp.zeros(8))

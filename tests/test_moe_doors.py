@@ -1,0 +1,387 @@
+"""The expert layer and its two halves through every door, on every mesh, against the dense oracle in float64."""
+
+import dataclasses
+import functools
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe import reference_moe
+from tests.helpers import (
+    AXES, DOORS, MANUAL, MANUAL_VMA, MESHES, ONE_DEVICE, PARTITIONER, RINGMOE_JIT, SHARDED_DOORS, TOLERANCE, TYPES,
+    WITHOUT_SHRINKING,
+    Door, assert_close, collectives, double, make_mesh, put, value_and_gradients,
+)  # fmt: skip
+
+ROLES = ("batch", "sequence", "experts", "batch experts", "sequence experts", "hidden", "sequence hidden", "model", "nothing")
+WANTED = ("x", "router_weight", "w_in", "w_gate", "w_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer. Every mesh axis shards what its role names; a dim's length is its axes' size times the number here."""
+
+    door: Door = TYPES
+    mesh: tuple[int, ...] = (8,)
+    roles: tuple[str, ...] = ("sequence experts",)
+    dtype: str = "float32"
+    batch: int = 1
+    groups: int = 1  # per device
+    group_size: int = 4
+    experts: int = 1  # per device, at least 2 in all
+    top_k: int = 2
+    capacity_factor: float | None = 1.0
+    renormalize: bool = True
+    gate: bool = True
+    token_mask: bool = False
+    d: int = 4
+    f: int = 6
+    seed: int = 0
+
+    def axes(self, role: str) -> tuple[str, ...]:
+        return tuple(axis for axis, roles in zip(AXES, self.roles) if role in roles.split())
+
+    def size(self, role: str) -> int:
+        return math.prod(self.mesh[AXES.index(axis)] for axis in self.axes(role))
+
+    @property
+    def num_experts(self) -> int:
+        parts = self.size("experts")
+        return self.experts * parts if parts > 1 else max(2, self.experts)
+
+    @property
+    def config(self) -> ringmoe.RouterConfig:
+        return ringmoe.RouterConfig(
+            self.num_experts, top_k=self.top_k, capacity_factor=self.capacity_factor, group_size=self.group_size,
+            renormalize=self.renormalize,
+        )
+
+    def arrays(self):
+        b, t = self.batch * self.size("batch"), self.groups * self.group_size * self.size("sequence")
+        d, f, e = self.d * self.size("model"), self.f * self.size("hidden"), self.num_experts
+        rng = np.random.default_rng(self.seed)
+        normal = lambda *shape, scale=1.0: (scale * rng.normal(size=shape)).astype(jnp.dtype(self.dtype))
+        arrays = {
+            "x": normal(b, t, d),
+            "router_weight": normal(d, e),
+            "w_in": normal(e, d, f, scale=d**-0.5),
+            "w_gate": normal(e, d, f, scale=d**-0.5) if self.gate else None,
+            "w_out": normal(e, f, d, scale=f**-0.5),
+            "token_mask": rng.random((b, t)) < 0.8 if self.token_mask else None,
+        }
+        return arrays, rng.normal(size=(b, t, d)).astype(np.float32)
+
+    @property
+    def specs(self):
+        either = lambda role: self.axes(role) or None
+        tokens = P(either("batch"), either("sequence"))
+        experts, model, hidden = either("experts"), either("model"), either("hidden")
+        return {
+            "x": tokens, "router_weight": P(), "token_mask": tokens,
+            "w_in": P(experts, model, hidden), "w_gate": P(experts, model, hidden), "w_out": P(experts, hidden, model),
+        }  # fmt: skip
+
+
+def layer(config, x, router_weight, w_in, w_out, w_gate=None, **kwargs):
+    y, metrics = ringmoe.moe_ffn(x, router_weight, w_in, w_out, w_gate=w_gate, config=config, **kwargs)
+    return y, metrics.load_balance_loss, metrics.z_loss, metrics.dropped, metrics.expert_load
+
+
+def loss_of_y(out, cotangent):
+    dtype = jnp.promote_types(out[0].dtype, jnp.float32)
+    return jnp.sum(out[0].astype(dtype) * cotangent.astype(dtype))
+
+
+def loss(out, cotangent):
+    """The output and both router losses."""
+    y, balance, z = out[:3]
+    return loss_of_y(out, cotangent) + balance + 0.1 * z
+
+
+@functools.cache
+def oracle(case: Case, loss):
+    """Output, losses, drops and load, and gradients, in float64."""
+    arrays, cotangent = case.arrays()
+    config = case.config
+    with jax.enable_x64(True):
+        arrays, cotangent = double(arrays), double(cotangent)
+        token_mask = arrays.pop("token_mask")
+        selection = reference_moe.select(
+            arrays["x"] @ arrays["router_weight"], top_k=config.top_k, capacity=config.capacity(case.group_size),
+            group_size=case.group_size, token_mask=token_mask,
+        )
+        active = jnp.asarray(selection.active)
+        load = np.bincount(selection.expert[selection.active].ravel(), minlength=config.num_experts)
+        dropped = int((selection.active[..., None] & (selection.slot < 0)).sum())
+        num_active = max(1, int(selection.active.sum()))
+
+        def dense(x, router_weight, w_in, w_out, w_gate=None):
+            y = reference_moe.moe_ffn(
+                x, router_weight, w_in, w_out, w_gate, selection=selection, renormalize=config.renormalize
+            )
+            y = jnp.where(active[..., None], y, 0)
+            logits = x @ router_weight
+            scores = jnp.where(active[..., None], jax.nn.softmax(logits, -1), 0).sum((0, 1)) / num_active
+            balance = config.num_experts * jnp.sum(load / (num_active * config.top_k) * scores)
+            z = jnp.sum(jnp.where(active, jax.nn.logsumexp(logits, -1), 0) ** 2) / num_active
+            return y, balance, z, dropped, load
+
+        return value_and_gradients(dense, loss, WANTED, ONE_DEVICE, None, arrays, {}, cotangent)
+
+
+def run(case: Case, loss=loss, arrays=None):
+    made, cotangent = case.arrays()
+    arrays = made if arrays is None else arrays
+    mesh = make_mesh(case.mesh, case.door.axis_type) if case.mesh else None
+    fun = functools.partial(layer, case.config)
+    out_specs = None
+    if case.door.check_vma is not None:
+        # Inside a shard_map metrics are one device's: drops and loads are added up here, the losses are left out.
+        axes = (*case.axes("batch"), *case.axes("sequence"))
+        inner = fun
+
+        def fun(**arrays):
+            y, _, _, dropped, load = inner(**arrays)
+            return y, jnp.float32(0), jnp.float32(0), jax.lax.psum(dropped, axes), jax.lax.psum(load, axes)
+
+        out_specs = (case.specs["x"], P(), P(), P(), P())
+    with jax.enable_x64(case.dtype == "float64"):
+        return value_and_gradients(
+            fun, loss, WANTED, case.door, mesh, arrays, case.specs, cotangent, out_specs, case.axes("experts")
+        )
+
+
+def check(case: Case):
+    # Losses are float32 whatever the dtype, and one device's inside a shard_map.
+    with_losses = case.door.check_vma is None and case.dtype != "float64"
+    chosen = loss if with_losses else loss_of_y
+    (y, balance, z, dropped, load), grads = run(case, chosen)
+    (want_y, want_balance, want_z, want_dropped, want_load), want_grads = oracle(
+        dataclasses.replace(case, door=ONE_DEVICE), chosen
+    )
+    forward, gradient = TOLERANCE[jnp.dtype(case.dtype)]
+    assert y.dtype == jnp.dtype(case.dtype)
+    assert_close(y, want_y, forward, "y")
+    if with_losses:
+        assert_close(balance, want_balance, forward, "load balance loss")
+        assert_close(z, want_z, forward, "z loss")
+    assert dropped == want_dropped
+    np.testing.assert_array_equal(load, want_load)
+    assert sorted(grads) == sorted(want_grads)
+    for name, grad in grads.items():
+        assert grad.dtype == jnp.dtype(case.dtype)
+        assert_close(grad, want_grads[name], gradient, f"gradient of {name}")
+
+
+@st.composite
+def cases(draw):
+    mesh = draw(st.sampled_from(MESHES))
+    door = draw(st.sampled_from(SHARDED_DOORS)) if mesh else ONE_DEVICE
+    manual = door.check_vma is not None
+    roles = tuple(draw(st.sampled_from(("batch", "sequence experts") if manual else ROLES)) for _ in mesh)
+    if manual:
+        roles = ("sequence experts", *roles[1:])
+    experts = draw(st.integers(1, 2))
+    return Case(
+        door=door, mesh=mesh, roles=roles, dtype=draw(st.sampled_from(("float32", "float32", "bfloat16", "float64"))),
+        batch=draw(st.integers(1, 2)), groups=draw(st.integers(1, 2)), group_size=draw(st.sampled_from((1, 4, 6))),
+        experts=experts, top_k=draw(st.integers(1, 2)),
+        capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25, 4.0))), renormalize=draw(st.booleans()),
+        gate=draw(st.booleans()), token_mask=draw(st.booleans()), f=draw(st.sampled_from((1, 6))),
+        seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+@given(cases())
+@settings(max_examples=20, phases=WITHOUT_SHRINKING)
+def test_equals_the_dense_oracle(case):
+    check(case)
+
+
+LAYOUTS = {
+    "experts on the token axis": Case(),
+    "batch x sequence, experts on sequence": Case(mesh=(2, 4), roles=("batch", "sequence experts")),
+    "experts on both token axes": Case(mesh=(2, 4), roles=("batch experts", "sequence experts"), gate=False),
+    "two axes of sequence and experts": Case(mesh=(2, 4), roles=("sequence experts",) * 2, capacity_factor=None),
+}
+FOUND_LAYOUTS = {  # inside a user's shard_map experts lie over the tokens' axis only
+    "batch only": Case(roles=("batch",), experts=4),
+    "experts on another axis": Case(mesh=(2, 4), roles=("sequence", "experts")),
+    "experts only": Case(roles=("experts",)),
+    "experts on a token axis and another": Case(mesh=(2, 2, 2), roles=("batch", "sequence experts", "experts")),
+    "hidden": Case(mesh=(2, 2, 2), roles=("batch", "sequence experts", "hidden"), top_k=1),
+    "hidden over a token axis": Case(mesh=(2, 4), roles=("sequence hidden", "experts")),
+    "weights sharded along the model dim": Case(mesh=(2, 4), roles=("sequence experts", "model")),
+}
+
+
+@pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_through_every_door(layout, door):
+    check(dataclasses.replace(LAYOUTS[layout], door=door))
+
+
+@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT), ids=str)
+@pytest.mark.parametrize("layout", FOUND_LAYOUTS)
+def test_every_layout_through_every_door_that_finds_it(layout, door):
+    check(dataclasses.replace(FOUND_LAYOUTS[layout], door=door))
+
+
+EXPERTS = 8
+CONFIG = ringmoe.RouterConfig(EXPERTS, top_k=2, capacity_factor=0.75, group_size=8)
+PLACES = {  # name: mesh, spec of x, axes of the experts
+    "one device": ((), P(), None),
+    "sequence": ((8,), P(None, "a"), "a"),
+    "batch and sequence": ((2, 4), P("a", "b"), "b"),
+    "experts elsewhere": ((2, 4), P("a"), "b"),
+}
+
+
+def uneven_inputs():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    router = normal(4, EXPERTS) + np.linspace(-1, 1, EXPERTS, dtype=np.float32)
+    return {"x": normal(2, 64, 4), "router_weight": router, "w_in": normal(EXPERTS, 4, 6), "w_out": normal(EXPERTS, 6, 4)}
+
+
+def uneven_layer(place, door, arrays, metrics=True):
+    shape, tokens, experts = PLACES[place]
+    mesh = make_mesh(shape, door.axis_type) if shape else None
+    specs = {"x": tokens, "router_weight": P(), "w_in": P(experts), "w_out": P(experts)}
+    fun = functools.partial(ringmoe.moe_ffn, config=CONFIG)
+    return jax.tree.map(np.asarray, door.jit(lambda arrays: fun(**arrays))(put(mesh, arrays, specs)))
+
+
+@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT), ids=str)
+def test_what_is_dropped_does_not_depend_on_the_mesh(door):
+    arrays = uneven_inputs()
+    want_y, want = uneven_layer("one device", ONE_DEVICE, arrays)
+    zeros = (want_y == 0).all(-1)
+    assert want.dropped > 0 and zeros.any(), "nothing is dropped: the test would show nothing"
+    for place in list(PLACES)[1:]:
+        y, metrics = uneven_layer(place, door, arrays)
+        assert metrics.dropped == want.dropped
+        np.testing.assert_array_equal((y == 0).all(-1), zeros)
+        np.testing.assert_array_equal(metrics.expert_load, want.expert_load)
+
+
+@pytest.mark.parametrize("door, place", [
+    (ONE_DEVICE, "one device"), (TYPES, "sequence"), (RINGMOE_JIT, "batch and sequence"), (PARTITIONER, "experts elsewhere"),
+], ids=str)  # fmt: skip
+def test_a_nan_token_changes_no_other_bit(door, place):
+    arrays = uneven_inputs()
+    # The token's own slot must not matter either: what the others would get without it is the layer with it masked.
+    poisoned = dict(arrays, x=arrays["x"].copy())
+    poisoned["x"][1, 5, 2] = np.nan
+    masked = np.ones((2, 64), bool)
+    masked[1, 5] = False
+    y, metrics = uneven_layer(place, door, poisoned)
+    want, _ = uneven_layer(place, door, arrays)
+    assert np.isnan(y[1, 5]).all() and metrics.nonfinite == 1
+    same_group = np.zeros((2, 64), bool)
+    same_group[1, :8] = True
+    np.testing.assert_array_equal(y[~same_group], want[~same_group])
+    without = np.asarray(ringmoe.moe_ffn(**arrays, config=CONFIG, token_mask=masked)[0])
+    others = same_group & masked
+    assert_close(y[others], without[others], TOLERANCE[jnp.dtype(jnp.float32)][0])
+    assert np.isfinite(y[masked]).all()
+
+
+@pytest.mark.parametrize("door, place", [(TYPES, "sequence"), (RINGMOE_JIT, "batch and sequence"), (ONE_DEVICE, "one device")], ids=str)
+def test_a_nan_token_without_a_queue_changes_no_other_bit(door, place):
+    """Dropless, slots never run out, so that bitwise equality holds for the token's own group too."""
+    arrays = uneven_inputs()
+    shape, tokens, experts = PLACES[place]
+    mesh = make_mesh(shape, door.axis_type) if shape else None
+    config = dataclasses.replace(CONFIG, capacity_factor=None)
+    specs = {"x": tokens, "router_weight": P(), "w_in": P(experts), "w_out": P(experts)}
+    fun = door.jit(lambda arrays: ringmoe.moe_ffn(**arrays, config=config)[0])
+    want = np.asarray(fun(put(mesh, arrays, specs)))
+    arrays["x"][0, 17] = np.nan
+    got = np.asarray(fun(put(mesh, arrays, specs)))
+    others = np.ones((2, 64), bool)
+    others[0, 17] = False
+    np.testing.assert_array_equal(got[others], want[others])
+    assert np.isnan(got[0, 17]).all()
+
+
+@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT), ids=str)
+def test_two_runs_are_bitwise_equal(door):
+    case = Case(door=door, mesh=(2, 4), roles=("batch", "sequence experts"), group_size=8)
+    first, second = run(case), run(case)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("door", (ONE_DEVICE, TYPES, PARTITIONER, RINGMOE_JIT, MANUAL, MANUAL_VMA), ids=str)
+def test_combine_undoes_dispatch(door):
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.normal(size=(2, 32, 4)).astype(np.float32), "logits": rng.normal(size=(2, 32, 4)).astype(np.float32)}
+    config = ringmoe.RouterConfig(4, top_k=2, capacity_factor=None, group_size=4)
+
+    def there_and_back(x, logits, axis_name=None):
+        routing = ringmoe.route(logits, config)
+        return ringmoe.combine(ringmoe.dispatch(x, routing), routing)
+
+    mesh = None if door is ONE_DEVICE else make_mesh((2, 4), door.axis_type)
+    specs = {"x": P("a", "b"), "logits": P("a", "b")}
+    scalar = lambda y, cotangent: jnp.sum(y * cotangent)
+    y, grads = value_and_gradients(
+        there_and_back, scalar, ("x", "logits"), door, mesh, arrays, specs, np.ones((2, 32, 4), np.float32), P("a", "b"))
+    forward, gradient = TOLERANCE[jnp.dtype(jnp.float32)]
+    assert_close(y, arrays["x"], forward)
+    assert_close(grads["x"], np.ones((2, 32, 4)), gradient)
+    assert_close(grads["logits"], np.zeros((2, 32, 4)), gradient)  # the weights sum to one, whatever the logits
+
+
+@pytest.mark.parametrize("door", (ONE_DEVICE, TYPES, PARTITIONER, RINGMOE_JIT), ids=str)
+@pytest.mark.parametrize("expert_axis", (None, "b", "a"))
+def test_dispatch_and_combine_around_a_users_own_experts(door, expert_axis):
+    """The two halves with experts that scale by a number of their own, against a loop over tokens; forward and gradient."""
+    rng = np.random.default_rng(1)
+    arrays = {
+        "x": rng.normal(size=(2, 32, 4)), "logits": rng.normal(size=(2, 32, 8)), "scale": rng.normal(size=(8,)),
+    }  # fmt: skip
+    arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+    cotangent = rng.normal(size=(2, 32, 4)).astype(np.float32)
+    config = ringmoe.RouterConfig(8, top_k=2, capacity_factor=0.75, group_size=8)
+
+    def scaled(x, logits, scale):
+        routing = ringmoe.route(logits, config)
+        return ringmoe.combine(ringmoe.dispatch(x, routing) * scale[:, None, None], routing)
+
+    mesh = None if door is ONE_DEVICE else make_mesh((2, 4), door.axis_type)
+    specs = {"x": P("a", "b"), "logits": P("a", "b"), "scale": P(expert_axis if door is not TYPES else None)}
+    scalar = lambda y, cotangent: jnp.sum(y * cotangent)
+    y, grads = value_and_gradients(scaled, scalar, tuple(arrays), door, mesh, arrays, specs, cotangent)
+    with jax.enable_x64(True):
+        selection = reference_moe.select(arrays["logits"], top_k=2, capacity=config.capacity(8), group_size=8)
+        assert (selection.slot < 0).any()
+
+        def dense(x, logits, scale):
+            weight = reference_moe.weights(logits, selection, renormalize=True) * (selection.slot >= 0)
+            return jnp.einsum("btk,btk,btd->btd", weight, scale[selection.expert], x)
+
+        want, want_grads = value_and_gradients(dense, scalar, tuple(arrays), ONE_DEVICE, None, double(arrays), {}, double(cotangent))
+    forward, gradient = TOLERANCE[jnp.dtype(jnp.float32)]
+    assert_close(y, want, forward)
+    for name, grad in grads.items():
+        assert_close(grad, want_grads[name], gradient, name)
+
+
+@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT), ids=str)
+def test_rows_travel_by_all_to_all_and_weights_stay(door):
+    case = Case(door=door)
+    arrays, _ = case.arrays()
+    del arrays["token_mask"]
+    arrays = put(make_mesh(case.mesh, door.axis_type), arrays, case.specs)
+    square = lambda arrays: jnp.sum(layer(case.config, **arrays)[0] ** 2)
+    text = door.jit(jax.grad(square)).lower(arrays).compile().as_text()
+    assert "all-to-all" in collectives(text)
+    assert "all-gather" not in collectives(text)

@@ -1,0 +1,161 @@
+"""Dispatch and combine: against numpy loops, as inverses and transposes of each other, with bad tokens, without scatter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, strategies as st
+
+from ringmoe.router import RouterConfig, route
+from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slot_table
+
+D = 3
+
+
+# (E, k, capacity factor, group size, batch): few shapes, so that each compiles once; hypothesis draws the values
+LAYOUTS = (
+    (1, 1, 1.0, 12, ()), (2, 2, 0.4, 4, (2,)), (4, 2, 1.0, 4, (2, 2)), (7, 3, 1.25, 12, (2,)), (4, 1, 0.5, 1, ()),
+    (7, 3, None, 4, (2,)), (4, 2, None, 12, (2, 2)), (2, 1, None, 1, ()),
+)
+
+
+@st.composite
+def routings(draw, layouts=LAYOUTS):
+    num_experts, top_k, factor, group_size, batch = draw(st.sampled_from(layouts))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    logits = rng.normal(size=(*batch, 12, num_experts)) + draw(st.sampled_from([0, 2])) * np.arange(num_experts)
+    mask = rng.random((*batch, 12)) < draw(st.sampled_from([1.0, 0.8]))
+    config = RouterConfig(num_experts, top_k, factor, group_size)
+    x = rng.normal(size=(*batch, 12, D)).astype(np.float32)
+    return x, jitted_route(logits.astype(np.float32), config, mask)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def jitted_route(logits, config, mask):
+    return route(logits, config, token_mask=mask)
+
+
+def table_of(routing):
+    return slot_table(routing.expert, routing.slot, routing.num_experts, routing.capacity, routing.group_size)
+
+
+def combine(rows, routing, weight):
+    return combine_local(rows, routing.expert, routing.slot, weight, routing.capacity, routing.group_size)
+
+
+@jax.jit
+def move(x, routing):
+    """(table, x by slot, weights by slot)"""
+    table = table_of(routing)
+    return table, dispatch_local(x, table, routing.expert.shape[-1]), dispatch_scalars(routing.weight, table)
+
+
+@jax.jit
+def back(rows, routing):
+    """(weighted combine, combine with weight 1)"""
+    return combine(rows, routing, routing.weight), combine(rows, routing, None)
+
+
+@jax.jit
+def pull_back(rows, routing, dy):
+    """Gradients of the weighted combine: by jax, and by dispatch; (drows, dweight) twice."""
+    _, pullback = jax.vjp(lambda rows, weight: combine(rows, routing, weight), rows, routing.weight)
+    table = table_of(routing)
+    dy_rows = dispatch_local(dy, table, routing.expert.shape[-1])
+    dweight = combine_scalars(
+        jnp.sum(dy_rows * rows, axis=-1), routing.expert, routing.slot, routing.capacity, routing.group_size)
+    return pullback(dy), (dy_rows * dispatch_scalars(routing.weight, table)[..., None], dweight)
+
+
+def loop_table(routing):
+    """The inverse table by assigning, one choice at a time."""
+    expert, slot = (np.asarray(a).reshape(-1, routing.expert.shape[-1]) for a in (routing.expert, routing.slot))
+    num_groups = expert.shape[0] // routing.group_size
+    table = np.full((routing.num_experts, num_groups * routing.capacity), expert.size)
+    for t in range(expert.shape[0]):
+        for j in range(expert.shape[1]):
+            if slot[t, j] >= 0:
+                row = t // routing.group_size * routing.capacity + slot[t, j]
+                assert table[expert[t, j], row] == expert.size
+                table[expert[t, j], row] = t * expert.shape[1] + j
+    return table
+
+
+@given(routings())
+def test_table_and_rows_equal_the_loop(drawn):
+    x, routing = drawn
+    table, rows, row_weight = move(x, routing)
+    want = loop_table(routing)
+    np.testing.assert_array_equal(table, want)
+    padded = np.concatenate([x.reshape(-1, D), np.zeros((1, D), np.float32)])
+    np.testing.assert_array_equal(rows, padded[want // routing.expert.shape[-1]])
+    np.testing.assert_array_equal(row_weight, np.append(np.asarray(routing.weight).reshape(-1), 0)[want])
+
+
+@given(routings())
+def test_combine_equals_the_loop(drawn):
+    x, routing = drawn
+    table = loop_table(routing)
+    rows = np.random.default_rng(0).normal(size=(*table.shape, D)).astype(np.float32)
+    want = np.zeros((x.size // D, D))
+    weight = np.asarray(routing.weight).reshape(-1)
+    for (e, r), assignment in np.ndenumerate(table):
+        if assignment < weight.size:
+            want[assignment // routing.expert.shape[-1]] += weight[assignment] * rows[e, r]
+    got = np.asarray(back(rows, routing)[0])
+    np.testing.assert_allclose(got.reshape(-1, D), want, atol=1e-6)
+    assert (got[(np.asarray(routing.slot) < 0).all(-1)] == 0).all()
+
+
+@given(routings(layouts=LAYOUTS[5:]))
+def test_combine_undoes_dispatch(drawn):
+    x, routing = drawn
+    y, _ = back(move(x, routing)[1], routing)
+    np.testing.assert_allclose(y, np.where(np.asarray(routing.active)[..., None], x, 0), atol=1e-6)
+
+
+@given(routings())
+def test_they_are_transposes(drawn):
+    x, routing = drawn
+    rng = np.random.default_rng(0)
+    _, x_rows, _ = move(x, routing)
+    rows, dy = (rng.normal(size=a.shape).astype(np.float32) for a in (x_rows, x))
+    np.testing.assert_allclose(np.sum(x_rows * rows), np.sum(x * back(rows, routing)[1]), atol=1e-4)
+    for want, got in zip(*pull_back(rows, routing, dy), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_nan_token_stays_alone():
+    logits = jax.random.normal(jax.random.key(0), (16, 4)).at[5, 0].set(jnp.nan)
+    x = jax.random.normal(jax.random.key(1), (16, D)).at[5].set(jnp.nan)
+    routing = jitted_route(logits, RouterConfig(4, capacity_factor=None, group_size=8), jnp.ones(16, bool))
+    rows = move(x, routing)[1]
+    assert np.isfinite(rows).all()
+    y = np.asarray(back(rows, routing)[0])
+    assert np.isnan(y[5]).all() and np.isfinite(np.delete(y, 5, 0)).all()
+
+
+def test_a_dropped_choice_adds_nothing_though_rows_are_nan():
+    config = RouterConfig(2, top_k=1, capacity_factor=0.5, group_size=4)
+    routing = jitted_route(jnp.tile(jnp.array([1.0, 2.0]), (4, 1)), config, jnp.ones(4, bool))
+    assert routing.capacity == 1
+    rows = jnp.full((2, 1, D), jnp.nan)
+    y = np.asarray(back(rows, routing)[0])
+    assert np.isnan(y[0]).all() and (y[1:] == 0).all()
+
+
+def test_bfloat16_accumulates_in_float32():
+    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
+    rows = move(jnp.ones((16, D), jnp.bfloat16), routing)[1]
+    assert rows.dtype == jnp.bfloat16
+    assert [y.dtype for y in back(rows, routing)] == [jnp.float32] * 2
+
+
+def test_no_scatter():
+    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
+    for fun, x in ((move, jnp.ones((16, D))), (back, jnp.ones((4, 2 * routing.capacity, D)))):
+        lowered = fun.lower(x, routing)
+        assert "stablehlo.scatter" not in lowered.as_text()
+        assert " scatter(" not in lowered.compile().as_text()
+    assert " sort(" in move.lower(jnp.ones((16, D)), routing).compile().as_text()

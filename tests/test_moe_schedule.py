@@ -1,0 +1,217 @@
+"""The per-device expert schedule in shard_map, against the float64 oracle, on every kind of mesh axis."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+from ringmoe import reference_moe
+from ringmoe.pallas import experts_xla
+from ringmoe.plan import ExpertPlan
+from ringmoe.router import RouterConfig, route
+from ringmoe.schedule import experts
+
+B, T, D, F, E = 4, 64, 16, 24, 8
+CONFIG = RouterConfig(E, top_k=2, capacity_factor=1.0, group_size=8)
+
+# name: mesh axes with sizes, axes of batch, of sequence, of experts (major to minor), of hidden
+CASES = {
+    "one device": ((("a", 1),), (), (), (), ()),
+    "tokens only": ((("a", 8),), (), ("a",), (), ()),
+    "experts on the token axis": ((("a", 8),), (), ("a",), ("a",), ()),
+    "experts on another axis": ((("a", 8),), (), (), ("a",), ()),
+    "hidden": ((("a", 8),), (), (), (), ("a",)),
+    "batch x experts on sequence": ((("a", 2), ("b", 4)), ("a",), ("b",), ("b",), ()),
+    "experts on both token axes": ((("a", 2), ("b", 4)), ("a",), ("b",), ("a", "b"), ()),
+    "experts on both, minor first": ((("a", 2), ("b", 4)), ("a",), ("b",), ("b", "a"), ()),
+    "experts on token and other": ((("a", 2), ("b", 4)), (), ("a",), ("a", "b"), ()),
+    "experts on other and token": ((("a", 2), ("b", 4)), (), ("b",), ("a", "b"), ()),
+    "tokens x hidden": ((("a", 2), ("b", 4)), ("a",), (), (), ("b",)),
+    "experts and hidden": ((("a", 2), ("b", 4)), (), ("a",), ("a",), ("b",)),
+    "exchange, own, exchange": ((("a", 2), ("b", 2), ("c", 2)), ("a",), ("c",), ("a", "b", "c"), ()),
+    "batch, exchange, hidden": ((("a", 2), ("b", 2), ("c", 2)), ("a",), ("b",), ("b",), ("c",)),
+    "own expert, tokens, hidden": ((("a", 2), ("b", 2), ("c", 2)), (), ("b",), ("a",), ("c",)),
+}
+
+
+def make_inputs(gated=True, dtype=jnp.float32):
+    """(x, expert, slot, weight, w_in, w_gate, w_out), dy; and the logits."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    logits = normal(B, T, E) + 0.5 * np.arange(E, dtype=np.float32)  # uneven, so that some experts overflow
+    x, dy = normal(B, T, D), normal(B, T, D)
+    w_in, w_gate = (normal(E, D, F) / np.float32(math.sqrt(D)) for _ in range(2))
+    w_out = normal(E, F, D) / np.float32(math.sqrt(F))
+    x, dy, w_in, w_gate, w_out = (jnp.asarray(a, dtype) for a in (x, dy, w_in, w_gate, w_out))
+    routing = jitted_route(logits)
+    return (x, routing.expert, routing.slot, routing.weight, w_in, w_gate if gated else None, w_out), dy, logits
+
+
+@jax.jit
+def jitted_route(logits):
+    return route(logits, CONFIG)
+
+
+def make_plan(case):
+    axes, batch, sequence, expert_axes, hidden = CASES[case]
+    size, tokens = dict(axes), (*batch, *sequence)
+    return ExpertPlan(
+        E, CONFIG.capacity(CONFIG.group_size), CONFIG.group_size,
+        expert_axes=tuple((a, size[a]) for a in expert_axes), exchange_axes=tuple(a for a in expert_axes if a in tokens),
+        token_axes=tokens, hidden_axes=hidden)
+
+
+def shard(case, body, in_specs, out_specs, **options):
+    """jit of shard_map of `body` on the case's mesh; T, I, O in the specs stand for tokens, w_in and w_gate, w_out."""
+    axes, batch, sequence, expert_axes, hidden = CASES[case]
+    names, sizes = zip(*axes, strict=True)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)])
+    spec = {
+        "T": P(batch or None, sequence or None, None),
+        "I": P(expert_axes or None, None, hidden or None),
+        "O": P(expert_axes or None, hidden or None, None),
+    }
+    in_specs, out_specs = (tuple(spec[letter] for letter in letters) for letters in (in_specs, out_specs))
+    out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options))
+
+
+@functools.cache
+def make_forward(case, **options):
+    return shard(case, functools.partial(experts.forward, make_plan(case), experts_xla), "TTTTIIO", "T", **options)
+
+
+@functools.cache
+def make_backward(case, **options):
+    return shard(case, functools.partial(experts.backward, make_plan(case), experts_xla), "TTTTIIOT", "TTIIO", **options)
+
+
+@functools.cache
+def oracle(gated):
+    """Output and gradients in float64, from the same float32 inputs."""
+    (x, _, _, weight, *weights), dy, logits = make_inputs(gated)
+    selection = reference_moe.select(
+        logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size)
+    assert (selection.slot < 0).any()
+    with jax.enable_x64(True):
+        x, dy, weight, *weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights])
+
+        def layer(x, weight, w_in, w_gate, w_out):
+            return reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
+
+        y, pullback = jax.vjp(layer, x, weight, *weights)
+        return jax.tree.map(np.asarray, (y, pullback(dy)))
+
+
+def assert_equals_oracle(y, grads, gated=True, atol=(1e-5, 1e-4)):
+    want, want_grads = oracle(gated)
+    np.testing.assert_allclose(y, want, rtol=0, atol=atol[0])
+    for name, got, expected in zip(("x", "weight", "w_in", "w_gate", "w_out"), grads, want_grads, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            np.testing.assert_allclose(got, expected, rtol=0, atol=atol[1], err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_dense_layer(case):
+    arrays, dy, _ = make_inputs()
+    assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy))
+
+
+@pytest.mark.parametrize("case", ["one device", "exchange, own, exchange"])
+def test_without_a_gate(case):
+    arrays, dy, _ = make_inputs(gated=False)
+    assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy), gated=False)
+
+
+def test_without_replication_checks():
+    arrays, dy, _ = make_inputs()
+    case = "experts and hidden"
+    grads = make_backward(case, check_vma=False)(*arrays, dy)
+    assert_equals_oracle(make_forward(case, check_vma=False)(*arrays), grads)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        arrays, dy, _ = make_inputs(dtype=jnp.float64)
+        arrays = (*arrays[:3], arrays[3].astype(jnp.float64), *arrays[4:])
+        case = "exchange, own, exchange"
+        y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
+    assert {a.dtype for a in (y, *grads)} == {jnp.dtype("float64")}
+    assert_equals_oracle(y, grads, atol=(1e-13, 1e-12))
+
+
+def test_bfloat16():
+    arrays, dy, _ = make_inputs(dtype=jnp.bfloat16)
+    case = "exchange, own, exchange"
+    y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
+    assert y.dtype == jnp.bfloat16 and [g.dtype for g in grads] == [a.dtype for a in (arrays[0], *arrays[3:])]
+    want, want_grads = oracle(True)
+    for got, expected in zip((y, *grads), (want, *want_grads), strict=True):
+        assert np.abs(np.asarray(got, np.float32) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_repeats_bit_for_bit():
+    arrays, dy, _ = make_inputs()
+    case = "exchange, own, exchange"
+    first, second = ((make_forward(case)(*arrays), make_backward(case)(*arrays, dy)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("case", ["experts on the token axis", "batch x experts on sequence", "exchange, own, exchange"])
+def test_the_same_choices_are_dropped_on_every_mesh(case):
+    """Routing where the tokens are, device by device, drops what routing all of them at once drops."""
+    arrays, _, logits = make_inputs()
+
+    def layer(x, logits, w_in, w_gate, w_out):
+        routing = route(logits, CONFIG)
+        arrays = (routing.expert, routing.slot, routing.weight)
+        return experts.forward(make_plan(case), experts_xla, x, *arrays, w_in, w_gate, w_out), routing.slot
+
+    y, slot = shard(case, layer, "TTIIO", "TT")(arrays[0], logits, *arrays[4:])
+    np.testing.assert_array_equal(slot, arrays[2])
+    np.testing.assert_allclose(y, oracle(True)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["experts on another axis", "exchange, own, exchange", "batch, exchange, hidden"])
+def test_a_nan_token_changes_no_other(case):
+    (x, *rest), _, logits = make_inputs()
+    mask = np.arange(B * T).reshape(B, T) != 7
+    without = jax.jit(lambda logits: route(logits, CONFIG, token_mask=mask))(logits)
+    logits[0, 7] = np.nan
+    routing = jitted_route(logits)
+    got, want = (
+        np.asarray(make_forward(case)(x, r.expert, r.slot, r.weight, *rest[3:])).reshape(-1, D)
+        for x, r in ((x.at[0, 7].set(jnp.nan), routing), (x, without)))
+    assert np.isnan(got[7]).all() and (want[7] == 0).all()
+    np.testing.assert_array_equal(np.delete(got, 7, 0), np.delete(want, 7, 0))
+
+
+@pytest.mark.parametrize(
+    "case, collectives",
+    [
+        ("one device", set()),
+        ("tokens only", set()),
+        ("experts on the token axis", {"all-to-all"}),
+        ("experts on another axis", {"all-reduce"}),
+        ("hidden", {"all-reduce"}),
+        ("exchange, own, exchange", {"all-to-all", "all-reduce"}),
+    ],
+)
+def test_compiled_text_holds_the_planned_collectives_and_no_scatter(case, collectives):
+    arrays, dy, _ = make_inputs()
+    text = make_forward(case).lower(*arrays).compile().as_text()
+    known = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "scatter")
+    assert {op for op in known if re.search(rf"\s{op}(-start)?\(", text)} == collectives
+    both = text + make_backward(case).lower(*arrays, dy).compile().as_text()
+    assert not re.search(r"\sscatter\(", both)
+    for step in ("dispatch", "experts", "combine", *(["exchange"] if "all-to-all" in collectives else [])):
+        assert f"/{step}/" in both, step

@@ -1,0 +1,162 @@
+"""Plans: which exchange, over which axes, how many hops and how many bytes, against counting by hand."""
+
+import dataclasses
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from ringmoe import plan, rules
+from ringmoe.masks import Band
+
+MESH = (("a", 2), ("b", 4), ("c", 2))
+B, T, S, N, K, H = 2, 32, 32, 4, 2, 8
+
+
+def attention(factors, band=Band(), exchange="auto", mesh=MESH, t=T, s=S, bias=None, backward=False, itemsize=2):
+    operands = [("query", (B, t, N, H)), ("key", (B, s, K, H)), ("value", (B, s, K, H))]
+    operands += [] if bias is None else [("bias", bias)]
+    results = ("query", "key", "value") if backward else ("output", "lse")
+    rule = rules.make("attention", tuple(operands), results)
+    index = None if bias is None else 3
+    return plan.attention(rule, plan.freeze(factors), mesh, band, exchange, itemsize, index, 4 if backward else 0)
+
+
+BLOCK = 2 * B * S // 4 * K * H  # elements of K and V on one of four devices
+
+
+@pytest.mark.parametrize("factors, exchange, kind, axes, query_axes, sent", [
+    ({}, "auto", "local", (), (), 0),
+    ({"b0": ("a",)}, "auto", "local", (), (), 0),
+    ({"t": ("b",)}, "auto", "local", (), ("b",), 0),
+    ({"t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK * 2),
+    ({"t": ("b",), "s": ("b",)}, "ring", "ring", ("b",), ("b",), 3 * BLOCK * 2),
+    ({"t": ("b",), "s": ("b",)}, "all_gather", "all_gather", ("b",), ("b",), 3 * BLOCK * 2),
+    ({"b0": ("a",), "t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
+    ({"k": ("a",), "t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
+    ({"t": ("a", "b"), "s": ("a", "b")}, "auto", "ring", ("a", "b"), ("a", "b"), 7 * BLOCK // 2 * 2),
+    ({"s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK * 2),  # queries are cut alike
+    ({"g": ("b",), "s": ("b",)}, "auto", "all_gather", ("b",), (), 3 * BLOCK * 2),  # b is busy in the query
+    ({"t": ("a",), "s": ("b",)}, "auto", "all_gather", ("b",), ("a",), 3 * BLOCK * 2),
+    ({"t": ("b", "a"), "s": ("a", "b")}, "auto", "all_gather", ("a", "b"), ("b", "a"), 7 * BLOCK // 2 * 2),
+])  # fmt: skip
+def test_attention_exchange(factors, exchange, kind, axes, query_axes, sent):
+    got = attention(factors, exchange=exchange)
+    assert (got.exchange, got.axes, got.query_axes, got.wire_bytes) == (kind, axes, query_axes, sent)
+    assert got.ring_size == (got.size if kind == "ring" else 1)
+    assert got.reason
+
+
+def test_queries_that_cannot_be_cut_alike_gather():
+    assert attention({"s": ("b",)}, t=6).exchange == "all_gather"
+
+
+def test_a_ring_that_was_asked_for_and_can_not_be():
+    with pytest.raises(ValueError, match="exchange='ring' was asked for, but keys are sharded over .*'b'.* but queries over .*'a'"):
+        attention({"t": ("a",), "s": ("b",)}, exchange="ring")
+
+
+def test_a_backward_ring_sends_gradients_in_float32_once_more_than_keys():
+    got = attention({"t": ("b",), "s": ("b",)}, backward=True)
+    assert got.wire_bytes == BLOCK * (3 * 2 + 4 * 4)
+
+
+@given(st.sampled_from((1, 2, 4, 8)), st.integers(1, 5), st.none() | st.integers(0, 45), st.sampled_from((None, 0, 3)))
+@settings(max_examples=150)
+def test_hops_are_as_few_as_cover_every_pair(size, tokens, left, right):
+    """Walking from its own block to earlier ones, each device has met all blocks that its queries see; one hop less misses some."""
+    band, length = Band(left, right), size * tokens
+    queries, keys = np.arange(length)[:, None], np.arange(length)
+    seen = np.asarray(band(queries, keys))
+    got = attention({"t": ("r",), "s": ("r",)}, band, mesh=(("r", size),), t=length, s=length)
+
+    def misses(hops):
+        blocks = seen.reshape(size, tokens, size, tokens).any((1, 3))
+        return any(blocks[i, j] and (i - j) % size >= hops for i in range(size) for j in range(size))
+
+    hops = got.hops if size > 1 else 1
+    assert not misses(hops)
+    if right == 0 and left is not None:
+        assert hops == 1 or misses(hops - 1)
+    block = 2 * B * tokens * K * H
+    assert got.wire_bytes == block * 2 * (hops - 1)
+
+
+def test_a_cross_attention_ring_takes_no_short_cut():
+    factors = {"t": ("b",), "s": ("b",)}
+    assert attention(factors, Band(3, 0)).hops == 2
+    assert attention(factors, Band(3, 0), s=64).hops == 4
+
+
+@pytest.mark.parametrize("factors, bias, key_sum, bias_sum", [
+    ({"t": ("b",), "s": ("b",)}, (B, N, T, S), (), ()),
+    ({"t": ("b",), "s": ("b",)}, (1, N, 1, S), (), ("b",)),
+    ({"b0": ("a",), "t": ("b",), "s": ("b",)}, (1, N, T, S), (), ("a",)),
+    ({"b0": ("a",), "t": ("b",), "s": ("b",)}, (1, 1, 1, S), (), ("a", "b")),
+    ({"t": ("b",)}, (B, N, T, S), ("b",), ()),  # whole keys met queries of every device
+    ({"g": ("a",), "t": ("b",), "s": ("b",)}, (1, 1, T, S), ("a",), ("a",)),
+    ({"t": ("a",), "s": ("b",)}, (1, 1, 1, S), ("a",), ("a",)),
+])  # fmt: skip
+def test_what_gradients_are_summed_over(factors, bias, key_sum, bias_sum):
+    got = attention(factors, bias=bias, backward=True)
+    assert set(got.key_sum_axes) == set(key_sum)
+    assert set(got.bias_sum_axes) == set(bias_sum)
+
+
+def experts(factors, mesh=MESH, e=8, t=32, i=4, d=4, f=8, capacity=3, itemsize=2):
+    operands = (("tokens", (B, t, d)), ("expert", (B, t, 2)), ("slot", (B, t, 2)), ("weight", (B, t, 2)),
+                ("w_in", (e, d, f)), ("w_out", (e, f, d)))  # fmt: skip
+    rule = rules.make("experts", operands, ("tokens",), (("i", i),))
+    return plan.experts(rule, plan.freeze(factors), mesh, capacity, itemsize)
+
+
+@pytest.mark.parametrize("factors, exchange, exchange_axes, sum_axes, weight_sum_axes", [
+    ({}, "local", (), (), ()),
+    ({"z": ("b",)}, "local", (), (), ("b",)),
+    ({"b0": ("a",), "z": ("b",)}, "local", (), (), ("a", "b")),
+    ({"z": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ()),
+    ({"b0": ("a",), "z": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ("a",)),
+    ({"b0": ("a",), "z": ("b",), "e": ("b", "a")}, "all_to_all", ("b", "a"), (), ()),
+    ({"e": ("b",)}, "sum", (), ("b",), ()),
+    ({"z": ("a",), "e": ("b",)}, "sum", (), ("b",), ("a",)),
+    ({"z": ("b",), "e": ("b", "a")}, "all_to_all + sum", ("b",), ("a",), ()),
+    ({"z": ("b",), "e": ("b",), "f": ("a",)}, "all_to_all + sum", ("b",), ("a",), ()),
+    ({"f": ("a",)}, "sum", (), ("a",), ()),
+    ({"z": ("a",), "f": ("a",)}, "local", (), (), ("a",)),  # gathered first
+    ({"e": ("a",), "f": ("a", "b")}, "sum", (), ("a", "b"), ()),
+])  # fmt: skip
+def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_axes):
+    got = experts(factors)
+    assert (got.exchange, got.exchange_axes) == (exchange, exchange_axes)
+    assert set(got.sum_axes) == set(sum_axes) and set(got.weight_sum_axes) == set(weight_sum_axes)
+    assert got.num_exchange == math.prod(dict(MESH)[axis] for axis in exchange_axes)
+    assert set(got.axes) == {*exchange_axes, *sum_axes}
+    assert got.reason and "f" not in dict(got.factors) or dict(got.factors)["f"] == got.hidden_axes
+
+
+def test_bytes_of_an_expert_exchange():
+    """64 tokens in groups of 4 over 4 devices: 4 groups each, 8 experts x 3 slots of 4 numbers of 2 bytes, there and back."""
+    rows = 8 * 4 * 3 * 4 * 2
+    assert experts({"z": ("b",), "e": ("b",)}).wire_bytes == 2 * rows * 3 // 4
+    tokens = B * 32 * 4 * 4  # float32
+    assert experts({"e": ("b",)}).wire_bytes == 2 * tokens * 3 // 4
+    assert experts({"z": ("b",)}).wire_bytes == 0
+
+
+@pytest.mark.parametrize("broken", [
+    {"expert_axes": (("a", 3),)}, {"exchange_axes": ("b",)}, {"hidden_axes": ("b",), "token_axes": ("b",)},
+    {"expert_axes": (("b", 4),), "token_axes": ("b",)},
+])  # fmt: skip
+def test_a_plan_checks_itself(broken):
+    with pytest.raises(AssertionError):
+        plan.ExpertPlan(num_experts=8, capacity=3, group_size=4, **broken)
+
+
+def test_plans_are_frozen_hashable_and_made_once():
+    one, other = attention({"s": ("b",)}), attention({"s": ("b",)})
+    assert one is other and hash(one) == hash(other)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.hops = 1
+    hash(experts({"e": ("b",)}))

@@ -1,0 +1,162 @@
+"""Sharding rules: from the strings to Shardy's text, to the axes of each factor, and back to PartitionSpecs."""
+
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from jax.sharding import PartitionSpec as P
+
+from ringmoe import errors, rules
+
+B, T, S, N, K, H = 2, 16, 24, 8, 2, 4
+QKV = (("query", (B, T, N, H)), ("key", (B, S, K, H)), ("value", (B, S, K, H)))
+MESH = {"a": 2, "b": 4, "c": 2}
+
+
+def attention(*extras, qkv=QKV, results=("output", "lse")):
+    return rules.make("attention", (*qkv, *extras), results)
+
+
+def experts(b=B, t=16, d=4, e=8, f=6, i=4, gate=False):
+    weights = [("w_in", (e, d, f))] + [("w_gate", (e, d, f))] * gate + [("w_out", (e, f, d))]
+    choices = [(name, (b, t, 2)) for name in ("expert", "slot", "weight")]
+    return rules.make("experts", (("tokens", (b, t, d)), *choices, *weights), ("tokens",), (("i", i),))
+
+
+@pytest.mark.parametrize("rule, text", [
+    (attention(), "b0 t (k g) h, b0 s k h, b0 s k h -> b0 t (k g) h, b0 t (k g)"),
+    (attention(("bias", (B, N, T, S))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 (k g) t u -> b0 t (k g) h, b0 t (k g)"),
+    (attention(("key_lengths", (B,))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 -> b0 t (k g) h, b0 t (k g)"),
+    (attention(("query_segments", (B, T)), ("key_segments", (B, S))),
+     "b0 t (k g) h, b0 s k h, b0 s k h, b0 t, b0 u -> b0 t (k g) h, b0 t (k g)"),
+    (experts(), "b0 (z i) d, b0 (z i) c, b0 (z i) c, b0 (z i) c, e d f, e f d -> b0 (z i) d"),
+    (experts(gate=True), "b0 (z i) d, b0 (z i) c, b0 (z i) c, b0 (z i) c, e d f, e d f, e f d -> b0 (z i) d"),
+])  # fmt: skip
+def test_shardys_notation(rule, text):
+    assert str(rule) == text
+
+
+def test_factors_of_length_one_leave_compound_dims():
+    mha = attention(qkv=(("query", (B, T, N, H)), ("key", (B, S, N, H)), ("value", (B, S, N, H))))
+    mqa = attention(qkv=(("query", (B, T, N, H)), ("key", (B, S, 1, H)), ("value", (B, S, 1, H))))
+    assert mha.operands[0][2] == ("k",) and mha.results[1][2] == ("k",)
+    assert mqa.operands[0][2] == ("g",) and mqa.operands[1][2] == ("k",)
+    assert experts(i=1).operands[0][1] == ("z",)
+    assert experts(i=16).operands[0][1] == ("i",)
+
+
+def test_sizes_of_factors_that_never_stand_alone():
+    assert attention().compound_sizes == {"g": 4}
+    assert experts().compound_sizes == {"z": 4, "i": 4}
+
+
+@given(st.tuples(*[st.booleans()] * 4))
+def test_a_broadcast_dim_gets_a_factor_of_its_own(ones):
+    shape = tuple(1 if one else length for one, length in zip(ones, (B, N, T, S)))
+    rule = attention(("bias", shape))
+    for dim, one, whole in zip(rule.operands[3], ones, (("b0",), ("k", "g"), ("t",), ("u",))):
+        if one and whole != ("u",):  # u lives in this operand alone: nothing tells that it is longer elsewhere
+            assert dim != whole and dict(rule.sizes)[dim[0]] == 1
+        elif not one:
+            assert dim == whole
+    assert rule.shape(rule.operands[3]) == shape
+    assert len({dim for dim, one in zip(rule.operands[3], ones) if one}) == sum(ones)
+
+
+def test_a_result_that_bears_an_operands_name_has_its_dims():
+    rule = attention(("bias", (1, N, 1, S)), results=("query", "key", "bias"))
+    assert rule.results == (rule.operands[0], rule.operands[1], rule.operands[3])
+
+
+def test_a_lone_query_token_is_a_factor_all_the_same():
+    rule = attention(qkv=(("query", (1, 1, 1, 1)), ("key", (1, 1, 1, 1)), ("value", (1, 1, 1, 1))))
+    assert str(rule) == "b0 t k h, b0 s k h, b0 s k h -> b0 t k h, b0 t k"
+
+
+SPECS = st.permutations(["a", "b", "c", None, None, None])
+
+
+def found(rule, *specs, mesh=MESH, strict=True):
+    return rule.factor_axes([rules.axes_of(spec, len(dims)) for spec, dims in zip(specs, rule.operands)], mesh, strict)
+
+
+@pytest.mark.parametrize("specs, want", [
+    ((P("a", "b"), P("a", "b"), P("a", "b")), {"b0": ("a",), "t": ("b",), "s": ("b",)}),
+    ((P(("a", "c"), "b"),), None),  # 2 batches over 4 devices
+    ((P(None, ("a", "b")), P(None, ("a", "b"))), {"t": ("a", "b"), "s": ("a", "b")}),
+    ((P(None, ("b", "a")), P()), {"t": ("b", "a")}),
+    ((P(), P(None, "b")), {"s": ("b",)}),
+    ((P(None, None, "a"),), {"k": ("a",)}),  # two key heads over two devices
+    ((P(None, None, ("a", "b")),), {"k": ("a",), "g": ("b",)}),  # the group goes on where key heads are single
+    ((P(None, None, None, "a"),), {}),  # head dims are never split
+    ((P("a"), P("c")), {"b0": ("a",)}),  # the first array that splits a factor decides
+    ((P("a", "b"), P(None, "a")), {"b0": ("a",), "t": ("b",)}),  # a is b0's in every array, so s can't have it
+    ((P(None, "b"), P(None, None, "b")), {"t": ("b",)}),  # t and k stand in one array: b is taken
+])  # fmt: skip
+def test_axes_of_each_factor(specs, want):
+    if want is None:
+        with pytest.raises(ValueError, match="2 elements are sharded over mesh axes .*4 devices"):
+            found(attention(), *specs)
+    else:
+        assert found(attention(), *specs) == want
+
+
+@given(SPECS, SPECS, SPECS)
+@settings(max_examples=100)
+def test_no_array_is_split_twice_over_one_axis(query, key, value):
+    rule = attention(qkv=(("query", (8, 16, 8, H)), ("key", (8, 16, 8, H)), ("value", (8, 16, 8, H))))
+    axes = found(rule, *(P(*spec[:4]) for spec in (query, key, value)))
+    for dims in rule.operands + rule.results:
+        spec = rules.spec_of(dims, axes)
+        used = [axis for entry in rules.axes_of(spec, len(dims)) for axis in entry]
+        assert len(used) == len(set(used))
+        for length, entry in zip(rule.shape(dims), rules.axes_of(spec, len(dims))):
+            assert length % math.prod(MESH[axis] for axis in entry) == 0
+    # What the first operand says holds, but for the head dim.
+    for factor, entry in zip(("b0", "t", "k"), query):
+        assert axes.get(factor, ()) == (() if entry is None else (entry,))
+
+
+@given(st.permutations(["a", "b", "c", None]))
+@settings(max_examples=24)
+def test_specs_come_back(entries):
+    """The factors found from an array's spec give that spec back."""
+    rule = experts(b=8, t=32, i=4, d=16)
+    spec = P(*(entry for entry in entries[:2]))
+    axes = found(rule, spec)
+    assert rules.axes_of(rules.spec_of(rule.operands[0], axes), 3) == rules.axes_of(spec, 3)
+
+
+def test_groups_are_never_cut():
+    with pytest.raises(ValueError, match=r"16 tokens over mesh axes \('b', 'a'\) leave 2 tokens a device, expected whole groups of 4"):
+        found(experts(), P(None, ("b", "a")))
+    with pytest.warns(errors.CostWarning, match="gathered"):
+        errors.forget_warnings()
+        assert found(experts(), P(None, ("b", "a")), strict=False) == {}
+
+
+def test_the_rule_of_the_whole_call_from_one_devices_shapes():
+    rule = experts(e=1).scaled(("z", "e"), 8)
+    assert dict(rule.sizes)["z"] == 32 and dict(rule.sizes)["e"] == 8 and dict(rule.sizes)["d"] == 4
+
+
+@pytest.mark.parametrize("spec, axes", [
+    (P(), ((), (), ())), (P("a"), (("a",), (), ())), (P(None, ("a", "b")), ((), ("a", "b"), ())),
+    (P(P.UNCONSTRAINED, None, "c"), ((), (), ("c",))),
+])  # fmt: skip
+def test_axes_of_a_spec(spec, axes):
+    assert rules.axes_of(spec, 3) == axes
+
+
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_every_rule_is_one_that_custom_partitioning_takes(family):
+    """The text and sizes go through JAX's own parser."""
+    from jax.experimental.custom_partitioning import custom_partitioning  # noqa: PLC0415
+
+    rule = attention(("bias", (1, N, T, 1))) if family == "attention" else experts(gate=True)
+    call = custom_partitioning(lambda *xs: tuple(jnp.zeros(rule.shape(dims)) for dims in rule.results))
+    call.def_partition(partition=lambda *_: None, sharding_rule=str(rule), **rule.compound_sizes)
+    jax.eval_shape(call, *(jnp.zeros(rule.shape(dims)) for dims in rule.operands))

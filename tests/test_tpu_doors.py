@@ -1,0 +1,88 @@
+"""Every door that exists on TPU, compiled by TPU's own compiler for four machines: forward and gradient of both ops."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe import errors
+from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, tpu_mesh
+
+TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
+DOORS = {target: (TYPES, RINGMOE_JIT) for target in TARGETS} | {"v5p:2x2x2": (TYPES, RINGMOE_JIT, MANUAL_VMA)}
+CASES = [(target, door) for target in TARGETS for door in DOORS[target]]
+every_target = pytest.mark.parametrize("target, door", CASES, ids=str)
+
+TOKENS, HEADS, KEY_HEADS, HEAD, MODEL, HIDDEN, EXPERTS = 512, 4, 2, 128, 128, 256, 8
+SPEC = P("a", "b")
+
+
+def shape_of(mesh, shape, spec, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def compiled_text(door, fun, mesh, arrays, in_specs, out_specs):
+    """Of value and gradients of the sum of squares of `fun`."""
+    if door.check_vma is not None:
+        fun = jax.shard_map(functools.partial(fun, axis_name="b"), mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    loss = lambda *arrays: jnp.sum(fun(*arrays).astype(jnp.float32) ** 2)
+    both = jax.value_and_grad(loss, tuple(range(len(arrays))))
+    return door.jit(fun).lower(*arrays).compile().as_text(), door.jit(both).lower(*arrays).compile().as_text()
+
+
+@every_target
+def test_attention(target, door):
+    mesh = tpu_mesh(target, TARGETS[target], door.axis_type)
+    arrays = [shape_of(mesh, (4, TOKENS, n, HEAD), SPEC) for n in (HEADS, KEY_HEADS, KEY_HEADS)]
+
+    def fun(q, k, v, axis_name=None):
+        return ringmoe.dot_product_attention(q, k, v, is_causal=True, axis_name=axis_name)
+
+    for direction, text in zip(("forward", "gradient"), compiled_text(door, fun, mesh, arrays, (SPEC,) * 3, SPEC)):
+        assert "tpu_custom_call" in text, f"{direction}: no Pallas kernel"
+        assert "collective-permute" in collectives(text), f"{direction}: {collectives(text)}"
+        assert not collectives(text) & {"all-gather", "all-to-all"}, f"{direction}: {collectives(text)}"
+
+
+@every_target
+def test_experts(target, door):
+    mesh = tpu_mesh(target, TARGETS[target], door.axis_type)
+    shapes = (4, TOKENS, MODEL), (MODEL, EXPERTS), (EXPERTS, MODEL, HIDDEN), (EXPERTS, HIDDEN, MODEL)
+    specs = SPEC, P(), P("b"), P("b")
+    arrays = [shape_of(mesh, shape, spec) for shape, spec in zip(shapes, specs)]
+    config = ringmoe.RouterConfig(EXPERTS, group_size=64)
+
+    def fun(x, router, w_in, w_out, axis_name=None):
+        return ringmoe.moe_ffn(x, router, w_in, w_out, config=config, axis_name=axis_name)[0]
+
+    for direction, text in zip(("forward", "gradient"), compiled_text(door, fun, mesh, arrays, specs, SPEC)):
+        assert "all-to-all" in collectives(text), f"{direction}: {collectives(text)}"
+        # Weights of E / P experts a device stay where they are; nothing of their size is gathered.
+        assert f"bf16[{EXPERTS},{MODEL},{HIDDEN}]" not in text, f"{direction}: a whole weight appears"
+
+
+def test_plain_jit_falls_back_and_says_so():
+    mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Auto)
+    arrays = [shape_of(mesh, (4, TOKENS, HEADS, HEAD), SPEC)] * 3
+    errors.forget_warnings()
+    with pytest.warns(errors.CostWarning, match="attention gathered: on tpu .* Compile with ringmoe.jit, or make the mesh axes Explicit"):
+        text = jax.jit(lambda q, k, v: ringmoe.dot_product_attention(q, k, v, is_causal=True)).lower(*arrays).compile().as_text()
+    assert "CustomSPMDPartitioning" not in text and "tpu_custom_call" not in text
+    assert math.prod(mesh.devices.shape) == 8
+
+
+def test_a_call_the_tpu_kernel_lacks_takes_the_other_and_says_so():
+    """A mask: the XLA kernel runs, in the same ring, with a warning by name."""
+    mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)
+    arrays = [shape_of(mesh, (4, TOKENS, HEADS, HEAD), SPEC)] * 3
+    mask = shape_of(mesh, (1, 1, TOKENS, TOKENS), P(None, None, "b"), jnp.bool_)
+    errors.forget_warnings()
+    with pytest.warns(errors.CostWarning, match="attention on tpu: the xla kernel runs .*mask is not supported"):
+        lowered = jax.jit(lambda q, k, v, mask: ringmoe.dot_product_attention(q, k, v, mask=mask)).lower(*arrays, mask)
+    text = lowered.compile().as_text()
+    assert "collective-permute" in collectives(text) and "all-gather" not in collectives(text)
