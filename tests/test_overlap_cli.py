@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
-import overlap_programs as programs
+from tests import overlap_programs as programs
 import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
@@ -18,7 +18,7 @@ from ringmoe.overlap import kernels
 CASES = """
 import sys
 sys.path.insert(0, {tests!r})
-import overlap_programs as programs
+from tests import overlap_programs as programs
 
 def ring(mesh):
     return programs.ring(dict(mesh.shape), merge="inside")

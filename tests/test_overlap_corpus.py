@@ -6,7 +6,7 @@ import json
 import re
 
 import jax
-import overlap_programs as programs
+from tests import overlap_programs as programs
 import pytest
 
 from ringmoe import machines, overlap

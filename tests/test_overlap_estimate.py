@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import overlap_programs as programs
+from tests import overlap_programs as programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

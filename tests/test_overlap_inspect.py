@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import overlap_programs as programs
+from tests import overlap_programs as programs
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
