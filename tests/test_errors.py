@@ -55,9 +55,9 @@ def moe(
     )
 
 
-def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a"):
+def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a", group_size=2):
     mesh = make_mesh((8,), AxisType.Auto)
-    config = ringmoe.RouterConfig(experts, group_size=2)
+    config = ringmoe.RouterConfig(experts, group_size=group_size)
     local = lambda x: moe(x, router=(D, experts), w_in=w_in, w_out=w_out, config=config, axis_name=axis_name)[0]
     return jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))(jnp.zeros((1, 16, D)))
 
@@ -229,6 +229,10 @@ CASES = {
     ),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),
+    "default groups inside a shard_map": (
+        lambda: moe_manual(group_size=None),
+        "config.group_size=None with axes=.*expected a number: inside a shard_map",
+    ),
     "E not divisible by axis_name": (
         lambda: moe_manual(12),
         r"num_experts=12 over axis_name=\('a',\) of 8 devices, expected a multiple",
