@@ -185,7 +185,7 @@ def test_default_blocks_longer_than_one_block():
     compare(Case(b=1, k=1, group=1, t=600, s=700, num_hops=1, num_shards=1, shard=0, config=None, is_causal=True))
 
 
-@pytest.mark.parametrize("broadcast", [0, 3, 5, 10, 12, 15])
+@pytest.mark.parametrize("broadcast", [0, 10, 15])
 def test_bias_gradient_sums_over_broadcast_dims(broadcast):
     dims = tuple(bool(broadcast >> d & 1) for d in range(4))
     compare(Case(bias=dims, window=(3, 2)))
