@@ -246,7 +246,8 @@ def test_every_uneven_layout_through_every_door_that_finds_it(layout, door):
     check(dataclasses.replace(UNEVEN[layout], door=door))
 
 
-@pytest.mark.parametrize("door", DOORS, ids=str)
+# Not under check_vma: JAX 0.12's interpreter slices arrays of unlike varying axes, and says to turn the check off.
+@pytest.mark.parametrize("door", [door for door in DOORS if door is not MANUAL_VMA], ids=str)
 def test_the_tpu_kernel_in_the_interpreter(door):
     mesh, roles = ((), ()) if door is ONE_DEVICE else ((2,), ("sequence",))
     check(Case(door=door, mesh=mesh, roles=roles, implementation="tpu", is_causal=True, t=8, g=2, h=8))
