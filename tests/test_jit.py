@@ -59,7 +59,7 @@ def placements(jitted, *args, **kwargs):
     ({"static_argnames": "causal"}, lambda f, q, k, v: f(q, k, v, causal=True)),
     ({"static_argnums": (3, 4)}, lambda f, q, k, v: f(q, k, v, True, "unused")),
     ({"static_argnums": -1}, lambda f, q, k, v: f(q, k, v, True)),
-], ids=str)  # fmt: skip
+], ids=["number", "name", "two numbers", "number from the end"])  # fmt: skip
 def test_static_arguments(placed, options, call):
     calls = []
 
