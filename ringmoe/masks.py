@@ -60,12 +60,16 @@ class Band:
           block, num_blocks: the other side's block length and count.
         """
         first, last = 0, num_blocks
-        # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform
+
+        def div(x):
+            # Not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform.
+            return jax.lax.div(x, jnp.asarray(block, x.dtype))
+
         if self.left is not None:
-            first = jax.lax.div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block), block)
+            first = div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block))
         if self.right is not None:
             reach = stop + self.right - other_offset  # the other side is seen up to here, exclusive
-            last = jax.lax.div(jnp.clip(reach, 0, num_blocks * block) + block - 1, block)
+            last = div(jnp.clip(reach, 0, num_blocks * block) + block - 1)
         return first, last
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
