@@ -105,8 +105,9 @@ def jit(fun: Callable | None = None, **options) -> Any:
 
 def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
     """Positions and names of the static arguments; as in jax.jit, either may be given for both."""
-    listed = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
-    numbers, names = set(listed(options.get("static_argnums"))), set(listed(options.get("static_argnames")))
+    listed: Any = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
+    numbers: set[int] = set(listed(options.get("static_argnums")))
+    names: set[str] = set(listed(options.get("static_argnames")))
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     try:
         positional = [p.name for p in inspect.signature(fun).parameters.values() if p.kind in kinds]
