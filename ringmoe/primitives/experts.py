@@ -81,8 +81,8 @@ def _combine(call, rows, expert, slot, weight):
     return _bind(COMBINE, call, {"rows": rows, "expert": expert, "slot": slot, "weight": weight}, ("tokens",))[0]
 
 
-def _dispatch_forward(call, x, *choices):
-    return dispatch(call, x, *choices), (_Sharding(jax.typeof(x).sharding), choices)
+def _dispatch_forward(call, x, expert, slot):
+    return dispatch(call, x, expert, slot), (_Sharding(jax.typeof(x).sharding), (expert, slot))
 
 
 def _dispatch_backward(call, residuals, drows):
