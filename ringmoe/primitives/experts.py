@@ -86,8 +86,8 @@ def _dispatch_forward(call, x, expert, slot):
 
 
 def _dispatch_backward(call, residuals, drows):
-    like, choices = residuals
-    return like.place(_combine(call, drows, *choices, None)), None, None
+    like, (expert, slot) = residuals
+    return like.place(_combine(call, drows, expert, slot, None)), None, None
 
 
 def _combine_backward(call, residuals, dy):
