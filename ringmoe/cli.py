@@ -4,18 +4,32 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ringmoe import inspect_cli
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; its exit status is the process's."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="ringmoe", description="Ring attention and expert parallelism for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="train a sharded byte model on real text, and check it", add_help=False)
-    args, rest = parser.parse_known_args(argv)
-    # The demo sets XLA's flags and needs optax: it is imported only when asked for.
-    from ringmoe.demo import train
+    for name, what in (
+        ("inspect", "compile a function for a machine and show what of its communication is exposed"),
+        ("targets", "list the machines that inspect knows"),
+    ):
+        inspect_cli.add_arguments(commands.add_parser(name, help=what), name)
+    if argv[:1] == ["demo"]:
+        return _demo(argv[1:])
+    return inspect_cli.main(parser.parse_args(argv))
 
-    assert args.command == "demo"
-    return train.main(rest)
+
+def _demo(argv: Sequence[str]) -> int:
+    try:  # needs packages of its own, and sets XLA's flags before jax looks for devices: imported when asked for
+        from ringmoe.demo import train
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return train.main(argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ class AttentionSpec:
 
     scale: float
     band: Band = Band()
-    interpret: bool = False  # run a TPU kernel in Pallas's TPU interpreter: set by `pick` off its platform
+    # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
+    # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
+    interpret: bool = False
 
 
 class Offsets(NamedTuple):

@@ -60,11 +60,9 @@ class Band:
           block, num_blocks: the other side's block length and count.
         """
         first, last = 0, num_blocks
-
-        def div(x):
-            # Not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform.
-            return jax.lax.div(x, jnp.asarray(block, x.dtype))
-
+        # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform;
+        # of one dtype, which with 64-bit types a Python int would not be
+        div = lambda x: jax.lax.div(x, x.dtype.type(block))
         if self.left is not None:
             first = div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block))
         if self.right is not None:

@@ -62,6 +62,7 @@ def moe_ffn(
     w_gate = None if w_gate is None else jnp.asarray(w_gate)
     token_mask = None if token_mask is None else jnp.asarray(token_mask)
     axes = compat.check_axis_name(axis_name)
+    router.check_mask(token_mask, x.shape[:-1])
     _check_layer(x, router_weight, w_in, w_out, w_gate, config, axes)
     pallas.check_implementation("experts", implementation)
     acc = jnp.promote_types(x.dtype, jnp.float32)

@@ -177,12 +177,16 @@ def _check_route(logits, config, token_mask):
         logits.ndim >= 2 and logits.shape[-1] == config.num_experts,
         f"logits of shape {logits.shape} with num_experts={config.num_experts}, expected [..., T, num_experts]",
     )
-    if token_mask is not None:
-        check(
-            token_mask.shape == logits.shape[:-1] and token_mask.dtype == jnp.bool_,
-            f"token_mask {token_mask.dtype}{token_mask.shape}, expected bool{logits.shape[:-1]}: one flag per token, "
-            "True where the token takes part",
-        )
+    check_mask(token_mask, logits.shape[:-1])
+
+
+def check_mask(token_mask, tokens: tuple[int, ...]) -> None:
+    """Raises ValueError unless the mask is None or one flag for each of the tokens."""
+    check(
+        token_mask is None or (token_mask.shape == tokens and token_mask.dtype == jnp.bool_),
+        f"token_mask {getattr(token_mask, 'dtype', None)}{getattr(token_mask, 'shape', None)}, expected bool{tokens}: "
+        "one flag per token, True where the token takes part",
+    )
 
 
 def _check_whole_groups(logits, group_size):

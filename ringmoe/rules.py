@@ -108,11 +108,14 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                for factor, share in _split(dim, tuple(axes), sizes, mesh_shape, strict):
-                    taken = {axis for rival in self.neighbours(factor) for axis in found.get(rival, ())}
-                    share = tuple(axis for axis in share if axis not in taken)
-                    if share and factor not in found and factor not in WHOLE:
-                        found[factor] = share
+                gathered = WHOLE.issuperset(dim) and dim != ("i",)  # a lone group is refused, not gathered, when it is cut
+                if gathered or any(factor in found for factor in dim):
+                    continue
+                rivals = set().union(*map(self.neighbours, dim)) - set(dim)
+                taken = {axis for rival in rivals for axis in found.get(rival, ())}
+                free = tuple(axis for axis in axes if axis not in taken)
+                shares = _split(dim, free, sizes, mesh_shape, strict)
+                found |= {factor: share for factor, share in shares if share and factor not in WHOLE}
         return found
 
 
@@ -192,22 +195,19 @@ def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[s
     left, shares = list(axes), []
     for factor in dim:
         share, length = [], sizes.get(factor, 1)
-        while left and length % mesh_shape[left[0]] == 0:
+        while left and factor not in WHOLE and length % mesh_shape[left[0]] == 0:
             length //= mesh_shape[left[0]]
             share.append(left.pop(0))
         shares.append((factor, tuple(share)))
         if length > 1:
             break
     if not left:
-        if cut := [axes for factor, axes in shares if factor == "i" and axes]:
-            warn_once("groups gathered", f"mesh axes {cut[0]} cut groups of {sizes['i']} tokens, so the tokens are gathered "
-                      "over them; choose a group_size that divides the tokens of one device")
         return shares
     length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
     if dim[:2] == ("k", "g"):
         warn_once("heads gathered", f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one head's "
                   "group of queries, so the heads are gathered; choose a number of devices that divides the key heads")
-        return []
+        return shares
     if dim[-1] == "i":
         message = (f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole groups of "
                    f"{sizes['i']}: choose a group_size that divides the tokens of one device")
@@ -216,4 +216,4 @@ def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[s
                    "multiple of that: pad that dim, or shard it over fewer devices")
     check(not strict, message)
     warn_once("gathered", message)
-    return []
+    return shares

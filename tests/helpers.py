@@ -65,17 +65,29 @@ def put(mesh: Mesh | None, tree, specs):
     if mesh is None:
         return tree
     one = lambda x, spec: None if x is None else jax.device_put(x, NamedSharding(mesh, spec))
-    return {name: one(x, specs[name]) for name, x in tree.items()} if isinstance(tree, dict) else tuple(map(one, tree, specs))
+    return (
+        {name: one(x, specs[name]) for name, x in tree.items()}
+        if isinstance(tree, dict)
+        else tuple(map(one, tree, specs))
+    )
 
 
 def value_and_gradients(
-    fun: Callable[..., Any], loss: Callable[[Any, Any], jax.Array], wanted: Sequence[str], door: Door, mesh: Mesh | None,
-    arrays: dict[str, Any], specs: dict[str, P], cotangents, out_specs=None, axis_name: tuple[str, ...] = (),
+    fun: Callable[..., Any],
+    loss: Callable[[Any, Any], jax.Array],
+    wanted: Sequence[str],
+    door: Door,
+    mesh: Mesh | None,
+    arrays: dict[str, Any],
+    specs: dict[str, P],
+    cotangents,
+    out_specs=None,
+    axis_name: tuple[str, ...] = (),
 ):
     """`fun(**arrays)` and the gradients of `loss(fun(**arrays), cotangents)` in the arrays `wanted`, through `door`.
 
-    Returns `(out, {name: gradient})`. A manual door calls `fun(axis_name=..., **arrays)` inside a shard_map whose results
-    lie as `out_specs` say.
+    Returns `(out, {name: gradient})`. A manual door calls `fun(axis_name=..., **arrays)` inside a shard_map whose
+    results lie as `out_specs` say.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None}
     if door.check_vma is not None:
@@ -136,10 +148,10 @@ def no_cost_warnings():
 @functools.cache
 def tpu_devices(target: str):
     """The devices of a TPU topology that isn't here; skips where libtpu isn't installed."""
-    import pytest  # noqa: PLC0415  (helpers are imported by subprocesses that have no pytest running)
+    import pytest
 
     try:
-        from jax.experimental import topologies  # noqa: PLC0415
+        from jax.experimental import topologies
 
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
     except Exception as error:  # libtpu's absence has no type of its own
@@ -152,5 +164,5 @@ def tpu_mesh(target: str, shape: Sequence[int], axis_type: AxisType, names: Sequ
     return Mesh(np.array(devices).reshape(shape), names, axis_types=(axis_type,) * len(shape))
 
 
-# Hypothesis for examples that each compile a program: a failing one is shown as it was drawn, shrinking would take minutes.
+# For examples that each compile a program: a failing one is shown as it was drawn, shrinking would take minutes.
 WITHOUT_SHRINKING = tuple(phase for phase in Phase if phase not in (Phase.shrink, Phase.explain))

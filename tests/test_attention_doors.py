@@ -9,15 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from jax.sharding import AxisType
+from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import reference
 from tests.helpers import (
-    AXES, DOORS, EXPLICIT_RINGMOE_JIT, MANUAL, MANUAL_VMA, MESHES, ONE_DEVICE, PARTITIONER, RINGMOE_JIT, SHARDED_DOORS,
-    TOLERANCE, TYPES, WITHOUT_SHRINKING, Door, assert_close, collectives, double, make_mesh, put, value_and_gradients,
+    AXES,
+    DOORS,
+    EXPLICIT_RINGMOE_JIT,
+    MANUAL,
+    MANUAL_VMA,
+    MESHES,
+    ONE_DEVICE,
+    PARTITIONER,
+    RINGMOE_JIT,
+    SHARDED_DOORS,
+    TOLERANCE,
+    TYPES,
+    WITHOUT_SHRINKING,
+    Door,
+    assert_close,
+    collectives,
+    double,
+    make_mesh,
+    put,
+    value_and_gradients,
 )  # fmt: skip
 
 ROLES = ("sequence", "batch", "heads", "groups", "keys only", "queries only", "nothing")
@@ -127,7 +144,10 @@ def run(case: Case):
     specs, out_specs = case.specs
     mesh = make_mesh(case.mesh, case.door.axis_type) if case.mesh else None
     fun = functools.partial(
-        ringmoe.dot_product_attention, return_residual=True, exchange=case.exchange, implementation=case.implementation,
+        ringmoe.dot_product_attention,
+        return_residual=True,
+        exchange=case.exchange,
+        implementation=case.implementation,
         **case.statics,
     )
     with jax.enable_x64(case.dtype == "float64"):
@@ -138,9 +158,13 @@ def run(case: Case):
 
 def check(case: Case):
     (output, lse), grads = run(case)
-    (want_output, want_lse), want_grads = oracle(dataclasses.replace(case, door=ONE_DEVICE, implementation=None, exchange="auto"))
+    (want_output, want_lse), want_grads = oracle(
+        dataclasses.replace(case, door=ONE_DEVICE, implementation=None, exchange="auto")
+    )
     forward, gradient = TOLERANCE[jnp.dtype(case.dtype)]
-    assert output.dtype == jnp.dtype(case.dtype) and lse.dtype == (np.float64 if case.dtype == "float64" else np.float32)
+    assert output.dtype == jnp.dtype(case.dtype) and lse.dtype == (
+        np.float64 if case.dtype == "float64" else np.float32
+    )
     assert_close(output, want_output, forward, "output")
     assert_close(lse, want_lse, forward, "LSE")
     assert sorted(grads) == sorted(want_grads)
@@ -186,13 +210,16 @@ NO_ONES = (False,) * 4
 LAYOUTS = {
     "sequence over one axis": Case(is_causal=True, bias=NO_ONES),
     "sequence over two axes at once": Case(mesh=(2, 4), roles=("sequence", "sequence"), is_causal=True, mask=NO_ONES),
-    "batch, sequence, heads": Case(mesh=(2, 2, 2), roles=("batch", "sequence", "heads"), bias=(True, False, False, False)),
+    "batch, sequence, heads": Case(
+        mesh=(2, 2, 2), roles=("batch", "sequence", "heads"), bias=(True, False, False, False)
+    ),
     "window": Case(t=4, is_causal=True, window=(5, 0)),
     "packed segments and lengths": Case(mesh=(2, 4), roles=("batch", "sequence"), segments=True, lengths=(True, True)),
     "cross attention": Case(mesh=(2, 4), roles=("batch", "sequence"), t=2, s=5, is_causal=True, bias=NO_ONES),
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_through_every_door(layout, door):
@@ -202,7 +229,9 @@ def test_every_layout_through_every_door(layout, door):
 UNEVEN = {
     "keys sharded, queries not": Case(mesh=(2, 4), roles=("batch", "keys only"), t=4, is_causal=True, bias=NO_ONES),
     "queries sharded, keys not": Case(mesh=(2, 4), roles=("batch", "queries only"), s=6, bias=NO_ONES, mask=NO_ONES),
-    "keys over one axis, queries over another": Case(mesh=(2, 4), roles=("queries only", "keys only"), is_causal=True, t=4),
+    "keys over one axis, queries over another": Case(
+        mesh=(2, 4), roles=("queries only", "keys only"), is_causal=True, t=4
+    ),
     "one key head, query heads sharded": Case(mesh=(2, 4), roles=("groups", "sequence"), k=1, g=1, is_causal=True),
     "key heads and groups sharded": Case(mesh=(2, 2, 2), roles=("heads", "groups", "sequence"), k=1, g=1),
     "heads only": Case(mesh=(8,), roles=("heads",), is_causal=True, bias=NO_ONES),
@@ -211,13 +240,14 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT), ids=str)
+@pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_every_uneven_layout_through_every_door_that_finds_it(layout, door):
     check(dataclasses.replace(UNEVEN[layout], door=door))
 
 
-@pytest.mark.parametrize("door", DOORS, ids=str)
+# Not under check_vma: JAX 0.12's interpreter slices arrays of unlike varying axes, and says to turn the check off.
+@pytest.mark.parametrize("door", [door for door in DOORS if door is not MANUAL_VMA], ids=str)
 def test_the_tpu_kernel_in_the_interpreter(door):
     mesh, roles = ((), ()) if door is ONE_DEVICE else ((2,), ("sequence",))
     check(Case(door=door, mesh=mesh, roles=roles, implementation="tpu", is_causal=True, t=8, g=2, h=8))
@@ -241,7 +271,7 @@ def test_ring_equals_all_gather_equals_one_device(door):
             assert_close(got, other[1][name], gradient, name)
 
 
-@pytest.mark.parametrize("door", (TYPES, RINGMOE_JIT, PARTITIONER), ids=str)
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT, PARTITIONER], ids=str)
 def test_a_sharded_sequence_is_never_gathered(door):
     case = Case(door=door, mesh=(2, 4), roles=("batch", "sequence"), is_causal=True, t=4)
     arrays, _ = case.arrays()
@@ -254,11 +284,14 @@ def test_a_sharded_sequence_is_never_gathered(door):
     assert "all-gather" not in collectives(text)
 
 
-@pytest.mark.parametrize("door", (TYPES, PARTITIONER, RINGMOE_JIT, MANUAL, MANUAL_VMA, ONE_DEVICE), ids=str)
+@pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, MANUAL, MANUAL_VMA, ONE_DEVICE], ids=str)
 def test_without_a_batch_dim(door):
     mesh = None if door is ONE_DEVICE else make_mesh((8,), door.axis_type)
     rng = np.random.default_rng(0)
-    arrays = {name: rng.normal(size=(16, heads, 4)).astype(np.float32) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    arrays = {
+        name: rng.normal(size=(16, heads, 4)).astype(np.float32)
+        for name, heads in (("query", 4), ("key", 2), ("value", 2))
+    }
     cotangents = rng.normal(size=(16, 4, 4)).astype(np.float32), rng.normal(size=(16, 4)).astype(np.float32)
     fun = functools.partial(ringmoe.dot_product_attention, return_residual=True, is_causal=True)
     specs = dict.fromkeys(arrays, P("a"))
@@ -266,7 +299,9 @@ def test_without_a_batch_dim(door):
     with jax.enable_x64(True):
 
         def dense(query, key, value):
-            return tuple(x[0] for x in reference.dot_product_attention(query[None], key[None], value[None], is_causal=True))
+            return tuple(
+                x[0] for x in reference.dot_product_attention(query[None], key[None], value[None], is_causal=True)
+            )
 
         want, want_grads = value_and_gradients(
             dense, loss, WANTED, ONE_DEVICE, None, double(arrays), {}, double(cotangents)
@@ -307,7 +342,7 @@ def test_positional_arguments_are_those_of_jax_nn():
     assert_close(ringmoe.dot_product_attention(q, k, v, bias, mask), want, TOLERANCE[jnp.dtype(jnp.float32)][0])
 
 
-@pytest.mark.parametrize("door", (TYPES, RINGMOE_JIT), ids=str)
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
 def test_a_nan_in_one_key_poisons_only_the_rows_that_see_it(door):
     case = Case(door=door, is_causal=True, t=2)
     arrays, cotangents = case.arrays()

@@ -16,9 +16,11 @@ from jax.sharding import PartitionSpec as P
 from ringmoe import compat
 from tests.helpers import make_mesh
 
+pytestmark = pytest.mark.oldest
+
 
 def test_the_private_set_of_primitives_that_need_devices_is_where_it_was():
-    from jax._src import dispatch  # noqa: PLC0415  (what the test is about)
+    from jax._src import dispatch
 
     assert isinstance(dispatch.prim_requires_devices_during_lowering, set)
     primitive = Primitive("ringmoe_compat_test")
@@ -85,11 +87,14 @@ def test_shardys_attributes_are_readable():
     main = module.body.operations[-1]
     assert isinstance(main.operation.context, ir.Context)
     sharding = sdy.TensorShardingAttr(ir.DictAttr(main.attributes["arg_attrs"][0])["sdy.sharding"])
-    dims = [[sdy.AxisRefAttr(axis).name for axis in sdy.DimensionShardingAttr(dim).axes] for dim in sharding.dimension_shardings]
+    dims = [
+        [sdy.AxisRefAttr(axis).name for axis in sdy.DimensionShardingAttr(dim).axes]
+        for dim in sharding.dimension_shardings
+    ]
     assert dims == [[], ["a"]]
 
 
-@pytest.mark.parametrize("name", ("a", ("a",), None))
+@pytest.mark.parametrize("name", ["a", ("a",), None])
 def test_axis_names_are_those_of_the_enclosing_shard_map(name):
     mesh = make_mesh((8,), AxisType.Auto)
 

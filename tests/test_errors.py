@@ -1,7 +1,6 @@
 """Bad input: a ValueError that says what was passed, what was expected and what to do; a costly way is said once."""
 
 import ast
-import functools
 import importlib
 import pathlib
 import sys
@@ -16,10 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import errors, pallas
-from ringmoe.interface import Extras
 from ringmoe.primitives import attention as attention_primitive
 from ringmoe.primitives import doors
-from tests.helpers import PARTITIONER, RINGMOE_JIT, TYPES, assert_close, make_mesh, put
+from tests.helpers import RINGMOE_JIT, TYPES, assert_close, make_mesh, put
 
 CHECKED = ("attention", "moe", "router", "masks", "rules", "plan", "compat", "pallas")
 
@@ -48,14 +46,18 @@ D, F, E = 4, 6, 8
 CONFIG = ringmoe.RouterConfig(E, group_size=4)
 
 
-def moe(x=(2, 8, D), router=(D, E), w_in=(E, D, F), w_out=(E, F, D), w_gate=None, dtype=jnp.float32, config=CONFIG, **kwargs):
+def moe(
+    x=(2, 8, D), router=(D, E), w_in=(E, D, F), w_out=(E, F, D), w_gate=None, dtype=jnp.float32, config=CONFIG, **kwargs
+):
     make = lambda x, dtype=dtype: jnp.zeros(x, dtype) if isinstance(x, tuple) else x
-    return ringmoe.moe_ffn(make(x), make(router, jnp.float32), make(w_in), make(w_out), w_gate=make(w_gate), config=config, **kwargs)
+    return ringmoe.moe_ffn(
+        make(x), make(router, jnp.float32), make(w_in), make(w_out), w_gate=make(w_gate), config=config, **kwargs
+    )
 
 
-def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a"):
+def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a", group_size=2):
     mesh = make_mesh((8,), AxisType.Auto)
-    config = ringmoe.RouterConfig(experts, group_size=2)
+    config = ringmoe.RouterConfig(experts, group_size=group_size)
     local = lambda x: moe(x, router=(D, experts), w_in=w_in, w_out=w_out, config=config, axis_name=axis_name)[0]
     return jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))(jnp.zeros((1, 16, D)))
 
@@ -65,7 +67,10 @@ def moe_over(tokens, experts, num_experts=E, num_tokens=16, group_size=2, door=R
     config = ringmoe.RouterConfig(num_experts, group_size=group_size)
     shapes = (2, num_tokens, D), (D, num_experts), (num_experts, D, F), (num_experts, F, D)
     specs = P(None, tokens), P(), P(experts), P(experts)
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in zip(shapes, specs)]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs)
+    ]
     return door.jit(lambda *arrays: ringmoe.moe_ffn(*arrays, config=config)[0]).lower(*arrays)
 
 
@@ -91,79 +96,174 @@ CASES = {
     "query of 2 dims": (lambda: attention(Q[0, 0]), r"query.shape=\(4, 4\), expected \[B, T, N, H\] or \[T, N, H\]"),
     "query of 5 dims": (lambda: attention(Q[None]), r"query.shape=.*, expected \[B, T, N, H\]"),
     "other B": (lambda: attention(key=KV[:1]), r"key.shape=\(1, 8, 2, 4\), expected .*B=2"),
-    "other S of value": (lambda: attention(value=KV[:, :4]), r"value.shape=\(2, 4, 2, 4\), expected key's shape \(2, 8, 2, 4\)"),
+    "other S of value": (
+        lambda: attention(value=KV[:, :4]),
+        r"value.shape=\(2, 4, 2, 4\), expected key's shape \(2, 8, 2, 4\)",
+    ),
     "other H": (lambda: attention(key=KV[..., :2]), r"key.shape=\(2, 8, 2, 2\), expected .*H=4"),
-    "other dtype": (lambda: attention(key=KV.astype(jnp.bfloat16)), "key has dtype bfloat16, expected query's float32: cast"),
-    "value's dtype": (lambda: attention(value=KV.astype(jnp.float16)), "value has dtype float16, expected query's float32: cast"),
+    "other dtype": (
+        lambda: attention(key=KV.astype(jnp.bfloat16)),
+        "key has dtype bfloat16, expected query's float32: cast",
+    ),
+    "value's dtype": (
+        lambda: attention(value=KV.astype(jnp.float16)),
+        "value has dtype float16, expected query's float32: cast",
+    ),
     "key without batch": (lambda: attention(key=KV[0]), r"key has shape \(8, 2, 4\), expected 4 dims like query"),
     "integers": (lambda: attention(Q.astype(int), KV.astype(int)), "query.dtype=.*int32.*, expected one of .*: cast"),
-    "N not a multiple of K": (lambda: attention(key=jnp.zeros((B, S, 3, H))), "4 query heads and 3 key heads, expected .* multiple"),
+    "N not a multiple of K": (
+        lambda: attention(key=jnp.zeros((B, S, 3, H))),
+        "4 query heads and 3 key heads, expected .* multiple",
+    ),
     "no key heads": (lambda: attention(key=KV[:, :, :0]), "4 query heads and 0 key heads"),
     "no keys": (lambda: attention(key=KV[:, :0]), "expected no dim of length 0"),
     # attention: the other arguments
     "bias of integers": (lambda: attention(bias=jnp.zeros((T, S), int)), "bias has dtype int32, expected a float"),
     "mask of floats": (lambda: attention(mask=jnp.zeros((T, S))), "mask has dtype float32, expected bool"),
-    "bias of 5 dims": (lambda: attention(bias=jnp.zeros((1, B, N, T, S))), "bias has shape .*, expected at most 4 dims"),
-    "mask of another S": (lambda: attention(mask=jnp.ones((T, 5), bool)), r"mask has shape .*5\), expected .* broadcasts to .*\(2, 4, 8, 8\)"),
-    "lengths of another B": (lambda: attention(query_seq_lengths=lengths(8)), r"query_seq_lengths has shape \(1,\) .*expected int32 \(2,\)"),
-    "lengths of floats": (lambda: attention(key_value_seq_lengths=jnp.ones(2)), "key_value_seq_lengths has .*float32, expected int32"),
+    "bias of 5 dims": (
+        lambda: attention(bias=jnp.zeros((1, B, N, T, S))),
+        "bias has shape .*, expected at most 4 dims",
+    ),
+    "mask of another S": (
+        lambda: attention(mask=jnp.ones((T, 5), bool)),
+        r"mask has shape .*5\), expected .* broadcasts to .*\(2, 4, 8, 8\)",
+    ),
+    "lengths of another B": (
+        lambda: attention(query_seq_lengths=lengths(8)),
+        r"query_seq_lengths has shape \(1,\) .*expected int32 \(2,\)",
+    ),
+    "lengths of floats": (
+        lambda: attention(key_value_seq_lengths=jnp.ones(2)),
+        "key_value_seq_lengths has .*float32, expected int32",
+    ),
     "segments of another T": (
-        lambda: attention(query_segment_ids=jnp.zeros((B, 3), jnp.int32), key_value_segment_ids=jnp.zeros((B, S), jnp.int32)),
-        r"query_segment_ids has shape \(2, 3\) .*expected int32 \(2, 8\)"),
+        lambda: attention(
+            query_segment_ids=jnp.zeros((B, 3), jnp.int32), key_value_segment_ids=jnp.zeros((B, S), jnp.int32)
+        ),
+        r"query_segment_ids has shape \(2, 3\) .*expected int32 \(2, 8\)",
+    ),
     "segments of another S": (
-        lambda: attention(query_segment_ids=jnp.zeros((B, T), jnp.int32), key_value_segment_ids=jnp.zeros((B, 3), jnp.int32)),
-        r"key_value_segment_ids has shape \(2, 3\) .*expected int32 \(2, 8\)"),
-    "one of two segments": (lambda: attention(query_segment_ids=jnp.zeros((B, T), jnp.int32)), "one was given, expected both or neither"),
+        lambda: attention(
+            query_segment_ids=jnp.zeros((B, T), jnp.int32), key_value_segment_ids=jnp.zeros((B, 3), jnp.int32)
+        ),
+        r"key_value_segment_ids has shape \(2, 3\) .*expected int32 \(2, 8\)",
+    ),
+    "one of two segments": (
+        lambda: attention(query_segment_ids=jnp.zeros((B, T), jnp.int32)),
+        "one was given, expected both or neither",
+    ),
     "negative window": (lambda: attention(local_window_size=(2, -1)), r"local_window_size=\(2, -1\), expected .*>= 0"),
-    "unknown implementation": (lambda: attention(implementation="cuda"), "implementation='cuda', expected None .* or one of .*tpu.*xla"),
+    "unknown implementation": (
+        lambda: attention(implementation="cuda"),
+        "implementation='cuda', expected None .* or one of .*tpu.*xla",
+    ),
     "unknown exchange": (lambda: attention(exchange="all_to_all"), "exchange='all_to_all', expected one of .*ring"),
     # attention: the mesh
-    "axis outside a shard_map": (lambda: attention(axis_name="a"), "axis_name='a', expected axes of an enclosing jax.shard_map.*leave axis_name out"),
+    "axis outside a shard_map": (
+        lambda: attention(axis_name="a"),
+        "axis_name='a', expected axes of an enclosing jax.shard_map.*leave axis_name out",
+    ),
     "unknown axis": (lambda: attention_manual("z"), r"axis_name='z', expected axes .* are \('a',\)"),
     "one unknown axis of two": (lambda: attention_manual(("a", "z")), r"axis_name=\('a', 'z'\), expected axes"),
     "mask of one device's keys": (
-        lambda: attention_manual("a", mask=jnp.ones((2, 2), bool)), r"mask has shape .*, expected .* = \(1, 2, 2, 16\)"),
+        lambda: attention_manual("a", mask=jnp.ones((2, 2), bool)),
+        r"mask has shape .*, expected .* = \(1, 2, 2, 16\)",
+    ),
     "a ring that shardings exclude": (
-        lambda: attention_over(P("a"), P(None, "a"), exchange="ring"), "exchange='ring' was asked for, but keys are sharded over .*use exchange='auto'"),
+        lambda: attention_over(P(None, "a"), P(None, "b"), mesh=(2, 4), exchange="ring"),
+        "exchange='ring' was asked for, but keys are sharded over .*use exchange='auto'",
+    ),
     "sequence not divisible, ringmoe.jit": (
-        lambda: uneven_keys(RINGMOE_JIT), r"36 .* sharded over mesh axes \('a',\), 8 devices, expected a multiple of that: pad"),
+        lambda: uneven_keys(RINGMOE_JIT),
+        r"36 .* sharded over mesh axes \('a',\), 8 devices, expected a multiple of that: pad",
+    ),
     # experts
-    "k > E": (lambda: ringmoe.RouterConfig(4, top_k=5), "top_k=5 with num_experts=4, expected 1 <= top_k <= num_experts"),
+    "k > E": (
+        lambda: ringmoe.RouterConfig(4, top_k=5),
+        "top_k=5 with num_experts=4, expected 1 <= top_k <= num_experts",
+    ),
     "k < 1": (lambda: ringmoe.RouterConfig(4, top_k=0), "top_k=0 .*expected 1 <= top_k"),
     "no experts": (lambda: ringmoe.RouterConfig(0), "num_experts=0, expected at least 1"),
-    "capacity factor 0": (lambda: ringmoe.RouterConfig(4, capacity_factor=0), "capacity_factor=0, expected .* > 0 or None: pass None"),
+    "capacity factor 0": (
+        lambda: ringmoe.RouterConfig(4, capacity_factor=0),
+        "capacity_factor=0, expected .* > 0 or None: pass None",
+    ),
     "capacity factor < 0": (lambda: ringmoe.RouterConfig(4, capacity_factor=-1.5), "capacity_factor=-1.5, expected"),
-    "capacity factor nan": (lambda: ringmoe.RouterConfig(4, capacity_factor=float("nan")), "capacity_factor=nan, expected a finite"),
+    "capacity factor nan": (
+        lambda: ringmoe.RouterConfig(4, capacity_factor=float("nan")),
+        "capacity_factor=nan, expected a finite",
+    ),
     "group of 0": (lambda: ringmoe.RouterConfig(4, group_size=0), "group_size=0, expected at least 1 or None"),
-    "T not a multiple of the group": (lambda: moe((2, 6, D)), "6 tokens .* group_size=4, expected a multiple of it: pad"),
-    "integer logits": (lambda: ringmoe.route(jnp.zeros((8, E), int), CONFIG), "logits of dtype int32, expected a floating"),
-    "logits of another E": (lambda: ringmoe.route(jnp.zeros((8, 3)), CONFIG), r"logits of shape \(8, 3\) with num_experts=8"),
-    "mask of another T": (lambda: moe(token_mask=jnp.ones((2, 3), bool)), r"token_mask bool\(2, 3\), expected bool\(2, 8\)"),
+    "T not a multiple of the group": (
+        lambda: moe((2, 6, D)),
+        "6 tokens .* group_size=4, expected a multiple of it: pad",
+    ),
+    "integer logits": (
+        lambda: ringmoe.route(jnp.zeros((8, E), int), CONFIG),
+        "logits of dtype int32, expected a floating",
+    ),
+    "logits of another E": (
+        lambda: ringmoe.route(jnp.zeros((8, 3)), CONFIG),
+        r"logits of shape \(8, 3\) with num_experts=8",
+    ),
+    "mask of another T": (
+        lambda: moe(token_mask=jnp.ones((2, 3), bool)),
+        r"token_mask bool\(2, 3\), expected bool\(2, 8\)",
+    ),
     "mask of numbers": (lambda: moe(token_mask=jnp.ones((2, 8))), r"token_mask float32\(2, 8\), expected bool"),
     "x of integers": (lambda: moe(dtype=jnp.int32), "x has shape .* and dtype int32, expected floating"),
     "x of one dim": (lambda: moe((D,)), r"x has shape \(4,\) .*expected floating \[..., T, D\]"),
     "no tokens": (lambda: moe((2, 0, D)), r"x.shape=\(2, 0, 4\), expected no dim of length 0"),
     "router of another E": (lambda: moe(router=(D, 4)), r"router_weight.shape=\(4, 4\), expected \[D, E\] = \(4, 8\)"),
     "router of another D": (lambda: moe(router=(5, E)), r"router_weight.shape=\(5, 8\), expected"),
-    "w_in of another E": (lambda: moe(w_in=(4, D, F)), r"w_in has shape \(4, 4, 6\), expected \(8, 4, 6\).*E=8 experts"),
+    "w_in of another E": (
+        lambda: moe(w_in=(4, D, F)),
+        r"w_in has shape \(4, 4, 6\), expected \(8, 4, 6\).*E=8 experts",
+    ),
     "w_gate of another F": (lambda: moe(w_gate=(E, D, 5)), r"w_gate has shape \(8, 4, 5\), expected \(8, 4, 6\)"),
     "w_out the wrong way round": (lambda: moe(w_out=(E, D, F)), r"w_out has shape \(8, 4, 6\), expected \(8, 6, 4\)"),
     "w_in without dims": (lambda: moe(w_in=()), r"w_in has shape \(\), expected"),
-    "weights of another dtype": (lambda: moe(w_in=jnp.zeros((E, D, F), jnp.bfloat16)), "w_in has dtype bfloat16, expected x's float32: cast"),
+    "weights of another dtype": (
+        lambda: moe(w_in=jnp.zeros((E, D, F), jnp.bfloat16)),
+        "w_in has dtype bfloat16, expected x's float32: cast",
+    ),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),
-    "E not divisible by axis_name": (lambda: moe_manual(12), r"num_experts=12 over axis_name=\('a',\) of 8 devices, expected a multiple"),
-    "all experts where one device's were due": (lambda: moe_manual(w_in=(E, D, F)), r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*over 8 devices"),
+    "E not divisible by axis_name": (
+        lambda: moe_manual(12),
+        r"num_experts=12 over axis_name=\('a',\) of 8 devices, expected a multiple",
+    ),
+    "all experts where one device's were due": (
+        lambda: moe_manual(w_in=(E, D, F)),
+        r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*over 8 devices",
+    ),
+    "a default group size inside a shard_map": (
+        lambda: moe_manual(group_size=None),
+        r"config.group_size=None with axes=\('a',\), expected a number: inside a shard_map",
+    ),
     "groups cut by the mesh": (
-        lambda: moe_over("a", None, group_size=4), r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 4: choose a group_size"),
+        lambda: moe_over("a", None, group_size=4),
+        r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 4: choose a group_size",
+    ),
+    "a single group cut by the mesh": (
+        lambda: moe_over("a", None, group_size=16),
+        r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 16",
+    ),
     "groups cut by the mesh, types": (
-        lambda: moe_over("a", None, group_size=4, door=TYPES), "expected whole groups of 4: choose a group_size"),
+        lambda: moe_over("a", None, group_size=4, door=TYPES),
+        "expected whole groups of 4: choose a group_size",
+    ),
     "x of other tokens than routed": (
-        lambda: ringmoe.dispatch(jnp.zeros((2, 4, D)), routing()), r"x.shape=\(2, 4, 4\) with a routing of tokens \(2, 8\), expected"),
-    "rows of other slots": (lambda: ringmoe.combine(jnp.zeros((E, 3, D)), routing()), r"expert_out has shape \(8, 3, 4\), expected \[E, C, D\]"),
+        lambda: ringmoe.dispatch(jnp.zeros((2, 4, D)), routing()),
+        r"x.shape=\(2, 4, 4\) with a routing of tokens \(2, 8\), expected",
+    ),
+    "rows of other slots": (
+        lambda: ringmoe.combine(jnp.zeros((E, 3, D)), routing()),
+        r"expert_out has shape \(8, 3, 4\), expected \[E, C, D\]",
+    ),
     "rows of another E": (lambda: ringmoe.combine(jnp.zeros((2, 8, D)), routing()), "expert_out has shape"),
     "rows of 2 dims": (lambda: ringmoe.combine(jnp.zeros((E, 8)), routing()), "expert_out has shape"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -198,14 +298,15 @@ def test_every_check_has_a_case(monkeypatch):
         with pytest.raises(ValueError):
             call()
     hit = {where for where in written for name, line in fired if name == where[0] and where[1] <= line <= where[2]}
-    assert not written - hit
+    missing = sorted(written - hit)
+    assert not missing, missing
 
 
 # What can't be written by a caller with arrays of ours: JAX itself refuses, with a ValueError too.
 def test_an_uneven_array_is_refused_before_it_reaches_an_op():
-    with pytest.raises(ValueError, match="(?s)divisible"):
+    with pytest.raises(ValueError, match=r"(?s)divi"):
         attention_over(P(None, "a"), query=jnp.zeros((1, 36, 2, 4)), key=jnp.zeros((1, 36, 2, 4)))
-    with pytest.raises(ValueError, match="(?s)divisible"):
+    with pytest.raises(ValueError, match=r"(?s)divi"):
         moe_over(None, "a", num_experts=12).compile()
 
 
@@ -235,7 +336,9 @@ class TestPick:
             if kernel is not pallas.KERNELS["attention"]["xla"]:
                 self.refuse(kernel)
 
-        with pytest.warns(errors.CostWarning, match="(?s)attention on tpu: the xla kernel runs .*attention_tpu lacks something"):
+        with pytest.warns(
+            errors.CostWarning, match=r"(?s)attention on tpu: the xla kernel runs .*attention_tpu lacks something"
+        ):
             assert pallas.pick("attention", "tpu", None, only_xla) is pallas.KERNELS["attention"]["xla"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -272,7 +375,7 @@ def test_heads_that_no_split_fits_are_gathered_and_said_so(fresh_warnings):
     mesh = make_mesh((2, 4), AxisType.Explicit)
     placed = put(mesh, (query, key), (P(None, None, "b"), P()))
     fun = jax.jit(lambda q, k: ringmoe.dot_product_attention(q, k, k))
-    with pytest.warns(errors.CostWarning, match="heads gathered: 4 devices .* divide neither the 2 key heads"):
+    with pytest.warns(errors.CostWarning, match=r"heads gathered: 4 devices .* divide neither the 2 key heads"):
         got = fun(*placed)
     assert_close(got, ringmoe.dot_product_attention(query, key, key), 1e-5)
 
@@ -309,6 +412,8 @@ def test_the_fallback_on_tpu_gives_the_right_answer(fresh_warnings):
         return doors._whole(op, op.rule(avals, params), avals, "cpu", params)(*arrays)
 
     placed = put(make_mesh((2, 4), AxisType.Auto), tuple(arrays), (P("a", "b"),) * 3)
-    with pytest.warns(errors.CostWarning, match="attention gathered: .*Compile with ringmoe.jit, or make the mesh axes Explicit"):
+    with pytest.warns(
+        errors.CostWarning, match=r"attention gathered: .*Compile with ringmoe.jit, or make the mesh axes Explicit"
+    ):
         got, _ = jax.jit(whole)(*placed)
     assert_close(got, ringmoe.dot_product_attention(*arrays, scale=0.5, is_causal=True), 1e-5)

@@ -27,14 +27,20 @@ def test_positions(band, q0, k0):
     np.testing.assert_array_equal(transposed, np.transpose(want))
 
 
-@given(BANDS, st.integers(0, 20), st.integers(1, 6), st.integers(0, 20), st.integers(1, 5), st.integers(1, 5), st.booleans())
+@given(BANDS, *map(st.integers, (0, 1, 0, 1, 1), (20, 6, 20, 5, 5)), st.booleans(), st.booleans())
 @settings(max_examples=150)
-def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blocks, traced):
+def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blocks, traced, wide):
     """Every block outside (first, last) is empty; both ends are met, where any block is."""
     bounds = lambda start, offset: band.blocks(start, start + rows, offset, block, num_blocks)
-    first, last = (jax.jit(bounds) if traced else bounds)(start, offset)
+    with jax.enable_x64(wide):
+        positions = (jnp.int32(start), jnp.int32(offset)) if traced else (start, offset)
+        first, last = (jax.jit(bounds) if traced else bounds)(*positions)
     met = [
-        any(sees(band, i, j) for i in range(start, start + rows) for j in range(offset + n * block, offset + (n + 1) * block))
+        any(
+            sees(band, i, j)
+            for i in range(start, start + rows)
+            for j in range(offset + n * block, offset + (n + 1) * block)
+        )
         for n in range(num_blocks)
     ]
     inside = [int(first) <= n < int(last) for n in range(num_blocks)]
@@ -53,7 +59,7 @@ def test_full_blocks_are_full(band, q_start, rows, k_start, keys):
     assert bool(got) == want
 
 
-@pytest.mark.parametrize("is_causal, window, band, text", [
+@pytest.mark.parametrize(("is_causal", "window", "band", "text"), [
     (False, None, Band(), "full"),
     (True, None, Band(None, 0), "causal"),
     (False, 3, Band(3, 3), "window(3, 3)"),

@@ -70,8 +70,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.oldest
 def test_two_processes_agree_with_one(tmp_path):
-    from tests.conftest import FLAGS  # noqa: PLC0415
+    from tests.conftest import FLAGS
 
     flags = " ".join(flag for flag in FLAGS if "device_count" not in flag) + " --xla_force_host_platform_device_count=4"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(ringmoe.__file__).parents[1])}

@@ -16,7 +16,8 @@ from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, tpu_mesh
 TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
 DOORS = {target: (TYPES, RINGMOE_JIT) for target in TARGETS} | {"v5p:2x2x2": (TYPES, RINGMOE_JIT, MANUAL_VMA)}
 CASES = [(target, door) for target in TARGETS for door in DOORS[target]]
-every_target = pytest.mark.parametrize("target, door", CASES, ids=str)
+pytestmark = pytest.mark.oldest
+every_target = pytest.mark.parametrize(("target", "door"), CASES, ids=str)
 
 TOKENS, HEADS, KEY_HEADS, HEAD, MODEL, HIDDEN, EXPERTS = 512, 4, 2, 128, 128, 256, 8
 SPEC = P("a", "b")
@@ -70,8 +71,16 @@ def test_plain_jit_falls_back_and_says_so():
     mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Auto)
     arrays = [shape_of(mesh, (4, TOKENS, HEADS, HEAD), SPEC)] * 3
     errors.forget_warnings()
-    with pytest.warns(errors.CostWarning, match="attention gathered: on tpu .* Compile with ringmoe.jit, or make the mesh axes Explicit"):
-        text = jax.jit(lambda q, k, v: ringmoe.dot_product_attention(q, k, v, is_causal=True)).lower(*arrays).compile().as_text()
+    with pytest.warns(
+        errors.CostWarning,
+        match=r"attention gathered: on tpu .* Compile with ringmoe.jit, or make the mesh axes Explicit",
+    ):
+        text = (
+            jax.jit(lambda q, k, v: ringmoe.dot_product_attention(q, k, v, is_causal=True))
+            .lower(*arrays)
+            .compile()
+            .as_text()
+        )
     assert "CustomSPMDPartitioning" not in text and "tpu_custom_call" not in text
     assert math.prod(mesh.devices.shape) == 8
 
@@ -82,7 +91,7 @@ def test_a_call_the_tpu_kernel_lacks_takes_the_other_and_says_so():
     arrays = [shape_of(mesh, (4, TOKENS, HEADS, HEAD), SPEC)] * 3
     mask = shape_of(mesh, (1, 1, TOKENS, TOKENS), P(None, None, "b"), jnp.bool_)
     errors.forget_warnings()
-    with pytest.warns(errors.CostWarning, match="attention on tpu: the xla kernel runs .*mask is not supported"):
+    with pytest.warns(errors.CostWarning, match=r"attention on tpu: the xla kernel runs .*mask is not supported"):
         lowered = jax.jit(lambda q, k, v, mask: ringmoe.dot_product_attention(q, k, v, mask=mask)).lower(*arrays, mask)
     text = lowered.compile().as_text()
     assert "collective-permute" in collectives(text) and "all-gather" not in collectives(text)

@@ -2,17 +2,14 @@
 
 import collections
 import importlib.util
-import re
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+
+import ringmoe
 
 TARGETS = ("v5e:2x4", "v5p:2x2x2")
 HOW_TO_INSTALL = "pip install 'ringmoe[targets]'"
-
-_KINDS = ("collective-permute", "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter")
-_OPCODE = re.compile(rf" ({'|'.join(_KINDS)}|async)(-start)?\(")
 
 
 def can_compile() -> bool:
@@ -22,34 +19,16 @@ def can_compile() -> bool:
 
 def devices(target: str) -> list[Any]:
     """The devices of the TPU slice `target`, to make a mesh of and compile for; they cannot run anything."""
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    return ringmoe.target(target).devices()
 
 
-def collectives(hlo: str) -> collections.Counter[str]:
-    """How often a scheduled program (`compiled.as_text()`) holds each collective.
-
-    A name that ends in `-start` is asynchronous: a `-done` follows, and what stands between the two hides it. An op in
-    a loop's body counts once.
-    """
-    count: collections.Counter[str] = collections.Counter()
-    for line in hlo.splitlines():
-        found = _OPCODE.search(line)
-        if found is None:
-            continue
-        kind, start = found.group(1), found.group(2) or ""
-        if kind == "async":  # a collective wrapped into a computation of its own, named by the attribute `calls`
-            wrapped = re.search(rf"calls=%?[\w.-]*?({'|'.join(_KINDS)})", line.replace("_", "-"))
-            if wrapped is None:
-                continue
-            kind = wrapped.group(1)
-        count[kind + start] += 1
-    return count
-
-
-def summary(compiled: jax.stages.Compiled) -> str:
-    """One line: the collectives by kind, and the memory that the step needs on each device."""
-    found = collectives(compiled.as_text() or "")
+def summary(compiled: jax.stages.Compiled, target: str, mesh: jax.sharding.Mesh) -> str:
+    """The collectives of the schedule by kind (`-start`: asynchronous), how much of them shows, and the memory."""
+    report = ringmoe.inspect(compiled, target=target, mesh=mesh)
+    found = collections.Counter(c.kind + "-start" * c.asynchronous for c in report.collectives)
     parts = [f"{count} {kind}" for kind, count in sorted(found.items())] or ["no collective"]
-    memory = compiled.memory_analysis()
-    assert memory is not None, "TPU programs come with their memory"
-    return f"{', '.join(parts)}; {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory per device"
+    return (
+        f"{', '.join(parts)}; estimated {report.compute_us:,.0f} us of compute, {report.wire_us:,.0f} us on the wire, "
+        f"{report.exposed_fraction:.0%} of that exposed; {(report.peak_bytes or 0) / 2**20:.0f} MiB of "
+        f"{report.hbm_bytes / 2**30:.0f} GiB per device"
+    )

@@ -132,7 +132,7 @@ def compile_for_targets(train_step, state: Any, console: Console) -> None:
     for target in machines.TARGETS:
         with timed(console, f"compiling the same train step for {target}"):
             mesh = placement.make_mesh(machines.devices(target))
-            found = machines.summary(compile_step(train_step, state, mesh))
+            found = machines.summary(compile_step(train_step, state, mesh), target, mesh)
         console.print(f"  {target}: {found}")
 
 

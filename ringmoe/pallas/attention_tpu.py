@@ -145,7 +145,7 @@ def forward(
             transcendentals=b * n * t * s,
             bytes_accessed=_nbytes(q, *state, *state) + n // kv_heads * num_q * _nbytes(k, v),
         ),
-        interpret=pltpu.InterpretParams() if spec.interpret else False,
+        interpret=spec.interpret,
         name="ringmoe_attention_forward",
     )(_scalars(*at), q, k, v, *state)
     return State(*new)
@@ -254,7 +254,7 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
             bytes_accessed=_nbytes(k, v, dk, dk, dv, dv)
             + (num_k * _nbytes(q, do) + 2 * _nbytes(dq)) * run // (group * num_q),
         ),
-        interpret=pltpu.InterpretParams() if spec.interpret else False,
+        interpret=spec.interpret,
         name="ringmoe_attention_backward",
     )(_scalars(*at, first), q, k, v, do, lse, delta, dq, dk, dv)
     return Grads(*new)

@@ -1,0 +1,290 @@
+"""`inspect`: compile for a target if need be, read the schedule, time it."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ringmoe import machines
+from ringmoe.overlap import hlo
+from ringmoe.overlap import kernels as kernel_costs
+from ringmoe.overlap.estimate import Roofline
+from ringmoe.overlap.report import OverlapReport
+from ringmoe.overlap.schedule import Schedule
+from ringmoe.overlap.wire import Wire
+
+
+def inspect(
+    program: Any,
+    *args: Any,
+    target: str | None = None,
+    mesh: Mapping[str, int] | Mesh | None = None,
+    kernels: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> OverlapReport:
+    """What a program costs on a machine that need not be here, and whether its communication is
+    hidden.
+
+    Args:
+      program: a function, jitted or not; a lowered or compiled object; HLO text, or a
+        `pathlib.Path` (or one-line string) of a file of it.
+      *args, **kwargs: for a function only: arrays or `jax.ShapeDtypeStruct`s. A `NamedSharding` on
+        them may be on any mesh that has the axis names of `mesh`: its partition spec is kept and
+        its devices replaced.
+      target: a name of `ringmoe.targets()`. None is the devices that args or the compiled program
+        are on; text needs one.
+      mesh: axis sizes over the target's devices, {"data": 2, "seq": 32}, or a Mesh of them; default
+        is the mesh of the args' shardings when it has the target's size, else one axis "devices".
+      kernels: also read the static cost of each Pallas kernel from the compiler's dumps.
+      progress: called with a line when a step begins.
+
+    Returns:
+      OverlapReport, per device and run.
+
+    Raises:
+      ValueError: text that is not scheduled HLO, an unknown target, a mesh whose size is not the
+        target's, no target for text, arguments for a program that is compiled already.
+      Exception: what compiling the function raised, with a note that names the target.
+    """
+    say = progress or (lambda line: None)
+    _check(program, len(args) + len(kwargs))
+    with contextlib.ExitStack() as stack:
+        dumps = stack.enter_context(kernel_costs.dumping()) if kernels else None
+        started = time.perf_counter()
+        if isinstance(program, (str, os.PathLike)):
+            compiled, text, machine, grid = None, _read(program), *_machine_for_text(target, mesh)
+        elif _is_stage(program):
+            say("compiling")
+            stage: Any = program
+            compiled = stage.compile() if hasattr(stage, "compile") else stage
+            text, machine, grid = compiled.as_text(), *_machine_of(compiled, target, mesh)
+        else:
+            machine, grid = _machine_for(target, mesh, (args, kwargs))
+            say(f"compiling for {machine.name}")
+            compiled = _compile(program, args, kwargs, machine, grid)
+            text = compiled.as_text()
+        seconds = time.perf_counter() - started if compiled is not None else None
+        say("reading the schedule")
+        report = _report(text, machine, grid, compiled, seconds)
+        if dumps is None:
+            return report
+        names = frozenset(_pallas_tpu_kernels(text)) if compiled is not None else frozenset()
+        return dataclasses.replace(report, kernels=kernel_costs.read(dumps, names))
+
+
+def _check(program: Any, num_arguments: int) -> None:
+    """Raises ValueError for a program of no known kind, or arguments that nothing takes."""
+    is_text = isinstance(program, (str, os.PathLike))
+    if not (is_text or _is_stage(program) or callable(program)):
+        raise ValueError(
+            f"program is a {type(program).__name__}, expected a function, a lowered or compiled "
+            "object, HLO text or the path of a file of it"
+        )
+    if (is_text or _is_stage(program)) and num_arguments:
+        raise ValueError(
+            f"{num_arguments} arguments for a program that is compiled already, expected none: "
+            "pass the function to compile it for them"
+        )
+
+
+def _pallas_tpu_kernels(text: str) -> list[str]:
+    """HLO names of the Pallas kernels in the text."""
+    computations = hlo.parse(text).computations.values()
+    return [
+        i.name
+        for c in computations
+        for i in c.instructions
+        if i.opcode == "custom-call" and i.target == "tpu_custom_call"
+    ]
+
+
+def _report(
+    text: str, machine: machines.Target, grid: Mesh | None, compiled: Any, seconds: float | None
+) -> OverlapReport:
+    """Reads and times a schedule."""
+    module = hlo.parse(text)
+    if module.num_devices > machine.num_devices:
+        raise ValueError(
+            f"the program is for {module.num_devices} devices, target {machine.name!r} has "
+            f"{machine.num_devices}: pass the target and mesh it was compiled for"
+        )
+    coords: list[tuple[int, ...]] = [()] * machine.num_devices
+    if machine.torus:
+        coords = machine.coords(list(grid.devices.flat) if grid is not None else machine.devices())
+    roofline = Roofline(module, machine)
+    schedule = Schedule(module, roofline, Wire(machine, coords))
+    timelines = tuple(schedule.timelines.values())
+    entry = schedule.timelines[module.entry.name]
+    collectives = tuple(c for timeline in timelines for c in timeline.collectives)
+    counted = [c for c in collectives if c.counted]
+    memory = _memory(compiled)
+    return OverlapReport(
+        program=module.name,
+        target=machine.name,
+        mesh={str(name): size for name, size in grid.shape.items()} if grid is not None else {},
+        collectives=collectives,
+        us=entry.us,
+        compute_us=entry.compute_us,
+        wire_us=sum(c.wire_us * c.trip_count for c in counted),
+        exposed_us=sum(c.exposed_us * c.trip_count for c in counted),
+        peak_bytes=sum(memory.values()) if memory else None,
+        hbm_bytes=machine.hbm_bytes,
+        memory=memory,
+        unestimated=roofline.unestimated,
+        unknown_loops=tuple(schedule.unknown_loops),
+        xla_optimal_us=_optimal_us(compiled),
+        once_us=sum(timeline.own_us for timeline in timelines),
+        timelines=timelines,
+        compile_seconds=seconds,
+    )
+
+
+def _is_stage(program: Any) -> bool:
+    """Whether it is what `jax.jit(f).lower(...)` or `.compile()` returns."""
+    return hasattr(program, "as_text") and (
+        hasattr(program, "compile") or hasattr(program, "memory_analysis")
+    )
+
+
+def _read(program: str | os.PathLike) -> str:
+    """The HLO text itself, or that of the file."""
+    if isinstance(program, str) and ("\n" in program or program.startswith("HloModule")):
+        return program
+    path = pathlib.Path(program)
+    if not path.is_file():
+        raise ValueError(
+            f"{str(program)[:80]!r} is neither HLO text nor a file, expected what "
+            "`compiled.as_text()` returns "
+            "or the path of a file of it"
+        )
+    return path.read_text()
+
+
+def _machine_for_text(target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:
+    if target is None:
+        raise ValueError(
+            "target=None for HLO text, which does not name its machine: pass target=, one of "
+            "ringmoe.targets()"
+        )
+    machine = machines.target(target)
+    return machine, _grid(machine, mesh) if mesh is not None else None
+
+
+def _machine_of(compiled: Any, target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:
+    """Target and mesh of a compiled program: those asked for, else those of its own shardings."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    own = next(
+        (s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)),
+        None,
+    )
+    if target is not None:
+        machine = machines.target(target)
+        grid = _grid(machine, mesh) if mesh is not None else own
+        return machine, grid if grid is not None and grid.size == machine.num_devices else None
+    devices = (
+        list(own.devices.flat)
+        if own is not None
+        else sorted(
+            next((s.device_set for s in shardings), set(jax.devices()[:1])), key=lambda d: d.id
+        )
+    )
+    return machines.present(devices), own
+
+
+def _machine_for(target: str | None, mesh: Any, arguments: Any) -> tuple[machines.Target, Mesh]:
+    """Target and mesh to compile a function for."""
+    leaves = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)]
+    own = next((s.mesh for s in leaves if isinstance(s, NamedSharding) and s.mesh.size), None)
+    if target is None:
+        on = own if isinstance(own, Mesh) else mesh if isinstance(mesh, Mesh) else None
+        machine = machines.present(list(on.devices.flat) if on is not None else jax.devices())
+        if on is not None and (mesh is None or mesh is on):
+            return machine, on
+    else:
+        machine = machines.target(target)
+    if mesh is None and own is not None and own.size == machine.num_devices:
+        mesh = dict(own.shape)
+    kinds = dict(zip(own.axis_names, own.axis_types, strict=True)) if own is not None else {}
+    return machine, _grid(machine, mesh, kinds)
+
+
+def _grid(machine: machines.Target, mesh: Any, kinds: Mapping[str, AxisType] | None = None) -> Mesh:
+    """The mesh itself, or one of these axis sizes over the target's devices."""
+    if isinstance(mesh, Mesh):
+        if mesh.size != machine.num_devices:
+            raise ValueError(
+                f"mesh {dict(mesh.shape)} has {mesh.size} devices, expected {machine.num_devices} "
+                "for target "
+                f"{machine.name!r}: change an axis or the target"
+            )
+        return mesh
+    names = tuple(mesh) if mesh is not None else ("devices",)
+    return machine.mesh(
+        mesh, axis_types=tuple((kinds or {}).get(name, AxisType.Auto) for name in names)
+    )
+
+
+def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> Any:
+    """Compiles for the mesh, with every argument's sharding moved onto it."""
+
+    def place(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        sharding = getattr(leaf, "sharding", None)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+        names = {
+            name
+            for part in spec
+            if part is not None
+            for name in (part if isinstance(part, tuple) else (part,))
+            if isinstance(name, str)
+        }
+        if not names <= set(grid.axis_names):
+            raise ValueError(
+                f"an argument is sharded over {sorted(names)}, the mesh for target "
+                f"{machine.name!r} has axes "
+                f"{list(grid.axis_names)}: pass mesh={{...}} with those names"
+            )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(grid, spec))
+
+    args, kwargs = jax.tree.map(place, (args, kwargs))
+    lower = getattr(function, "lower", None) or jax.jit(function).lower
+    try:
+        with jax.set_mesh(grid):
+            return lower(*args, **kwargs).compile()
+    except Exception as error:
+        error.add_note(
+            f"while compiling {getattr(function, '__name__', 'the function')} for target "
+            f"{machine.name!r}, mesh "
+            f"{dict(grid.shape)}"
+        )
+        raise
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """Bytes on one device by part, from the compiler's memory analysis; {} when there is none."""
+    stats = compiled.memory_analysis() if compiled is not None else None
+    if stats is None:
+        return {}
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "results": stats.output_size_in_bytes
+        - stats.alias_size_in_bytes,  # aliased ones lie in the arguments
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+
+
+def _optimal_us(compiled: Any) -> float | None:
+    """XLA's `optimal_seconds`, which XLA:TPU gives."""
+    analysis = compiled.cost_analysis() if compiled is not None else None
+    analysis = analysis[0] if isinstance(analysis, list) and analysis else analysis
+    seconds = analysis.get("optimal_seconds") if isinstance(analysis, dict) else None
+    return seconds * 1e6 if seconds is not None and seconds > 0 else None

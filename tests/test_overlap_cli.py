@@ -1,0 +1,253 @@
+"""`ringmoe inspect` and `ringmoe targets`, as a person and a CI job use them."""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+from tests import overlap_programs as programs
+import pytest
+from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+from ringmoe import inspect_cli, machines, overlap
+from ringmoe.overlap import kernels
+
+CASES = """
+import sys
+sys.path.insert(0, {tests!r})
+from tests import overlap_programs as programs
+
+def ring(mesh):
+    return programs.ring(dict(mesh.shape), merge="inside")
+
+def small(mesh):
+    return (lambda a: a @ a.T), programs.spec((1024, 1024), "bfloat16", dict(mesh.shape),
+    *mesh.axis_names)
+
+def fixed():
+    return (lambda a: a * 2), programs.spec((1024, 1024), "bfloat16", {{"devices": 1}})
+
+def plain(a, b):
+    return a @ b
+
+def wrong(mesh):
+    return 5
+
+def broken(mesh):
+    def fail(a):
+        raise ValueError("no such luck")
+    return fail, programs.spec((8,), "float32", dict(mesh.shape))
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a module `cases` to inspect."""
+    (tmp_path / "cases.py").write_text(CASES.format(tests=str(pathlib.Path(__file__).parent)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "cases", raising=False)
+    return tmp_path
+
+
+def run(*words, command="inspect"):
+    parser = argparse.ArgumentParser()
+    inspect_cli.add_arguments(parser, command)
+    return inspect_cli.main(parser.parse_args(words))
+
+
+def test_writes_what_it_is_asked_for(here, capsys):
+    assert (
+        run(
+            "cases:small",
+            "--target",
+            "v5p:2x2x2",
+            "--mesh",
+            "seq=*",
+            "--html",
+            "o.html",
+            "--json",
+            "o.json",
+        )
+        == 0
+    )
+    record = json.loads((here / "o.json").read_text())
+    assert (
+        record["mesh"] == {"seq": 8} and record["target"] == "v5p:2x2x2" and record["collectives"]
+    )
+    assert (here / "o.html").read_text().startswith(
+        "<!doctype html>"
+    ) and "exposed" in capsys.readouterr().out
+
+
+def test_sweep(here):
+    words = ("cases:small", "--target", "v5e:2x2,v5e:2x4", "--mesh", "seq=*")
+    assert run(*words, "--plot", "o.png", "--json", "o.json", "--html", "o.html") == 0
+    assert [r["mesh"] for r in json.loads((here / "o.json").read_text())] == [
+        {"seq": 4},
+        {"seq": 8},
+    ]
+    assert (here / "o.png").read_bytes().startswith(b"\x89PNG") and (
+        here / "o-v5e-2x4.html"
+    ).exists()
+
+
+def test_arguments_on_the_command_line(here):
+    argument = "bf16[1024,512]@data,seq"
+    words = ("cases:plain", "--target", "h200x8", "--mesh", "data=2,seq=4", "--json", "o.json")
+    assert run(*words, "--arg", argument, "--arg", "bf16[512,256]") == 0
+    assert json.loads((here / "o.json").read_text())["collectives"]
+    assert run("cases:fixed", "--target", "h200") == 0
+
+
+def test_gate(here, capsys):
+    words = ("cases:small", "--target", "v5p:2x2x2", "--mesh", "seq=8")
+    assert (
+        run(*words, "--fail-if-exposed", "5%") == 1 and "more than 5.0%" in capsys.readouterr().err
+    )
+    assert run(*words, "--fail-if-exposed", "100%") == 0
+    assert run("cases:fixed", "--target", "h200", "--fail-if-exposed", "0%") == 0
+
+
+def test_text_file_and_devices_that_are_present(here):
+    function, x = (lambda a: a + 1), programs.spec((64,), "float32", {"devices": 8})
+    report = overlap.inspect(function, x)
+    assert report.target == "cpux8"
+    (here / "p.txt").write_text(
+        "HloModule t, is_scheduled=true\n\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] "
+        "constant(0)\n}\n"
+    )
+    assert run("p.txt", "--target", "h200x8") == run("cases:fixed") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing",), "is no file, expected one of HLO text, or MODULE:FUNCTION"),
+        (("nothing:f",), "cannot be loaded"),
+        (("cases:nothing",), "cannot be loaded"),
+        (("cases:wrong",), "returned a int, expected a tuple"),
+        (("cases:broken",), "no such luck"),
+        (("cases:small", "--mesh", "seq"), "expected AXIS=SIZE"),
+        (("cases:small", "--mesh", "a=*,b=*"), "at most one size *"),
+        (("cases:small", "--mesh", "seq=3"), "has 3 devices, expected 8"),
+        (("cases:plain", "--arg", "q8[3]"), "expected DTYPE[DIMS]@AXES"),
+        (("cases:plain", "--arg", "bf16[3]@x"), "names the axes ['x']"),
+        (("cases:small", "--target", "v9:1"), "expected one such as"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(here, capsys, words, message):
+    assert run(*words, *(() if "--target" in words else ("--target", "v5e:2x4"))) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert message in told and "Traceback" not in told
+
+
+def test_a_failing_compilation_names_the_target(here, capsys):
+    assert run("cases:broken", "--target", "v5e:2x4") == 2
+    assert "target 'v5e:2x4'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("text", ["7", "-1%", "101%"])
+def test_thresholds_out_of_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a part of the wire time"):
+        inspect_cli._percent(text)
+
+
+def test_targets_are_listed(capsys):
+    assert run(command="targets") == 0
+    out = capsys.readouterr().out
+    assert (
+        all(name in out.split() for name in machines.targets())
+        and "459 T" in out
+        and "data sheet" in out
+    )
+
+
+def test_kernels_of_a_tpu_program(here):
+    """In a process of its own, for libtpu has to be asked before JAX starts."""
+    root = str(pathlib.Path(inspect_cli.__file__).parent.parent)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ringmoe.inspect_cli",
+            "inspect",
+            "cases:ring",
+            "--target",
+            "v5e:2x2",
+            "--mesh",
+            "seq=4",
+            "--kernels",
+            "--json",
+            "o.json",
+        ],
+        env=os.environ | {"PYTHONPATH": root, "LIBTPU_INIT_ARGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (kernel,) = json.loads((here / "o.json").read_text())["kernels"]
+    assert (
+        kernel["name"].startswith("attention_block")
+        and kernel["bundles"] >= kernel["busy_bundles"] > 100
+    )
+    assert 0.1 < kernel["units"]["MXU"] <= 1 and "bundles" in done.stdout
+
+
+def test_kernels_of_a_gpu_program():
+    x = programs.spec((1, 1024, 8, 128), jnp.float16, {"devices": 1})
+    tuning = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
+    report = overlap.inspect(
+        lambda q, k, v: attention_mgpu.attention(q, k, v, tuning),
+        x,
+        x,
+        x,
+        target="h200",
+        kernels=True,
+    )
+    (kernel,) = report.kernels
+    assert kernel.registers == 168 and kernel.spills == 0 and 165888 <= kernel.shared_bytes < 232448
+    assert "168 registers a thread" in str(report) and "kernels" in report.to_json()
+
+
+def test_schedules_are_read():
+    text = "== CAPACITY:\nMXU, VALU, VLOAD:FILL, VSTORE:SPILL\n 4 4 3 1\n== UTILIZATION:\n"
+    text += "0 1 0 1\n4 2 0 0\n0 2 3 0\n2 0 0 0\n0 4 0 1\n"
+    kernel = kernels.tpu_kernel("k", text)
+    assert (kernel.bundles, kernel.busy_bundles, kernel.spills, kernel.fills) == (5, 3, 2, 3)
+    assert kernel.units["MXU"] == pytest.approx(6 / 12) and kernel.units["VALU"] == pytest.approx(
+        4 / 12
+    )
+    assert (
+        kernels.tpu_kernel(
+            "k", text.replace("4 2 0 0", "0 2 0 0").replace("2 0 0 0", "0 0 0 0")
+        ).busy_bundles
+        == 5
+    )
+
+
+def test_schedules_of_another_form_are_told():
+    with pytest.raises(
+        ValueError, match="schedule of kernel 'k' begins 'nothing here', expected a line of units"
+    ):
+        kernels.tpu_kernel("k", "nothing here")
+
+
+def test_kernels_asked_too_late(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
+    with kernels.dumping() as dumps, pytest.raises(RuntimeError, match="JAX started before"):
+        kernels.read(dumps, frozenset({"kernel"}))
+    (tmp_path / "1-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text(
+        "MXU, VALU\n4 4\n1 1\n"
+    )
+    with kernels.dumping() as dumps:
+        (tmp_path / "2-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text(
+            "MXU, VALU\n4 4\n1 1\n1 1\n"
+        )
+        assert [k.bundles for k in kernels.read(dumps, frozenset({"kernel"}))] == [
+            2
+        ]  # not the one from before
+    assert "MOSAIC_GPU_DUMP_TO" not in os.environ

@@ -1,0 +1,332 @@
+"""The walk through a schedule, on programs small enough to time by hand.
+
+On h200x8 here: `dot` of 1024 x 4096 by 4096 x 4096 in bf16 takes DOT us, a permute of 4096 x 4096
+bf16 takes WIRE us.
+"""
+
+import pytest
+
+from ringmoe import overlap
+
+DOT = 2 * 1024 * 4096 * 4096 / 989.4e12 * 1e6
+WIRE = 4096 * 4096 * 2 / 450e9 * 1e6
+BIG, THIN = "bf16[4096,4096]", "bf16[1024,4096]"
+PAIRS = "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}"
+
+
+def dots(count, before="a", name="dot"):
+    """A chain of dots that keeps the device busy for `count` times DOT."""
+    lines = []
+    for i in range(count):
+        lines.append(
+            f"%{name}{i} = {THIN} dot(%{before}, %w), lhs_contracting_dims={{1}}, "
+            f"rhs_contracting_dims={{0}}"
+        )
+        before = f"{name}{i}"
+    return lines
+
+
+def program(*lines, others="", header="is_scheduled=true"):
+    body = "\n".join("  " + line for line in lines)
+    return (
+        f"HloModule t, {header}, num_partitions=8\n\n{others}\nENTRY %main (w: {BIG}) -> s32[] {{\n"
+        f"  %w = {BIG} parameter(0)\n  %a = {THIN} parameter(1)\n{body}\n  ROOT %end = s32[] "
+        "constant(0)\n}}\n"
+    )
+
+
+def start(name="p", operand="w", pairs=PAIRS):
+    return f"%{name} = ({BIG}, {BIG}) collective-permute-start(%{operand}), {pairs}"
+
+
+def done(name="p"):
+    return f"%{name}d = {BIG} collective-permute-done(%{name})"
+
+
+def inspect(text):
+    report = overlap.inspect(text, target="h200x8")
+    assert report.us == pytest.approx(report.compute_us + report.exposed_us)
+    assert 0 <= report.exposed_us <= report.wire_us * (1 + 1e-9)
+    return report
+
+
+def computation(name, root):
+    """A computation of one big parameter x."""
+    return f"%{name} (x: {BIG}) -> {BIG} {{\n  %x = {BIG} parameter(0)\n  ROOT {root}\n}}\n\n"
+
+
+def only(report):
+    (collective,) = report.collectives
+    return collective
+
+
+def test_hidden_when_enough_work_stands_between():
+    enough = int(WIRE / DOT) + 2
+    found = only(inspect(program(start(), *dots(enough), done())))
+    assert (found.kind, found.asynchronous, found.wire_bytes) == (
+        "collective-permute",
+        True,
+        4096 * 4096 * 2,
+    )
+    assert (
+        found.exposed_us == 0
+        and found.compute_us == pytest.approx(enough * DOT)
+        and found.wire_us == pytest.approx(WIRE)
+    )
+    assert set(found.hidden_by) <= {f"dot{i}" for i in range(enough)} and found.hidden_by
+
+
+def test_some_work_between_is_not_hidden():
+    found = only(inspect(program(start(), *dots(1), done())))
+    assert found.exposed_us == pytest.approx(WIRE - DOT) and found.hidden_by == ("dot0",)
+
+
+def test_work_before_or_after_hides_nothing():
+    found = only(inspect(program(*dots(3), start(), done(), *dots(3, "a", "late"))))
+    assert (
+        found.exposed_us == pytest.approx(WIRE) and found.compute_us == 0 and found.hidden_by == ()
+    )
+
+
+def test_synchronous_is_exposed():
+    report = inspect(program(*dots(9), f"%p = {BIG} collective-permute(%w), {PAIRS}"))
+    assert not only(report).asynchronous and report.exposed_fraction == pytest.approx(1)
+
+
+def test_a_start_that_the_compiler_marks_synchronous_is():
+    marked = start() + ', backend_config={"collective_backend_config":{"is_sync":true}}'
+    assert not only(inspect(program(marked, *dots(9), done()))).asynchronous
+
+
+def test_two_transfers_share_their_links():
+    report = inspect(program(start("p"), start("q"), *dots(1), done("p"), done("q")))
+    assert report.exposed_us == pytest.approx(2 * WIRE - DOT)
+    assert all(c.exposed_us <= c.wire_us * (1 + 1e-9) for c in report.collectives)
+
+
+def test_a_short_transfer_does_not_wait_for_a_long_one():
+    small = f"%s = {THIN} collective-permute(%a), {PAIRS}"
+    report = inspect(program(start(), small, *dots(9), done()))
+    assert report.exposed_us == pytest.approx(
+        2 * WIRE / 4
+    )  # both progress while the short one is under way
+
+
+def test_opposite_ways_round_a_ring_do_not_share():
+    back = "source_target_pairs={{1,0},{2,1},{3,2},{0,3}}"
+    forth = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    text = program(start("p", pairs=forth), start("q", pairs=back), done("p"), done("q"))
+    report = overlap.inspect(
+        text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1"
+    )
+    assert report.exposed_us == pytest.approx(max(c.wire_us for c in report.collectives))
+
+
+LOOP = """
+%cond (s: (s32[], @)) -> pred[] {{
+  %s = (s32[], @) parameter(0)
+  %n = s32[] constant({count})
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (s: (s32[], @)) -> (s32[], @) {{
+  %s = (s32[], @) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %one = s32[] constant({step})
+  %next = s32[] add(%i, %one)
+  %x = @ get-tuple-element(%s), index=1
+{body}
+  ROOT %out = (s32[], @) tuple(%next, %x)
+}}
+""".replace("@", BIG)
+WHILE = [
+    "%zero = s32[] constant(0)",
+    f"%init = (s32[], {BIG}) tuple(%zero, %w)",
+    f"%loop = (s32[], {BIG}) while(%init), condition=%cond, body=%body",
+]
+
+
+@pytest.mark.parametrize(("count", "step", "trips"), [(12, 1, 12), (12, 5, 3), (0, 1, 0)])
+def test_loops_multiply(count, step, trips):
+    body = f"  %p = {BIG} collective-permute(%x), {PAIRS}"
+    report = inspect(program(*WHILE, others=LOOP.format(count=count, step=step, body=body)))
+    assert only(report).trip_count == trips and only(report).loop == "body"
+    assert report.exposed_us == pytest.approx(trips * WIRE) and report.unknown_loops == ()
+
+
+def test_a_loop_of_unknown_length_is_named_and_counted_once():
+    body = f"  %p = {BIG} collective-permute(%x), {PAIRS}"
+    others = LOOP.format(count=3, step=1, body=body).replace("direction=LT", "direction=EQ")
+    report = inspect(program(*WHILE, others=others))
+    assert report.unknown_loops == ("loop",) and only(report).trip_count == 1
+    assert "counted once: loop" in str(report)
+
+
+def test_the_compiler_may_tell_the_trip_count():
+    lines = [*WHILE[:2], WHILE[2] + ', backend_config={"known_trip_count":{"n":"5"}}']
+    others = LOOP.format(count=3, step=1, body=f"  %p = {BIG} collective-permute(%x), {PAIRS}")
+    assert only(inspect(program(*lines, others=others))).trip_count == 5
+
+
+def test_a_transfer_that_crosses_iterations_is_hidden_by_both():
+    """Started at the end of one iteration and awaited in the middle of the next."""
+    state = f"(s32[], ({BIG}, {BIG}))"
+    others = f"""
+%cond (s: {state}) -> pred[] {{
+  %s = {state} parameter(0)
+  %n = s32[] constant(4)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (s: {state}) -> {state} {{
+  %s = {state} parameter(0)
+  %a = {THIN} constant(0)
+  %w = {BIG} constant(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %flying = ({BIG}, {BIG}) get-tuple-element(%s), index=1
+  {dots(1)[0]}
+  %landed = {BIG} collective-permute-done(%flying)
+  {start("p", "landed")}
+  {dots(1, name="after")[0]}
+  ROOT %out = {state} tuple(%next, %p)
+}}
+"""
+    lines = [
+        start("first"),
+        "%zero = s32[] constant(0)",
+        f"%init = {state} tuple(%zero, %first)",
+        f"%loop = {state} while(%init), condition=%cond, body=%body",
+    ]
+    report = overlap.inspect(program(*lines, others=others), target="h200x8")
+    inside = next(c for c in report.collectives if c.loop == "body")
+    assert inside.compute_us == pytest.approx(2 * DOT) and inside.exposed_us == pytest.approx(
+        WIRE - 2 * DOT
+    )
+    assert set(inside.hidden_by) == {"dot0", "after0"} and inside.trip_count == 4
+
+
+def test_of_a_conditional_the_slowest_branch_counts():
+    permute = f"{BIG} collective-permute(%x), {PAIRS}"
+    others = computation("fast", f"%fastp = {permute}")
+    others += computation("slow", f"%slowp = {permute}\n  %twice = {permute}")
+    report = inspect(
+        program(
+            "%i = s32[] constant(0)",
+            f"%c = {BIG} conditional(%i, %w, %w), branch_computations={{%fast, %slow}}",
+            others=others,
+        )
+    )
+    assert {c.name: c.counted for c in report.collectives} == {
+        "fastp": False,
+        "slowp": True,
+        "twice": True,
+    }
+    assert report.exposed_us == pytest.approx(2 * WIRE)
+
+
+def test_a_called_computation_counts_for_each_call():
+    others = computation("sub", f"%p = {BIG} collective-permute(%x), {PAIRS}")
+    call = "%{} = " + BIG + " call(%w), to_apply=%sub"
+    report = inspect(program(call.format("one"), call.format("two"), others=others))
+    assert only(report).trip_count == 2 and report.exposed_us == pytest.approx(2 * WIRE)
+
+
+@pytest.mark.parametrize("opcode", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
+def test_async_wrappers(opcode):
+    others = computation("wrapped", f"%inner = {BIG} {opcode}(%x), replica_groups={{}}")
+    lines = [
+        f"%s = (({BIG}), {BIG}, u32[]) async-start(%w), calls=%wrapped",
+        f"%u = (({BIG}), {BIG}, u32[]) async-update(%s)",
+        *dots(1),
+        f"%d = {BIG} async-done(%u)",
+    ]
+    found = only(inspect(program(*lines, others=others)))
+    assert (found.kind, found.asynchronous) == (opcode, True)
+    assert found.compute_us == pytest.approx(DOT) and found.exposed_us == pytest.approx(
+        found.wire_us - DOT
+    )
+
+
+def test_send_and_recv_count_once():
+    pairs = 'frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,0}}"}'
+    context = f"({BIG}, u32[], token[])"
+    lines = [
+        "%t = token[] after-all()",
+        f"%r = {context} recv(%t), channel_id=1, {pairs}",
+        f"%s = {context} send(%w, %t), channel_id=1, {pairs}",
+        *dots(1),
+        f"%rd = ({BIG}, token[]) recv-done(%r)",
+        "%sd = token[] send-done(%s)",
+    ]
+    report = inspect(program(*lines))
+    assert {c.kind: c.wire_bytes for c in report.collectives} == {
+        "recv": 4096 * 4096 * 2,
+        "send": 0,
+    }
+    assert report.exposed_us == pytest.approx(WIRE - DOT)
+
+
+def test_transfers_to_the_host_are_named():
+    lines = [
+        "%t = token[] after-all()",
+        f"%s = ({BIG}, u32[], token[]) send(%w, %t), is_host_transfer=true",
+        "%sd = token[] send-done(%s), is_host_transfer=true",
+    ]
+    report = inspect(program(*lines))
+    assert report.collectives == () and "host" in report.unestimated["s"]
+
+
+def test_fused_reduce_and_slice_is_a_reduce_scatter():
+    others = (
+        f"%f (x: {BIG}) -> {THIN} "
+        f"{{\n  %x = {BIG} parameter(0)\n  %r = {BIG} all-reduce(%x), replica_groups={{}}\n"
+        f"  %z = s32[] constant(0)\n  ROOT %d = {THIN} dynamic-slice(%r, %z, %z), "
+        f"dynamic_slice_sizes={{1024,4096}}\n}}\n"
+    )
+    found = only(inspect(program(f"%g = {THIN} fusion(%w), kind=kCustom, calls=%f", others=others)))
+    assert (found.kind, found.asynchronous, found.wire_bytes) == (
+        "reduce-scatter",
+        False,
+        pytest.approx(4096 * 4096 * 2 * 7 / 8),
+    )
+
+
+def test_a_copy_in_the_background_delays_only_who_waits_for_it():
+    copy = f"%c = ({BIG}, {BIG}, u32[]) copy-start(%w)"
+    us = 2 * 4096 * 4096 * 2 / 4.8e12 * 1e6
+    assert inspect(
+        program(copy, *dots(3), f"%cd = {BIG} copy-done(%c)")
+    ).compute_us == pytest.approx(3 * DOT)
+    assert inspect(program(copy, f"%cd = {BIG} copy-done(%c)")).compute_us == pytest.approx(us)
+
+
+def test_never_awaited_is_awaited_at_the_end():
+    assert only(inspect(program(start(), *dots(1)))).exposed_us == pytest.approx(WIRE - DOT)
+
+
+def test_refuses_text_that_is_not_scheduled():
+    with pytest.raises(ValueError, match="is not scheduled, expected 'is_scheduled=true'"):
+        overlap.inspect(program(header="x=1"), target="h200x8")
+
+
+def test_refuses_a_computation_that_calls_itself():
+    others = computation("sub", f"%p = {BIG} call(%x), to_apply=%sub")
+    with pytest.raises(ValueError, match="'sub' calls itself"):
+        overlap.inspect(
+            program(f"%c = {BIG} call(%w), to_apply=%sub", others=others), target="h200x8"
+        )
+
+
+def test_deep_and_wide_calls_take_no_exponential_time():
+    parts = [f"%f0 (x: {BIG}) -> {BIG} {{\n  ROOT %x = {BIG} parameter(0)\n}}\n"]
+    for i in range(1, 60):
+        parts.append(
+            f"%f{i} (x: {BIG}) -> {BIG} "
+            f"{{\n  %x = {BIG} parameter(0)\n  %y = {BIG} call(%x), to_apply=%f{i - 1}\n"
+            f"  ROOT %z = {BIG} call(%y), to_apply=%f{i - 1}\n}}\n"
+        )
+    inspect(program(f"%c = {BIG} call(%w), to_apply=%f59", others="\n".join(parts)))
