@@ -61,13 +61,8 @@ class Band:
         """
         first, last = 0, num_blocks
         # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform;
-<<<<<<< HEAD
         # of one dtype, which with 64-bit types a Python int would not be.
-        div = lambda x: jax.lax.div(x, jnp.asarray(block, x.dtype))
-=======
-        # of one dtype, which with 64-bit types a Python int would not be
         div = lambda x: jax.lax.div(x, x.dtype.type(block))
->>>>>>> wt-xla
         if self.left is not None:
             first = div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block))
         if self.right is not None:
