@@ -25,3 +25,23 @@ ATTENTION = (
     AttentionShape("t5_small_2k", b=1, t=2048, n=8, k=8, h=64, rounds=9),
     AttentionShape("t5_small_8k", b=1, t=8192, n=8, k=8, h=64, rounds=3),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsShape:
+    """One layer: T tokens in one sequence, D model dim, F hidden dim, E experts, k choices; SwiGLU, float32."""
+
+    name: str
+    num_tokens: int
+    model_dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+    capacity_factor: float = 1.25
+    group_size: int = 256
+
+
+EXPERTS = (
+    ExpertsShape("mixtral/8", 2048, 512, 1792, 8, 2),  # Mixtral 8x7B (D 4096, F 14336, 8 experts, top 2) at an eighth of its dims
+    ExpertsShape("qwen3-30b/8", 512, 256, 96, 128, 8),  # Qwen3-30B-A3B (D 2048, F 768, 128 experts, top 8) at an eighth
+)

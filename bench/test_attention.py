@@ -10,34 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import ringmoe
 from bench.specs import ATTENTION, AttentionShape
-from ringmoe.masks import Band
-from ringmoe.pallas import attention_xla as kernel
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 
-@jax.custom_vjp
 def ours(q, k, v):
-    """Causal attention by the XLA kernel, called as a schedule of one hop would. To become the public op, only here."""
-    return _ours_forward(q, k, v)[0]
-
-
-def _ours_forward(q, k, v):
-    spec = AttentionSpec(q.shape[-1] ** -0.5, Band(right=0))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    o, lse = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q), q, k, v, Extras(), Offsets(0, 0)))
-    return jnp.swapaxes(o, 1, 2).astype(q.dtype), (spec.scale, q, k, v, o, lse)
-
-
-def _ours_backward(residual, do):
-    scale, q, k, v, o, lse = residual
-    spec, do = AttentionSpec(scale, Band(right=0)), jnp.swapaxes(do, 1, 2)
-    zeros = Grads(*(jnp.zeros(x.shape, o.dtype) for x in (q, k, v)))
-    grads = kernel.backward(spec, zeros, q, k, v, do, lse, jnp.sum(do * o, -1), Extras(), Offsets(0, 0))
-    return tuple(jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in grads[:3])
-
-
-ours.defvjp(_ours_forward, _ours_backward)
+    return ringmoe.dot_product_attention(q, k, v, is_causal=True)
 
 
 def theirs(q, k, v):

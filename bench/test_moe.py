@@ -2,7 +2,7 @@
 
 Every implementation gets the same x, router weight and expert weights, and computes routing, experts and combination.
 `ours` and `one_hot` drop by the same capacity; `ragged` drops nothing. Columns beside the time: temp_mib, the compiled
-program's temporary memory, and drop_fraction. Run: pytest bench/test_moe.py
+program's temporary memory, and drop_fraction. Run: pytest bench/test_moe.py, JAX_PLATFORMS=cpu.
 """
 
 import functools
@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_specs import MOE_SPECS
 
-from ringmoe.pallas import experts_xla
-from ringmoe.plan import ExpertPlan
+import ringmoe
+from bench.specs import EXPERTS
 from ringmoe.router import RouterConfig, metrics, route
-from ringmoe.schedule import experts
 
 
 def config_of(spec):
@@ -38,26 +36,7 @@ def make_inputs(spec):
 
 
 def ours(spec, x, router_weight, w_in, w_gate, w_out):
-    """The layer as RingMoE does it on one device."""
-    routing = route(x @ router_weight, config_of(spec))
-    return scheduled(spec, x, routing.expert, routing.slot, routing.weight, w_in, w_gate, w_out)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scheduled(spec, *arrays):
-    return experts.forward(plan_of(spec), experts_xla, *arrays)
-
-
-def plan_of(spec):
-    return ExpertPlan(spec.num_experts, config_of(spec).capacity(spec.group_size), spec.group_size)
-
-
-def backward(spec, arrays, dy):
-    dx, *dws = experts.backward(plan_of(spec), experts_xla, *arrays, dy)
-    return dx, None, None, *dws
-
-
-scheduled.defvjp(lambda spec, *arrays: (scheduled(spec, *arrays), arrays), backward)
+    return ringmoe.moe_ffn(x, router_weight, w_in, w_out, w_gate=w_gate, config=config_of(spec))[0]
 
 
 def one_hot(spec, x, router_weight, w_in, w_gate, w_out):
@@ -93,7 +72,7 @@ IMPLEMENTATIONS = {"ours": ours, "one_hot": one_hot, "ragged": ragged}
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("spec", MOE_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", EXPERTS, ids=lambda spec: spec.name)
 def test_layer(benchmark, spec, name, direction):
     layer = functools.partial(IMPLEMENTATIONS[name], spec)
     if direction != "forward":
@@ -108,7 +87,7 @@ def test_layer(benchmark, spec, name, direction):
     benchmark.pedantic(lambda: jax.block_until_ready(compiled(*inputs)), rounds=3, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("spec", MOE_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", EXPERTS, ids=lambda spec: spec.name)
 def test_ours_and_one_hot_agree(spec):
     inputs = make_inputs(spec)
     got, want = (jax.jit(functools.partial(f, spec))(*inputs) for f in (ours, one_hot))

@@ -220,6 +220,8 @@ def _topology(name: str) -> Any:
             # machine load it, for the sake of devices; a topology opens none.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # of a host that there isn't
             # A slice smaller than a host's 2x2 chips has to say so, to libtpu before 0.0.50.
             host = (min(2, machine.torus[0]), min(2, machine.torus[1]), 1)
             return topologies.get_topology_desc(

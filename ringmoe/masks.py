@@ -61,7 +61,7 @@ class Band:
         """
         first, last = 0, num_blocks
         # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform;
-        # of one dtype, which with 64-bit types a Python int would not be
+        # of one dtype, which with 64-bit types a Python int would not be.
         div = lambda x: jax.lax.div(x, x.dtype.type(block))
         if self.left is not None:
             first = div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block))

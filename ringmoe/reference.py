@@ -52,7 +52,7 @@ def dot_product_attention(
         seen &= i < query_seq_lengths[:, None, None, None]
     if key_value_seq_lengths is not None:
         seen &= j < key_value_seq_lengths[:, None, None, None]
-    if query_segment_ids is not None:
+    if query_segment_ids is not None and key_value_segment_ids is not None:
         seen &= (query_segment_ids[:, :, None] == key_value_segment_ids[:, None, :])[:, None]
 
     logits = jnp.where(seen, logits, -jnp.inf)

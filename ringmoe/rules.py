@@ -108,7 +108,8 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                if any(factor in found for factor in dim) or (WHOLE.issuperset(dim) and dim != ("i",)):
+                gathered = WHOLE.issuperset(dim) and dim != ("i",)  # a lone group is refused, not gathered, when it is cut
+                if gathered or any(factor in found for factor in dim):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
                 taken = {axis for rival in rivals for axis in found.get(rival, ())}

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_xla as kernel
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from tests.helpers import TOLERANCE, assert_close
 
 

@@ -229,10 +229,6 @@ CASES = {
     ),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),
-    "default groups inside a shard_map": (
-        lambda: moe_manual(group_size=None),
-        "config.group_size=None with axes=.*expected a number: inside a shard_map",
-    ),
     "E not divisible by axis_name": (
         lambda: moe_manual(12),
         r"num_experts=12 over axis_name=\('a',\) of 8 devices, expected a multiple",

@@ -59,7 +59,7 @@ def placements(jitted, *args, **kwargs):
     ({"static_argnames": "causal"}, lambda f, q, k, v: f(q, k, v, causal=True)),
     ({"static_argnums": (3, 4)}, lambda f, q, k, v: f(q, k, v, True, "unused")),
     ({"static_argnums": -1}, lambda f, q, k, v: f(q, k, v, True)),
-], ids=str)  # fmt: skip
+], ids=["number", "name", "two numbers", "number from the end"])  # fmt: skip
 def test_static_arguments(placed, options, call):
     calls = []
 
@@ -369,3 +369,22 @@ def test_a_second_process_gets_a_cache_hit(tmp_path):
     first, second = once(), once()
     assert first["misses"] >= 1 and first["hits"] == 0
     assert second["hits"] == first["misses"] and second["misses"] == 0 and second["files"] == first["files"]
+
+
+# What is around the call.
+
+
+def test_another_precision_is_another_program():
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    q = jax.device_put(jnp.ones((2, 16, 2, 4)), NamedSharding(mesh, P("a", "b")))
+    attend = ringmoe.jit(lambda q: ringmoe.dot_product_attention(q @ jnp.eye(4), q, q))
+    default = attend.lower(q).as_text()
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in attend.lower(q).as_text() and "HIGHEST" not in default
+
+
+def test_without_jit_it_still_runs():
+    q = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+    with jax.disable_jit():
+        out = ringmoe.jit(lambda q: ringmoe.dot_product_attention(q, q, q))(q)
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, q, q), rtol=1e-5, atol=1e-5)

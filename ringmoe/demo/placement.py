@@ -69,6 +69,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def tokens_per_device(batch_size: int, length: int) -> tuple[int, int]:
+    """What one device of the demo's mesh holds of tokens [B, T]."""
+    return batch_size // MESH_SHAPE[0], length // MESH_SHAPE[1]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of tokens [B, T]."""
     return NamedSharding(mesh, P("expert", "seq"))

@@ -75,17 +75,32 @@ def make_train_step(config: model.Config, optimizer: optax.GradientTransformatio
 
 
 def abstract_arguments(state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """The train step's arguments, shapes and shardings only."""
-    tokens = jax.ShapeDtypeStruct((BATCH_SIZE, SEQUENCE_LENGTH), np.int32, sharding=placement.batch_sharding(mesh))
+    """The train step's arguments, shapes and shardings only; a larger mesh has more and longer sequences."""
+    rows, length = (n * mesh.shape[axis] for n, axis in zip(placement.tokens_per_device(BATCH_SIZE, SEQUENCE_LENGTH), placement.AXES))
+    tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placement.batch_sharding(mesh))
     return placement.abstract(state, placement.state_shardings(state, mesh)), tokens, tokens
 
 
-def compile_step(train_step, state: Any, mesh: jax.sharding.Mesh):
-    """Compiles the step for the mesh's devices, which need not exist; the state it is given is overwritten in place."""
+def jit_step(train_step, state: Any, mesh: jax.sharding.Mesh):
+    """The step, jitted for the mesh; the state it is given is overwritten in place."""
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    out_shardings = (placement.state_shardings(state, mesh), everywhere)
-    jitted = ringmoe.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-    return jitted.lower(*abstract_arguments(state, mesh)).compile()
+    return ringmoe.jit(train_step, donate_argnums=0, out_shardings=(placement.state_shardings(state, mesh), everywhere))
+
+
+def compile_step(train_step, state: Any, mesh: jax.sharding.Mesh):
+    """Compiles the step for the mesh's devices, which need not exist."""
+    return jit_step(train_step, state, mesh).lower(*abstract_arguments(state, mesh)).compile()
+
+
+def for_mesh(mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, Any]:
+    """The train step and its arguments on any mesh with axes `expert` and `seq`:
+
+    ringmoe inspect ringmoe.demo.train:for_mesh --target v5p:8x8x16 --mesh expert=8,seq=128
+    """
+    config, optimizer = model.Config(), make_optimizer(1000)
+    state = jax.eval_shape(functools.partial(init_state, 0, config, optimizer))
+    train_step = make_train_step(config, optimizer)
+    return jit_step(train_step, state, mesh), *abstract_arguments(state, mesh)
 
 
 def fit(step, state: State, batches: Sequence[np.ndarray], mesh, console: Console) -> tuple[State, History]:

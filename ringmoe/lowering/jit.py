@@ -17,6 +17,12 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from ringmoe.lowering import propagate
 
+# What besides the arguments decides how a function is traced.
+CONTEXT = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion",
+    "jax_default_prng_impl", "jax_threefry_partitionable", "jax_debug_nans", "jax_debug_infs",
+)  # fmt: skip
+
 
 class Jitted:
     """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
@@ -29,7 +35,8 @@ class Jitted:
         self._placed: dict[Any, Any] = {}
 
     def __call__(self, *args, **kwargs):
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        if traced or jax.config.jax_disable_jit:
             return self._plain(*args, **kwargs)  # inside another transformation: the outermost ringmoe.jit places the ops
         return self._for(args, kwargs)(*args, **kwargs)
 
@@ -56,7 +63,7 @@ class Jitted:
         static = [args[i] for i in numbers if i < len(args)], [kwargs[n] for n in names if n in kwargs]
         dynamic = [x for i, x in enumerate(args) if i not in numbers], {n: x for n, x in kwargs.items() if n not in names}
         leaves, tree = jax.tree.flatten(dynamic)
-        context = jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
+        context = jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name) for name in CONTEXT)
         key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context
         try:
             if key not in self._placed:
@@ -105,8 +112,9 @@ def jit(fun: Callable | None = None, **options) -> Any:
 
 def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:
     """Positions and names of the static arguments; as in jax.jit, either may be given for both."""
-    listed = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
-    numbers, names = set(listed(options.get("static_argnums"))), set(listed(options.get("static_argnames")))
+    listed: Any = lambda value: () if value is None else (value,) if isinstance(value, (int, str)) else tuple(value)
+    numbers: set[int] = set(listed(options.get("static_argnums")))
+    names: set[str] = set(listed(options.get("static_argnames")))
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     try:
         positional = [p.name for p in inspect.signature(fun).parameters.values() if p.kind in kinds]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.pallas import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.pallas import softmax
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head
@@ -81,7 +81,7 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
         acc, m, l = carry
         v_tile = _cut(v, "bksh", tile)
         s, seen = walk.logits(_cut(q, "bkgth", tile), _cut(k, "bksh", tile), tile, masked)
-        if masked:
+        if seen is not None:
             poison = jnp.where(jnp.all(jnp.isfinite(v_tile), -1), 0, jnp.nan).astype(s.dtype)
             s = jnp.where(seen, s + poison[:, :, None, None], softmax.MASKED)
             v_tile = _finite(v_tile)
@@ -127,7 +127,7 @@ def backward(
         s, seen = walk.logits(q_tile, k_tile, tile, masked)
         p = jnp.exp(s - lse_tile)
         ds = p * (_dot("bkgth,bksh->bkgts", do_tile, v_tile) - delta_tile)
-        if masked:
+        if seen is not None:
             # A row whose do is not finite has such a delta too: adding it keeps the NaN that `_finite` takes from dv.
             p = jnp.where(seen, p + 0 * delta_tile, 0)
             ds = jnp.where(seen, ds, 0)
@@ -148,7 +148,7 @@ def backward(
             new = walk.at_block(lambda _, tile, masked: share(tile, masked), None, inner)
             dq = _put(carry.dq, _cut(carry.dq, "bkgth", inner) + new.dq, "bkgth", inner)
             dbias = carry.dbias
-            if dbias is not None:
+            if dbias is not None and new.dbias is not None:
                 dbias = _put(dbias, _cut(dbias, "bkgts", inner) + new.dbias, "bkgts", inner)
             return Grads(dq, carry.dk + new.dk, carry.dv + new.dv, dbias)
 
@@ -158,7 +158,9 @@ def backward(
         return own._replace(dk=_put(grads.dk, own.dk.mT, "bksh", tile), dv=_put(grads.dv, own.dv.mT, "bksh", tile))
 
     out = lax.fori_loop(jnp.int32(0), walk.num_tiles("s"), keys, Grads(dq, grads.dk, grads.dv, dbias))
-    return Grads(_ungroup(out.dq), out.dk, out.dv, None if dbias is None else out.dbias.reshape(grads.dbias.shape))
+    if grads.dbias is not None and out.dbias is not None:
+        out = out._replace(dbias=out.dbias.reshape(grads.dbias.shape))
+    return out._replace(dq=_ungroup(out.dq))
 
 
 class _Span(NamedTuple):
@@ -189,7 +191,7 @@ class _Walk:
         sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
         lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
         segments = {}
-        if extras.query_segments is not None:
+        if extras.query_segments is not None and extras.key_segments is not None:
             segments["t"] = extras.query_segments[:, None, None, :, None]
             segments["s"] = extras.key_segments[:, None, None, None, :]
         walk = cls(

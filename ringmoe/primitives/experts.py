@@ -81,13 +81,13 @@ def _combine(call, rows, expert, slot, weight):
     return _bind(COMBINE, call, {"rows": rows, "expert": expert, "slot": slot, "weight": weight}, ("tokens",))[0]
 
 
-def _dispatch_forward(call, x, *choices):
-    return dispatch(call, x, *choices), (_Sharding(jax.typeof(x).sharding), choices)
+def _dispatch_forward(call, x, expert, slot):
+    return dispatch(call, x, expert, slot), (_Sharding(jax.typeof(x).sharding), (expert, slot))
 
 
 def _dispatch_backward(call, residuals, drows):
-    like, choices = residuals
-    return like.place(_combine(call, drows, *choices, None)), None, None
+    like, (expert, slot) = residuals
+    return like.place(_combine(call, drows, expert, slot, None)), None, None
 
 
 def _combine_backward(call, residuals, dy):
