@@ -237,6 +237,10 @@ CASES = {
         lambda: moe_manual(w_in=(E, D, F)),
         r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*over 8 devices",
     ),
+    "a default group size inside a shard_map": (
+        lambda: moe_manual(group_size=None),
+        r"config.group_size=None with axes=\('a',\), expected a number: inside a shard_map",
+    ),
     "groups cut by the mesh": (
         lambda: moe_over("a", None, group_size=4),
         r"16 tokens over mesh axes \('a',\) leave 2 tokens a device, expected whole groups of 4: choose a group_size",
