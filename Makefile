@@ -16,6 +16,7 @@ test: .venv/all
 
 lint: .venv/all
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/all

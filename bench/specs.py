@@ -42,6 +42,8 @@ class ExpertsShape:
 
 
 EXPERTS = (
-    ExpertsShape("mixtral/8", 2048, 512, 1792, 8, 2),  # Mixtral 8x7B (D 4096, F 14336, 8 experts, top 2) at an eighth of its dims
+    ExpertsShape(
+        "mixtral/8", 2048, 512, 1792, 8, 2
+    ),  # Mixtral 8x7B (D 4096, F 14336, 8 experts, top 2) at an eighth of its dims
     ExpertsShape("qwen3-30b/8", 512, 256, 96, 128, 8),  # Qwen3-30B-A3B (D 2048, F 768, 128 experts, top 8) at an eighth
 )

@@ -82,8 +82,9 @@ def test_layer(benchmark, spec, name, direction):
     logits = inputs[0] @ inputs[1]
     benchmark.group = f"{spec.name} {direction}"
     benchmark.extra_info["temp_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    benchmark.extra_info["drop_fraction"] = 0.0 if name == "ragged" else float(
-        metrics(route(logits, config_of(spec)), logits).drop_fraction)
+    benchmark.extra_info["drop_fraction"] = (
+        0.0 if name == "ragged" else float(metrics(route(logits, config_of(spec)), logits).drop_fraction)
+    )
     benchmark.pedantic(lambda: jax.block_until_ready(compiled(*inputs)), rounds=3, warmup_rounds=1)
 
 

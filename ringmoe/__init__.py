@@ -7,6 +7,9 @@ from jax.extend import source_info_util
 from ringmoe.attention import dot_product_attention as dot_product_attention
 from ringmoe.lowering import explain as explain
 from ringmoe.lowering import jit as jit
+from ringmoe.machines import Target as Target
+from ringmoe.machines import target as target
+from ringmoe.machines import targets as targets
 from ringmoe.moe import combine as combine
 from ringmoe.moe import dispatch as dispatch
 from ringmoe.moe import moe_ffn as moe_ffn
@@ -16,9 +19,6 @@ from ringmoe.router import MoeMetrics as MoeMetrics
 from ringmoe.router import RouterConfig as RouterConfig
 from ringmoe.router import Routing as Routing
 from ringmoe.router import route as route
-from ringmoe.machines import Target as Target
-from ringmoe.machines import target as target
-from ringmoe.machines import targets as targets
 
 # Tracebacks and `explain` point at the caller's line, not at ours; the demo's model is a caller.
 for _part in ("attention.py", "compat.py", "moe.py", "router.py", "lowering", "pallas", "primitives", "schedule"):

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from ringmoe import compat, pallas
 from ringmoe.errors import check
-from ringmoe.masks import Band
 from ringmoe.interface import AttentionSpec, Extras
+from ringmoe.masks import Band
 from ringmoe.plan import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
 
@@ -113,10 +113,14 @@ def dot_product_attention(
 
 
 def _check_arrays(query, key, value):
-    check(query.dtype in DTYPES, f"{query.dtype=}, expected one of {[jnp.dtype(d).name for d in DTYPES]}: cast the inputs")
+    check(
+        query.dtype in DTYPES, f"{query.dtype=}, expected one of {[jnp.dtype(d).name for d in DTYPES]}: cast the inputs"
+    )
     for name, x in (("key", key), ("value", value)):
         check(x.dtype == query.dtype, f"{name} has dtype {x.dtype}, expected query's {query.dtype}: cast one of them")
-        check(x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}")
+        check(
+            x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}"
+        )
     b, _, n, h = query.shape
     expected = (b, key.shape[1], key.shape[2], h)
     check(key.shape == expected, f"{key.shape=}, expected [B, S, K, H] with query's B={b} and H={h}")
@@ -134,7 +138,9 @@ def _logits_like(name: str, x, shape: tuple[int, ...]):
         return None
     x = jnp.asarray(x)
     kind = jnp.floating if name == "bias" else jnp.bool_
-    check(jnp.issubdtype(x.dtype, kind), f"{name} has dtype {x.dtype}, expected {'a float' if name == 'bias' else 'bool'}")
+    check(
+        jnp.issubdtype(x.dtype, kind), f"{name} has dtype {x.dtype}, expected {'a float' if name == 'bias' else 'bool'}"
+    )
     check(x.ndim <= 4, f"{name} has shape {x.shape}, expected at most 4 dims, broadcastable to [B, N, T, S] = {shape}")
     x = x.reshape((1,) * (4 - x.ndim) + x.shape)
     fits = all(n in (1, m) for n, m in zip(x.shape, shape))
@@ -146,5 +152,8 @@ def _integers(name: str, x, shape: tuple[int, ...]):
     if x is None:
         return None
     x = jnp.asarray(x)
-    check(x.shape == shape and x.dtype == jnp.int32, f"{name} has shape {x.shape} and dtype {x.dtype}, expected int32 {shape}")
+    check(
+        x.shape == shape and x.dtype == jnp.int32,
+        f"{name} has shape {x.shape} and dtype {x.dtype}, expected int32 {shape}",
+    )
     return x

@@ -154,9 +154,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         "v5e": _tpu(197, 393, 16, 819, 4, 50, 1, 1.5, "TPU v5e", ("TPU v5 lite", "TPU v5e")),
         "v5p": _tpu(459, 918, 95, 2765, 6, 100, 2, 1.75, "TPU v5p", ("TPU v5", "TPU v5p")),
         "v6e": _tpu(918, 1836, 32, 1640, 4, 100, 1, 1.75, "TPU v6e", ("TPU v6 lite", "TPU v6e")),
-        "tpu7x": _tpu(
-            2307, 2307, 192, 7380, 6, 100, 2, 2.2, "TPU7x", ("TPU7x",), fp8=4614, devices_per_chip=2
-        ),
+        "tpu7x": _tpu(2307, 2307, 192, 7380, 6, 100, 2, 2.2, "TPU7x", ("TPU7x",), fp8=4614, devices_per_chip=2),
         "h100": _gpu(
             989.4,
             1978.9,
@@ -183,9 +181,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             "H200 SXM",
             ("NVIDIA H200",),
         ),
-        "b200": _gpu(
-            2250, 4500, 1125, 75, 37, 9000, 191503138816, 8000, 50, "HGX B200", ("NVIDIA B200",)
-        ),
+        "b200": _gpu(2250, 4500, 1125, 75, 37, 9000, 191503138816, 8000, 50, "HGX B200", ("NVIDIA B200",)),
         "cpu": Chip(
             "cpu",
             MappingProxyType({"bf16": 0.35 * _TERA, "f32": 0.17 * _TERA}),

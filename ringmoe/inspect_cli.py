@@ -51,12 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str = "inspect") -> 
     parser.add_argument(
         "--target",
         metavar="NAME[,NAME...]",
-        help="machines to inspect for; `ringmoe targets` lists them; "
-        "default: the devices that are present",
+        help="machines to inspect for; `ringmoe targets` lists them; default: the devices that are present",
     )
-    parser.add_argument(
-        "--mesh", metavar="AXIS=SIZE,...", help="axes over the target's devices; one size may be *"
-    )
+    parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="axes over the target's devices; one size may be *")
     parser.add_argument(
         "--arg",
         action="append",
@@ -66,15 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str = "inspect") -> 
         "bf16[8,4096,128]@data,seq: an axis per dimension, a+b for two, nothing for none",
     )
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the report, or a list of them for several targets"
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE", help="picture of time and memory over the targets"
-    )
-    parser.add_argument(
-        "--kernels", action="store_true", help="add the static cost of each Pallas kernel"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the report, or a list of them for several targets")
+    parser.add_argument("--plot", metavar="FILE", help="picture of time and memory over the targets")
+    parser.add_argument("--kernels", action="store_true", help="add the static cost of each Pallas kernel")
     parser.add_argument(
         "--fail-if-exposed",
         metavar="PERCENT",
@@ -106,9 +97,7 @@ def main(args: argparse.Namespace) -> int:
         _console().print(report)
     if args.json:
         text = [report.to_json() for report in reports]
-        pathlib.Path(args.json).write_text(
-            text[0] if len(text) == 1 else "[" + ",\n".join(text) + "]"
-        )
+        pathlib.Path(args.json).write_text(text[0] if len(text) == 1 else "[" + ",\n".join(text) + "]")
     if args.html:
         for report in reports:
             path = pathlib.Path(args.html)
@@ -199,9 +188,7 @@ def _load(name: str, specs: list[str], mesh: Mesh) -> tuple[Any, ...]:
     """The function to inspect and its arguments, from MODULE:FUNCTION."""
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(
-            f"PROGRAM {name!r} is no file, expected one of HLO text, or MODULE:FUNCTION"
-        )
+        raise ValueError(f"PROGRAM {name!r} is no file, expected one of HLO text, or MODULE:FUNCTION")
     sys.path.insert(0, os.getcwd())
     try:
         function: Any = importlib.import_module(module)
@@ -209,8 +196,7 @@ def _load(name: str, specs: list[str], mesh: Mesh) -> tuple[Any, ...]:
             function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"PROGRAM {name!r} cannot be loaded ({error}), expected MODULE:FUNCTION importable "
-            "from here"
+            f"PROGRAM {name!r} cannot be loaded ({error}), expected MODULE:FUNCTION importable from here"
         ) from error
     finally:
         sys.path.pop(0)
@@ -236,15 +222,10 @@ def _argument(spec: str, mesh: Mesh) -> jax.ShapeDtypeStruct:
             f"{', '.join(_DTYPES)}"
         )
     shape = tuple(int(dim) for dim in found.group(2).split(",") if dim)
-    axes = [
-        tuple(axis for axis in part.split("+") if axis)
-        for part in (found.group(3) or "").split(",")
-    ]
+    axes = [tuple(axis for axis in part.split("+") if axis) for part in (found.group(3) or "").split(",")]
     unknown = {axis for part in axes for axis in part} - set(mesh.axis_names)
     if unknown:
-        raise ValueError(
-            f"--arg {spec!r} names the axes {sorted(unknown)}, the mesh has {list(mesh.axis_names)}"
-        )
+        raise ValueError(f"--arg {spec!r} names the axes {sorted(unknown)}, the mesh has {list(mesh.axis_names)}")
     return jax.ShapeDtypeStruct(
         shape,
         _DTYPES[found.group(1)],
@@ -257,14 +238,8 @@ def _axes(text: str | None, machine: machines.Target) -> dict[str, int] | None:
     if text is None:
         return None
     pairs = [part.partition("=") for part in text.split(",")]
-    if (
-        any(not axis or not (size.isdecimal() or size == "*") for axis, _, size in pairs)
-        or text.count("*") > 1
-    ):
-        raise ValueError(
-            f"--mesh {text!r}, expected AXIS=SIZE,... such as data=2,seq=32, with at most one "
-            "size *"
-        )
+    if any(not axis or not (size.isdecimal() or size == "*") for axis, _, size in pairs) or text.count("*") > 1:
+        raise ValueError(f"--mesh {text!r}, expected AXIS=SIZE,... such as data=2,seq=32, with at most one size *")
     sizes = {axis: int(size) if size != "*" else 0 for axis, _, size in pairs}
     rest = machine.num_devices // max(1, math.prod(size for size in sizes.values() if size))
     return {axis: size or rest for axis, size in sizes.items()}
@@ -274,9 +249,7 @@ def _percent(text: str) -> float:
     """5% or 0.05 -> 0.05."""
     value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text}, expected a part of the wire time such as 5% or 0.05"
-        )
+        raise argparse.ArgumentTypeError(f"{text}, expected a part of the wire time such as 5% or 0.05")
     return value
 
 
@@ -297,8 +270,7 @@ def _print_targets(console: Console) -> None:
     ):
         table.add_column(title, justify="left" if title == "chip" else "right")
     groups = {
-        chip: [name for name in machines.targets() if machines.target(name).chip == chip]
-        for chip in machines.CHIPS
+        chip: [name for name in machines.targets() if machines.target(name).chip == chip] for chip in machines.CHIPS
     }
     for chip, names in groups.items():
         one = machines.target(names[0])
@@ -322,10 +294,7 @@ def _print_targets(console: Console) -> None:
         sep="\n",
         highlight=False,
     )
-    console.print(
-        "Names for --target (libtpu takes other TPU shapes too, and a GPU name any count, as "
-        "h200x4):"
-    )
+    console.print("Names for --target (libtpu takes other TPU shapes too, and a GPU name any count, as h200x4):")
     for names in groups.values():
         console.print("  " + "  ".join(names), highlight=False)
     console.print("\nWhere the figures come from:")

@@ -77,9 +77,7 @@ class Target:
         all."""
         return [tuple(d.coords[: len(self.torus)]) if self.torus else () for d in devices]
 
-    def mesh(
-        self, axes: Mapping[str, int] | None = None, axis_types: tuple[AxisType, ...] | None = None
-    ) -> Mesh:
+    def mesh(self, axes: Mapping[str, int] | None = None, axis_types: tuple[AxisType, ...] | None = None) -> Mesh:
         """A mesh over all its devices, neighbours on the wire being neighbours on the mesh where
         that is possible.
 
@@ -125,12 +123,8 @@ def target(name: str) -> Target:
     found = re.fullmatch(r"(\w+):(\d{1,3}(?:x\d{1,3}){1,2})|([a-z]+?\d*)(?:x(\d{1,4}))?", name)
     chip = (found.group(1) or found.group(3)) if found else ""
     if not found or chip not in CHIPS or (CHIPS[chip].kind == "tpu") != bool(found.group(1)):
-        chips = ", ".join(
-            f"{c}:{s.shapes[3]}" if s.kind == "tpu" else c + s.shapes[-1] for c, s in CHIPS.items()
-        )
-        raise ValueError(
-            f"target {name!r}, expected one such as {chips}; `ringmoe targets` lists them"
-        )
+        chips = ", ".join(f"{c}:{s.shapes[3]}" if s.kind == "tpu" else c + s.shapes[-1] for c, s in CHIPS.items())
+        raise ValueError(f"target {name!r}, expected one such as {chips}; `ringmoe targets` lists them")
     if found.group(1):
         torus = tuple(int(n) for n in found.group(2).split("x"))
         return _make(name, chip, math.prod(torus) * CHIPS[chip].devices_per_chip, torus)
@@ -145,12 +139,7 @@ def present(devices: list[Any]) -> Target:
     """
     kind = devices[0].device_kind
     # The longest match: "TPU v5 lite" also begins with "TPU v5".
-    names = [
-        (len(k), chip)
-        for chip, spec in CHIPS.items()
-        for k in spec.device_kinds
-        if kind.startswith(k)
-    ]
+    names = [(len(k), chip) for chip, spec in CHIPS.items() for k in spec.device_kinds if kind.startswith(k)]
     if not names:
         raise ValueError(
             f"device kind {kind!r}, expected one of "
@@ -162,13 +151,7 @@ def present(devices: list[Any]) -> Target:
     if CHIPS[chip].kind == "tpu":
         torus = tuple(int(n) for n in np.max([d.coords for d in devices], axis=0) + 1)
         torus = torus[:2] if CHIPS[chip].num_links == 4 else torus
-    name = (
-        f"{chip}:{'x'.join(map(str, torus))}"
-        if torus
-        else f"{chip}x{len(devices)}"
-        if len(devices) > 1
-        else chip
-    )
+    name = f"{chip}:{'x'.join(map(str, torus))}" if torus else f"{chip}x{len(devices)}" if len(devices) > 1 else chip
     return dataclasses.replace(_make(name, chip, len(devices), torus), present=tuple(devices))
 
 
@@ -230,11 +213,7 @@ def _topology(name: str) -> Any:
                 **({} if host == (2, 2, 1) else {"chips_per_host_bounds": host}),
             )
         _find_ptxas()
-        spec = (
-            importlib.resources.files("ringmoe")
-            .joinpath("target_specs", f"{chip}.txtpb")
-            .read_text()
-        )
+        spec = importlib.resources.files("ringmoe").joinpath("target_specs", f"{chip}.txtpb").read_text()
         return topologies.get_topology_desc(
             platform="cuda",
             topology_name=name,
@@ -274,9 +253,7 @@ class _Present:
 
 def _require(kind: str) -> None:
     """Raises ImportError when the package that holds the compiler for `kind` is not installed."""
-    package, module = (
-        ("libtpu", "libtpu") if kind == "tpu" else ("jax-cuda13-plugin", "jax_plugins.xla_cuda13")
-    )
+    package, module = ("libtpu", "libtpu") if kind == "tpu" else ("jax-cuda13-plugin", "jax_plugins.xla_cuda13")
     try:
         missing = importlib.util.find_spec(module) is None
     except ModuleNotFoundError:

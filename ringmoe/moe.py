@@ -96,7 +96,8 @@ def dispatch(x: ArrayLike, routing: Routing) -> jax.Array:
     x = jnp.asarray(x)
     check(
         x.shape[:-1] == routing.expert.shape[:-1],
-        f"{x.shape=} with a routing of tokens {routing.expert.shape[:-1]}, expected x [*tokens, D]: route and dispatch the same tokens",
+        f"{x.shape=} with a routing of tokens {routing.expert.shape[:-1]}, expected x [*tokens, D]: route and dispatch "
+        "the same tokens",
     )
     rows = primitive.dispatch(_call(routing), *compat.vary_alike((x, routing.expert, routing.slot)))
     rows = _mergeable(rows)
@@ -140,7 +141,9 @@ def _mergeable(rows):
     spec = sharding.spec
     if not any(spec[2:-1]):
         return rows
-    return jax.sharding.reshard(rows, NamedSharding(sharding.mesh, PartitionSpec(*spec[:2], *(None,) * (rows.ndim - 2))))
+    return jax.sharding.reshard(
+        rows, NamedSharding(sharding.mesh, PartitionSpec(*spec[:2], *(None,) * (rows.ndim - 2)))
+    )
 
 
 def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, axes):
@@ -168,4 +171,7 @@ def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, ax
             f"{name} has shape {None if w is None else w.shape}, expected {shapes[name]} ([E, D, F]; w_out [E, F, D]): "
             f"E={e} experts{f' over {parts} devices' * (parts > 1)}, D={d} of x, F={f} of w_in",
         )
-        check(w is None or w.dtype == x.dtype, f"{name} has dtype {None if w is None else w.dtype}, expected x's {x.dtype}: cast one")
+        check(
+            w is None or w.dtype == x.dtype,
+            f"{name} has dtype {None if w is None else w.dtype}, expected x's {x.dtype}: cast one",
+        )

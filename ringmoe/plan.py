@@ -46,8 +46,14 @@ class AttentionPlan:
 
 @functools.cache
 def attention(
-    rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], band: Band, exchange: str, itemsize: int,
-    bias: int | None = None, owed_itemsize: int = 0,
+    rule: Rule,
+    factors: Factors,
+    mesh_shape: tuple[tuple[str, int], ...],
+    band: Band,
+    exchange: str,
+    itemsize: int,
+    bias: int | None = None,
+    owed_itemsize: int = 0,
 ) -> AttentionPlan:
     """Chooses the exchange.
 

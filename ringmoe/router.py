@@ -46,7 +46,9 @@ class RouterConfig:
     renormalize: bool = True
 
     def __post_init__(self):
-        check(self.num_experts >= 1, f"num_experts={self.num_experts}, expected at least 1: give the number of experts E")
+        check(
+            self.num_experts >= 1, f"num_experts={self.num_experts}, expected at least 1: give the number of experts E"
+        )
         check(
             1 <= self.top_k <= self.num_experts,
             f"top_k={self.top_k} with num_experts={self.num_experts}, expected 1 <= top_k <= num_experts: "
@@ -273,8 +275,10 @@ def metrics(routing: Routing, logits: jax.Array) -> MoeMetrics:
     """
     num_experts, active = routing.num_experts, routing.active
     tokens = tuple(range(active.ndim))
-    asked = active[..., None, None] & (routing.expert[..., None] == lax.broadcasted_iota(
-        jnp.int32, (1,) * (active.ndim + 1) + (num_experts,), active.ndim + 1))
+    asked = active[..., None, None] & (
+        routing.expert[..., None]
+        == lax.broadcasted_iota(jnp.int32, (1,) * (active.ndim + 1) + (num_experts,), active.ndim + 1)
+    )
     load = jnp.sum(asked, axis=(*tokens, active.ndim), dtype=jnp.int32)
     dropped = jnp.sum(active[..., None] & (routing.slot < 0), dtype=jnp.int32)
     num_active = jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(jnp.float32)

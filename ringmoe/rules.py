@@ -108,7 +108,9 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                gathered = WHOLE.issuperset(dim) and dim != ("i",)  # a lone group is refused, not gathered, when it is cut
+                gathered = WHOLE.issuperset(dim) and dim != (
+                    "i",
+                )  # a lone group is refused, not gathered, when it is cut
                 if gathered or any(factor in found for factor in dim):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
@@ -128,8 +130,10 @@ def spec_of(dims: Sequence[Dim], factors: Mapping[str, Axes]) -> PartitionSpec:
 def axes_of(spec: PartitionSpec, ndim: int) -> tuple[Axes, ...]:
     """The axes of each dim: a PartitionSpec with every entry a tuple, one for each of `ndim` dims."""
     entries = tuple(spec) + (None,) * (ndim - len(spec))
-    return tuple(() if e is None or e is PartitionSpec.UNCONSTRAINED else (e,) if isinstance(e, str) else tuple(e)
-                 for e in entries)
+    return tuple(
+        () if e is None or e is PartitionSpec.UNCONSTRAINED else (e,) if isinstance(e, str) else tuple(e)
+        for e in entries
+    )
 
 
 @functools.cache
@@ -169,7 +173,11 @@ def make(
     num_batch = sum(1 for f in known if re.fullmatch(r"b\d+", f))
     for name in results:
         if name not in named:
-            dims = _dims(table[name], len(_dims(table[name], 0)) + num_batch) if "..." in table[name] else _dims(table[name], 0)
+            dims = (
+                _dims(table[name], len(_dims(table[name], 0)) + num_batch)
+                if "..." in table[name]
+                else _dims(table[name], 0)
+            )
             named[name] = tuple(tuple(f for f in dim if known.get(f, 1) > 1) or dim[:1] for dim in dims)
     rule = lambda names: tuple(named[name] for name in names)
     return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())))
@@ -205,15 +213,22 @@ def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[s
         return shares
     length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
     if dim[:2] == ("k", "g"):
-        warn_once("heads gathered", f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one head's "
-                  "group of queries, so the heads are gathered; choose a number of devices that divides the key heads")
+        warn_once(
+            "heads gathered",
+            f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one head's "
+            "group of queries, so the heads are gathered; choose a number of devices that divides the key heads",
+        )
         return shares
     if dim[-1] == "i":
-        message = (f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole groups of "
-                   f"{sizes['i']}: choose a group_size that divides the tokens of one device")
+        message = (
+            f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole groups of "
+            f"{sizes['i']}: choose a group_size that divides the tokens of one device"
+        )
     else:
-        message = (f"{length} {NOUNS.get(dim[0], 'elements')} are sharded over mesh axes {axes}, {parts} devices, expected a "
-                   "multiple of that: pad that dim, or shard it over fewer devices")
+        message = (
+            f"{length} {NOUNS.get(dim[0], 'elements')} are sharded over mesh axes {axes}, {parts} devices, expected a "
+            "multiple of that: pad that dim, or shard it over fewer devices"
+        )
     check(not strict, message)
     warn_once("gathered", message)
     return shares

@@ -44,9 +44,7 @@ def attention_block(q, k, v, state=None, block=256):
 
     def kernel(q_ref, k_ref, v_ref, *refs):
         before, (o_ref, m_ref, l_ref) = refs[:-3], refs[-3:]
-        s = lax.dot_general(
-            q_ref[0], k_ref[0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        s = lax.dot_general(q_ref[0], k_ref[0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         m = jnp.max(s, axis=1, keepdims=True)
         m = jnp.maximum(m, before[1][0]) if before else m
         p = jnp.exp(s - m)
@@ -115,12 +113,8 @@ def splash_ring(axes, axis="seq"):
     """The ring with JAX's splash kernel, whose normalised results jnp code merges by their
     log-sum-exp."""
     n = axes[axis]
-    mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.FullMask((TOKENS, TOKENS))] * HEADS
-    )
-    kernel = splash_attention_kernel.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, save_residuals=True
-    )
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((TOKENS, TOKENS))] * HEADS)
+    kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, save_residuals=True)
 
     def body(q, k, v):
         def hop(carry, _):
@@ -166,9 +160,7 @@ def train_step(axes, layers=4, width=2048, heads=16, hidden=8192, tokens=2048):
             s = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
             top = jnp.maximum(m, s.max(-1, keepdims=True))
             p, a = jnp.exp(s - top), jnp.exp(m - top)
-            o = o * a + jnp.einsum(
-                "bhts,bhsd->bhtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
+            o = o * a + jnp.einsum("bhts,bhsd->bhtd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return (*moved, o, top, l * a + p.sum(-1, keepdims=True)), None
 
         edge = (*q.shape[:3], 1)
@@ -199,9 +191,7 @@ def train_step(axes, layers=4, width=2048, heads=16, hidden=8192, tokens=2048):
         "up": ((layers, width, hidden), (None, "data")),
         "down": ((layers, hidden, width), (None, None, "data")),
     }
-    weights = {
-        name: spec(shape, jnp.bfloat16, axes, *parts) for name, (shape, parts) in shapes.items()
-    }
+    weights = {name: spec(shape, jnp.bfloat16, axes, *parts) for name, (shape, parts) in shapes.items()}
     x = spec((axes["data"], tokens * n, width), jnp.bfloat16, axes, "data", "seq")
     return jax.jit(step, donate_argnums=0), weights, x
 
@@ -215,9 +205,7 @@ def remote_copy(axes, axis="seq", cost=True):
         barrier = pltpu.get_barrier_semaphore()
         pl.semaphore_signal(barrier, device_id={axis: following})
         pl.semaphore_wait(barrier, 1)
-        copy = pltpu.make_async_remote_copy(
-            x_ref, o_ref, sent, received, device_id={axis: following}
-        )
+        copy = pltpu.make_async_remote_copy(x_ref, o_ref, sent, received, device_id={axis: following})
         copy.start()
         copy.wait()
 
@@ -260,9 +248,7 @@ def corpus(axes):
         return shift(c) * 2, None
 
     def nested(y):
-        return lax.scan(
-            lambda c, _: (lax.scan(inner, c, None, length=3)[0] + 1, None), y, None, length=5
-        )[0]
+        return lax.scan(lambda c, _: (lax.scan(inner, c, None, length=3)[0] + 1, None), y, None, length=5)[0]
 
     def ragged(y):
         start, size = jnp.arange(n, dtype=jnp.int32) * (64 // n), jnp.full(n, 64 // n, jnp.int32)
@@ -289,11 +275,7 @@ def corpus(axes):
         ),
         "down_loop": (flat(lambda y: lax.fori_loop(0, 7, lambda i, c: shift(c) + i, y)), x),
         "cond": (
-            flat(
-                lambda y: lax.cond(
-                    y[0, 0] > 0, lambda z: shift(z) @ jnp.ones((512, 512)), lambda z: z * 2, y
-                )
-            ),
+            flat(lambda y: lax.cond(y[0, 0] > 0, lambda z: shift(z) @ jnp.ones((512, 512)), lambda z: z * 2, y)),
             x,
         ),
         "switch": (
@@ -303,9 +285,7 @@ def corpus(axes):
         "calls": (flat(lambda y: jax.checkpoint(lambda z: jax.jit(shift)(jnp.sin(z)))(y)), x),
         "fsdp": (jax.grad(forward, argnums=1), x, weights),
         "conv": (
-            lambda i, k: lax.conv_general_dilated(
-                i, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            ),
+            lambda i, k: lax.conv_general_dilated(i, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
             image,
             kernel,
         ),
@@ -341,8 +321,7 @@ def corpus(axes):
         "scalar": (lambda y: y.sum(), x),
         "constant": (
             lambda: (
-                jnp.arange(5.0).reshape(5, 1)
-                * jnp.array([[1.5, 2.5], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 1.0]])
+                jnp.arange(5.0).reshape(5, 1) * jnp.array([[1.5, 2.5], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 1.0]])
             ),
         ),
         "name": (jax.named_call(lambda y: y * 2, name='od"d {name}, ((%x = '), x),

@@ -16,9 +16,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_tpu
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 
 FULL, CAUSAL, WINDOW = Band(), Band(right=0), Band(70, 20)
 TILES = attention_tpu.Config(block_q=128, block_k=64, chunk=32)  # small, so that a small problem has several of each

@@ -252,7 +252,7 @@ def test_the_picture_is_written(tmp_path, steps):
     assert path.stat().st_size > 10_000
 
 
-def test_summary_counts_the_collectives_of_a_schedule(mesh=None):
+def test_summary_counts_the_collectives_of_a_schedule():
     mesh = placement.make_mesh(jax.devices("cpu"))
     spec = jax.sharding.PartitionSpec
     total = jax.shard_map(lambda x: jax.lax.psum(x, "seq"), mesh=mesh, in_specs=spec("seq"), out_specs=spec())

@@ -29,39 +29,27 @@ def test_lists_every_kind_once():
         "v6e",
         "tpu7x",
     }
-    assert {"h100", "h100x8", "h200", "h200x8", "b200", "b200x8", "v5p:8x8x16", "v5e:4x8"} <= set(
-        names
-    )
+    assert {"h100", "h100x8", "h200", "h200x8", "b200", "b200x8", "v5p:8x8x16", "v5e:4x8"} <= set(names)
 
 
 @pytest.mark.parametrize("name", machines.targets())
 def test_every_figure_has_a_source(name):
     target = machines.target(name)
+    assert target.name == name and set(target.sources) == set(FIGURES) and all(target.sources.values())
+    assert all(getattr(target, figure) for figure in FIGURES) and target.matmul_flops["bf16"] > target.vector_flops
     assert (
-        target.name == name and set(target.sources) == set(FIGURES) and all(target.sources.values())
-    )
-    assert (
-        all(getattr(target, figure) for figure in FIGURES)
-        and target.matmul_flops["bf16"] > target.vector_flops
-    )
-    assert (
-        target.num_devices == math.prod(target.torus) * machines.CHIPS[target.chip].devices_per_chip
-        or not target.torus
+        target.num_devices == math.prod(target.torus) * machines.CHIPS[target.chip].devices_per_chip or not target.torus
     )
 
 
 # The largest take the compiler a second each to name; the smallest three of each kind prove the
 # form.
-@pytest.mark.parametrize(
-    "name", [n for n in machines.targets() if machines.target(n).num_devices <= 64 and n != "cpu"]
-)
+@pytest.mark.parametrize("name", [n for n in machines.targets() if machines.target(n).num_devices <= 64 and n != "cpu"])
 def test_the_compiler_accepts_every_name(name):
     target = machines.target(name)
     assert len(target.devices()) == target.num_devices
     places = target.coords(target.devices())
-    assert len(set(places)) == max(1, math.prod(target.torus)) and all(
-        len(p) == len(target.torus) for p in places
-    )
+    assert len(set(places)) == max(1, math.prod(target.torus)) and all(len(p) == len(target.torus) for p in places)
 
 
 @pytest.mark.parametrize(
@@ -102,23 +90,16 @@ def test_which_ends_are_joined(name, wraps):
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_packaged_figures_are_what_the_gpu_compiler_works_with(name):
-    text = (
-        importlib.resources.files("ringmoe").joinpath("target_specs", f"{name}.txtpb").read_text()
-    )
+    text = importlib.resources.files("ringmoe").joinpath("target_specs", f"{name}.txtpb").read_text()
     target = machines.target(name)
     assert f"device_memory_size: {target.hbm_bytes}\n" in text
-    assert (
-        f"memory_bandwidth: {int(target.hbm_bandwidth)}\n" in text
-        and f"active_links: {target.num_links} " in text
-    )
+    assert f"memory_bandwidth: {int(target.hbm_bandwidth)}\n" in text and f"active_links: {target.num_links} " in text
 
 
 @pytest.mark.parametrize("name", ["b200x8", "h100"])
 def test_compiles_for_gpus_that_are_not_here(name):
     mesh = machines.target(name).mesh()
-    x = jax.ShapeDtypeStruct(
-        (512, 512), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("devices"))
-    )
+    x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("devices")))
     assert "is_scheduled=true" in jax.jit(lambda a: a @ a.T).lower(x).compile().as_text()
 
 
@@ -157,9 +138,7 @@ def test_too_many_cpus():
         machines.target("cpux4096").devices()
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("v5e:6x2", "libtpu"), ("h200x3", "jax-cuda13-plugin")]
-)
+@pytest.mark.parametrize(("name", "package"), [("v5e:6x2", "libtpu"), ("h200x3", "jax-cuda13-plugin")])
 @pytest.mark.parametrize("how", ["absent", "parent absent"])
 def test_a_missing_package_is_told_with_the_command(monkeypatch, name, package, how):
     def find_spec(wanted):
@@ -167,9 +146,7 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch, name, package, 
             raise ModuleNotFoundError(wanted)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    with pytest.raises(
-        ImportError, match=rf"'{package}', which is not installed: pip install 'ringmoe\[targets\]'"
-    ):
+    with pytest.raises(ImportError, match=rf"'{package}', which is not installed: pip install 'ringmoe\[targets\]'"):
         machines.target(name).devices()
 
 

@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringmoe.router import RouterConfig, route
 from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slot_table
@@ -15,8 +16,14 @@ D = 3
 
 # (E, k, capacity factor, group size, batch): few shapes, so that each compiles once; hypothesis draws the values
 LAYOUTS = (
-    (1, 1, 1.0, 12, ()), (2, 2, 0.4, 4, (2,)), (4, 2, 1.0, 4, (2, 2)), (7, 3, 1.25, 12, (2,)), (4, 1, 0.5, 1, ()),
-    (7, 3, None, 4, (2,)), (4, 2, None, 12, (2, 2)), (2, 1, None, 1, ()),
+    (1, 1, 1.0, 12, ()),
+    (2, 2, 0.4, 4, (2,)),
+    (4, 2, 1.0, 4, (2, 2)),
+    (7, 3, 1.25, 12, (2,)),
+    (4, 1, 0.5, 1, ()),
+    (7, 3, None, 4, (2,)),
+    (4, 2, None, 12, (2, 2)),
+    (2, 1, None, 1, ()),
 )
 
 
@@ -64,7 +71,8 @@ def pull_back(rows, routing, dy):
     table = table_of(routing)
     dy_rows = dispatch_local(dy, table, routing.expert.shape[-1])
     dweight = combine_scalars(
-        jnp.sum(dy_rows * rows, axis=-1), routing.expert, routing.slot, routing.capacity, routing.group_size)
+        jnp.sum(dy_rows * rows, axis=-1), routing.expert, routing.slot, routing.capacity, routing.group_size
+    )
     return pullback(dy), (dy_rows * dispatch_scalars(routing.weight, table)[..., None], dweight)
 
 
@@ -146,14 +154,18 @@ def test_a_dropped_choice_adds_nothing_though_rows_are_nan():
 
 
 def test_bfloat16_accumulates_in_float32():
-    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
+    routing = jitted_route(
+        jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool)
+    )
     rows = move(jnp.ones((16, D), jnp.bfloat16), routing)[1]
     assert rows.dtype == jnp.bfloat16
     assert [y.dtype for y in back(rows, routing)] == [jnp.float32] * 2
 
 
 def test_no_scatter():
-    routing = jitted_route(jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool))
+    routing = jitted_route(
+        jax.random.normal(jax.random.key(0), (16, 4)), RouterConfig(4, group_size=8), jnp.ones(16, bool)
+    )
     for fun, x in ((move, jnp.ones((16, D))), (back, jnp.ones((4, 2 * routing.capacity, D)))):
         lowered = fun.lower(x, routing)
         assert "stablehlo.scatter" not in lowered.as_text()

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference_moe
 from ringmoe.pallas import experts_xla
@@ -64,16 +65,23 @@ def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     size, tokens = dict(axes), (*batch, *sequence)
     return ExpertPlan(
-        E, CONFIG.capacity(CONFIG.group_size), CONFIG.group_size,
-        expert_axes=tuple((a, size[a]) for a in expert_axes), exchange_axes=tuple(a for a in expert_axes if a in tokens),
-        token_axes=tokens, hidden_axes=hidden)
+        E,
+        CONFIG.capacity(CONFIG.group_size),
+        CONFIG.group_size,
+        expert_axes=tuple((a, size[a]) for a in expert_axes),
+        exchange_axes=tuple(a for a in expert_axes if a in tokens),
+        token_axes=tokens,
+        hidden_axes=hidden,
+    )
 
 
 def shard(case, body, in_specs, out_specs, **options):
     """jit of shard_map of `body` on the case's mesh; T, I, O in the specs stand for tokens, w_in and w_gate, w_out."""
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     names, sizes = zip(*axes, strict=True)
-    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)])
+    mesh = jax.make_mesh(
+        sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: math.prod(sizes)]
+    )
     spec = {
         "T": P(batch or None, sequence or None, None),
         "I": P(expert_axes or None, None, hidden or None),
@@ -91,7 +99,9 @@ def make_forward(case, **options):
 
 @functools.cache
 def make_backward(case, **options):
-    return shard(case, functools.partial(experts.backward, make_plan(case), experts_xla), "TTTTIIOT", "TTIIO", **options)
+    return shard(
+        case, functools.partial(experts.backward, make_plan(case), experts_xla), "TTTTIIOT", "TTIIO", **options
+    )
 
 
 @functools.cache
@@ -99,10 +109,13 @@ def oracle(gated):
     """Output and gradients in float64, from the same float32 inputs."""
     (x, _, _, weight, *weights), dy, logits = make_inputs(gated)
     selection = reference_moe.select(
-        logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size)
+        logits, top_k=2, capacity=CONFIG.capacity(CONFIG.group_size), group_size=CONFIG.group_size
+    )
     assert (selection.slot < 0).any()
     with jax.enable_x64(True):
-        x, dy, weight, *weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights])
+        x, dy, weight, *weights = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights]
+        )
 
         def layer(x, weight, w_in, w_gate, w_out):
             return reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
@@ -166,7 +179,9 @@ def test_repeats_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("case", ["experts on the token axis", "batch x experts on sequence", "exchange, own, exchange"])
+@pytest.mark.parametrize(
+    "case", ["experts on the token axis", "batch x experts on sequence", "exchange, own, exchange"]
+)
 def test_the_same_choices_are_dropped_on_every_mesh(case):
     """Routing where the tokens are, device by device, drops what routing all of them at once drops."""
     arrays, _, logits = make_inputs()
@@ -190,13 +205,14 @@ def test_a_nan_token_changes_no_other(case):
     routing = jitted_route(logits)
     got, want = (
         np.asarray(make_forward(case)(x, r.expert, r.slot, r.weight, *rest[3:])).reshape(-1, D)
-        for x, r in ((x.at[0, 7].set(jnp.nan), routing), (x, without)))
+        for x, r in ((x.at[0, 7].set(jnp.nan), routing), (x, without))
+    )
     assert np.isnan(got[7]).all() and (want[7] == 0).all()
     np.testing.assert_array_equal(np.delete(got, 7, 0), np.delete(want, 7, 0))
 
 
 @pytest.mark.parametrize(
-    "case, collectives",
+    ("case", "collectives"),
     [
         ("one device", set()),
         ("tokens only", set()),

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
-from tests import overlap_programs as programs
 import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from ringmoe import inspect_cli, machines, overlap
 from ringmoe.overlap import kernels
+from tests import overlap_programs as programs
 
 CASES = """
 import sys
@@ -74,12 +74,8 @@ def test_writes_what_it_is_asked_for(here, capsys):
         == 0
     )
     record = json.loads((here / "o.json").read_text())
-    assert (
-        record["mesh"] == {"seq": 8} and record["target"] == "v5p:2x2x2" and record["collectives"]
-    )
-    assert (here / "o.html").read_text().startswith(
-        "<!doctype html>"
-    ) and "exposed" in capsys.readouterr().out
+    assert record["mesh"] == {"seq": 8} and record["target"] == "v5p:2x2x2" and record["collectives"]
+    assert (here / "o.html").read_text().startswith("<!doctype html>") and "exposed" in capsys.readouterr().out
 
 
 def test_sweep(here):
@@ -89,9 +85,7 @@ def test_sweep(here):
         {"seq": 4},
         {"seq": 8},
     ]
-    assert (here / "o.png").read_bytes().startswith(b"\x89PNG") and (
-        here / "o-v5e-2x4.html"
-    ).exists()
+    assert (here / "o.png").read_bytes().startswith(b"\x89PNG") and (here / "o-v5e-2x4.html").exists()
 
 
 def test_arguments_on_the_command_line(here):
@@ -104,9 +98,7 @@ def test_arguments_on_the_command_line(here):
 
 def test_gate(here, capsys):
     words = ("cases:small", "--target", "v5p:2x2x2", "--mesh", "seq=8")
-    assert (
-        run(*words, "--fail-if-exposed", "5%") == 1 and "more than 5.0%" in capsys.readouterr().err
-    )
+    assert run(*words, "--fail-if-exposed", "5%") == 1 and "more than 5.0%" in capsys.readouterr().err
     assert run(*words, "--fail-if-exposed", "100%") == 0
     assert run("cases:fixed", "--target", "h200", "--fail-if-exposed", "0%") == 0
 
@@ -116,8 +108,7 @@ def test_text_file_and_devices_that_are_present(here):
     report = overlap.inspect(function, x)
     assert report.target == "cpux8"
     (here / "p.txt").write_text(
-        "HloModule t, is_scheduled=true\n\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] "
-        "constant(0)\n}\n"
+        "HloModule t, is_scheduled=true\n\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}\n"
     )
     assert run("p.txt", "--target", "h200x8") == run("cases:fixed") == 0
 
@@ -158,11 +149,7 @@ def test_thresholds_out_of_range(text):
 def test_targets_are_listed(capsys):
     assert run(command="targets") == 0
     out = capsys.readouterr().out
-    assert (
-        all(name in out.split() for name in machines.targets())
-        and "459 T" in out
-        and "data sheet" in out
-    )
+    assert all(name in out.split() for name in machines.targets()) and "459 T" in out and "data sheet" in out
 
 
 def test_kernels_of_a_tpu_program(here):
@@ -190,10 +177,7 @@ def test_kernels_of_a_tpu_program(here):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (kernel,) = json.loads((here / "o.json").read_text())["kernels"]
-    assert (
-        kernel["name"].startswith("attention_block")
-        and kernel["bundles"] >= kernel["busy_bundles"] > 100
-    )
+    assert kernel["name"].startswith("attention_block") and kernel["bundles"] >= kernel["busy_bundles"] > 100
     assert 0.1 < kernel["units"]["MXU"] <= 1 and "bundles" in done.stdout
 
 
@@ -218,21 +202,12 @@ def test_schedules_are_read():
     text += "0 1 0 1\n4 2 0 0\n0 2 3 0\n2 0 0 0\n0 4 0 1\n"
     kernel = kernels.tpu_kernel("k", text)
     assert (kernel.bundles, kernel.busy_bundles, kernel.spills, kernel.fills) == (5, 3, 2, 3)
-    assert kernel.units["MXU"] == pytest.approx(6 / 12) and kernel.units["VALU"] == pytest.approx(
-        4 / 12
-    )
-    assert (
-        kernels.tpu_kernel(
-            "k", text.replace("4 2 0 0", "0 2 0 0").replace("2 0 0 0", "0 0 0 0")
-        ).busy_bundles
-        == 5
-    )
+    assert kernel.units["MXU"] == pytest.approx(6 / 12) and kernel.units["VALU"] == pytest.approx(4 / 12)
+    assert kernels.tpu_kernel("k", text.replace("4 2 0 0", "0 2 0 0").replace("2 0 0 0", "0 0 0 0")).busy_bundles == 5
 
 
 def test_schedules_of_another_form_are_told():
-    with pytest.raises(
-        ValueError, match="schedule of kernel 'k' begins 'nothing here', expected a line of units"
-    ):
+    with pytest.raises(ValueError, match="schedule of kernel 'k' begins 'nothing here', expected a line of units"):
         kernels.tpu_kernel("k", "nothing here")
 
 
@@ -240,14 +215,8 @@ def test_kernels_asked_too_late(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
     with kernels.dumping() as dumps, pytest.raises(RuntimeError, match="JAX started before"):
         kernels.read(dumps, frozenset({"kernel"}))
-    (tmp_path / "1-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text(
-        "MXU, VALU\n4 4\n1 1\n"
-    )
+    (tmp_path / "1-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text("MXU, VALU\n4 4\n1 1\n")
     with kernels.dumping() as dumps:
-        (tmp_path / "2-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text(
-            "MXU, VALU\n4 4\n1 1\n1 1\n"
-        )
-        assert [k.bundles for k in kernels.read(dumps, frozenset({"kernel"}))] == [
-            2
-        ]  # not the one from before
+        (tmp_path / "2-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text("MXU, VALU\n4 4\n1 1\n1 1\n")
+        assert [k.bundles for k in kernels.read(dumps, frozenset({"kernel"}))] == [2]  # not the one from before
     assert "MOSAIC_GPU_DUMP_TO" not in os.environ

@@ -6,11 +6,11 @@ import json
 import re
 
 import jax
-from tests import overlap_programs as programs
 import pytest
 
 from ringmoe import machines, overlap
 from ringmoe.overlap import hlo
+from tests import overlap_programs as programs
 
 MACHINES = {"cpux8": {"seq": 8}, "v5p:2x2x2": {"seq": 8}, "h200x8": {"seq": 8}}
 NAMES = list(programs.corpus({"seq": 8}))
@@ -28,10 +28,7 @@ def compiled():
             mesh = machines.target(target).mesh(MACHINES[target])
             function, *args = programs.corpus(MACHINES[target])[name]
             args = [
-                jax.ShapeDtypeStruct(
-                    a.shape, a.dtype, sharding=jax.NamedSharding(mesh, a.sharding.spec)
-                )
-                for a in args
+                jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, a.sharding.spec)) for a in args
             ]
             with jax.set_mesh(mesh):
                 cache[target, name] = jax.jit(function).lower(*args).compile()
@@ -59,12 +56,8 @@ def test_reads_and_times_it(compiled, target, name):
     assert report.peak_bytes is not None and report.fits
     assert {c.name for c in report.collectives} >= entry_collectives(text)
     for c in report.collectives:
-        assert (
-            c.kind in hlo.COLLECTIVES and c.wire_us >= 0 and c.wire_bytes >= 0 and c.trip_count >= 0
-        )
-        assert -1e-9 <= c.exposed_us <= c.wire_us * (1 + 1e-6) + 1e-9 and (
-            c.asynchronous or not c.compute_us
-        )
+        assert c.kind in hlo.COLLECTIVES and c.wire_us >= 0 and c.wire_bytes >= 0 and c.trip_count >= 0
+        assert -1e-9 <= c.exposed_us <= c.wire_us * (1 + 1e-6) + 1e-9 and (c.asynchronous or not c.compute_us)
     assert json.loads(report.to_json())["exposed_fraction"] == report.exposed_fraction
     assert report.program in report.to_html() and report.target in str(report)
     assert overlap.inspect(text, target=target).compute_us == pytest.approx(report.compute_us)

@@ -5,13 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests import overlap_programs as programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringmoe import machines, overlap
 from ringmoe.overlap import estimate, flops, hlo, loops
+from tests import overlap_programs as programs
 
 ONE = {"devices": 1}
 
@@ -21,9 +21,7 @@ def spec(*shape, dtype=jnp.bfloat16):
 
 
 def attention(q, k, v):
-    return programs.local(
-        lambda q, k, v: tuple(programs.attention_block(q, k, v)), programs.P(), programs.P()
-    )(q, k, v)
+    return programs.local(lambda q, k, v: tuple(programs.attention_block(q, k, v)), programs.P(), programs.P())(q, k, v)
 
 
 def chain(x):
@@ -48,9 +46,7 @@ def test_known_programs_within_15_percent(name):
     function, args, by_hand = KNOWN[name]
     report = overlap.inspect(function, *args, target="v5p:1x1x1", mesh=ONE)
     assert report.compute_us == pytest.approx(by_hand, rel=0.15)
-    assert (
-        report.xla_optimal_us and f"{report.once_us:.3g}"[:2] and "optimal_seconds" in str(report)
-    )
+    assert report.xla_optimal_us and f"{report.once_us:.3g}"[:2] and "optimal_seconds" in str(report)
     assert report.unestimated == {} and report.exposed_fraction == 0
 
 
@@ -75,15 +71,10 @@ def matmul_flops(function, *args, target="v5p:1x1x1"):
     """Matmul FLOPs that the estimate finds in a compiled function."""
     machine = machines.target(target)
     mesh = machine.mesh(ONE)
-    args = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, programs.P()))
-        for a in args
-    ]
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, programs.P())) for a in args]
     module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
     roofline = estimate.Roofline(module, machine)
-    return sum(
-        sum(roofline.work(i, module.entry).flops.values()) for i in module.entry.instructions
-    )
+    return sum(sum(roofline.work(i, module.entry).flops.values()) for i in module.entry.instructions)
 
 
 @pytest.mark.parametrize("target", ["v5p:1x1x1", "h200"])
@@ -101,9 +92,7 @@ def test_batched_dot(target):
 
 def test_image_convolution():
     def function(x, w):
-        return jax.lax.conv_general_dilated(
-            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert matmul_flops(function, spec(8, 30, 30, 64), spec(3, 3, 64, 128)) == pytest.approx(
         2 * 8 * 28 * 28 * 9 * 64 * 128
@@ -132,9 +121,7 @@ def test_window_positions_equal_a_count(size, window, outputs, stride, low, dila
 def work(line, *others):
     """Work of one instruction on v5p, with operands x and y of 1024 x 1024 in f32."""
     text = (
-        "HloModule t, is_scheduled=true\n\n"
-        + "\n".join(others)
-        + "\nENTRY %main (x: f32[]) -> f32[] {\n"
+        "HloModule t, is_scheduled=true\n\n" + "\n".join(others) + "\nENTRY %main (x: f32[]) -> f32[] {\n"
         "  %x = f32[1024,1024] parameter(0)\n  %y = f32[1024,1024]{1,0:S(1)} parameter(1)\n  %i = "
         "s32[] parameter(2)\n"
         f"  %u = f32[1,1024] parameter(3)\n  {line}\n  ROOT %e = f32[] constant(0)\n}}\n"
@@ -171,9 +158,7 @@ def test_bytes_and_vector_work(line, moved, vector):
 
 
 def test_a_sort_takes_more_than_one_pass():
-    assert work("%r = f32[1024,1024] sort(%x), dimensions={1}")[0].vector == pytest.approx(
-        1.5 * 2**20 * 100
-    )
+    assert work("%r = f32[1024,1024] sort(%x), dimensions={1}")[0].vector == pytest.approx(1.5 * 2**20 * 100)
 
 
 def test_fusions_read_and_write_only_the_parts_they_touch():
@@ -199,10 +184,7 @@ def test_slices_inside_nested_fusions_count_as_slices():
         "parameter(1)\n"
         "  ROOT %s = f32[1,1024] fusion(%a, %c), kind=kLoop, calls=%g\n}\n"
     )
-    assert (
-        work("%r = f32[1,1024] fusion(%x, %i), kind=kLoop, calls=%f", inner, outer)[0].bytes
-        == 2 * ROW + 4
-    )
+    assert work("%r = f32[1,1024] fusion(%x, %i), kind=kLoop, calls=%f", inner, outer)[0].bytes == 2 * ROW + 4
 
 
 @pytest.mark.parametrize(
@@ -235,9 +217,7 @@ def test_cost_estimates():
 
 
 def test_cublas_counts_from_its_shapes():
-    config = (
-        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
-    )
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
     call = '%r = (f32[1024,1024], s8[64]) custom-call(%x, %x), custom_call_target="__cublas$gemm"'
     line = f"{call}, backend_config={config}"
     assert work(line)[0].flops == {"f32": 2 * 1024**3}
@@ -252,9 +232,7 @@ def test_trip_counts_of_compiled_loops(target, first, last, step):
         def more(c):
             return c[0] < last if step > 0 else c[0] > last
 
-        return jax.lax.while_loop(more, lambda c: (c[0] + step, jnp.sin(c[1]) @ c[1]), (first, x))[
-            1
-        ]
+        return jax.lax.while_loop(more, lambda c: (c[0] + step, jnp.sin(c[1]) @ c[1]), (first, x))[1]
 
     mesh = machines.target(target).mesh(ONE)
     x = jax.ShapeDtypeStruct((128, 128), np.float32, sharding=jax.NamedSharding(mesh, programs.P()))

@@ -135,9 +135,7 @@ def test_edited_text_never_crashes(edits):
         return
     for computation in module.computations.values():
         for instruction in computation.instructions:
-            assert isinstance(instruction.operands, tuple) and isinstance(
-                instruction.attributes, dict
-            )
+            assert isinstance(instruction.operands, tuple) and isinstance(instruction.attributes, dict)
             assert isinstance(instruction.config, dict) and instruction.shape.bytes >= 0
 
 

@@ -5,21 +5,19 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from tests import overlap_programs as programs
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from ringmoe import machines, overlap
+from tests import overlap_programs as programs
 
 RING, RING_32 = {"seq": 8}, {"seq": 32}
 
 
 @pytest.fixture(scope="module")
 def hidden_ring():
-    return overlap.inspect(
-        *programs.ring(RING, merge="inside", tokens=8192), target="v5p:2x2x2", mesh=RING
-    )
+    return overlap.inspect(*programs.ring(RING, merge="inside", tokens=8192), target="v5p:2x2x2", mesh=RING)
 
 
 def test_a_ring_merged_outside_its_kernel_is_exposed_on_v5p():
@@ -37,8 +35,7 @@ def test_a_ring_merged_outside_its_kernel_is_exposed_on_v5p():
 def test_a_ring_merged_inside_its_kernel_is_hidden_on_v5p(hidden_ring):
     assert len(hidden_ring.collectives) == 2 and hidden_ring.exposed_fraction == 0
     assert all(
-        c.asynchronous and any("attention_block" in name for name in c.hidden_by)
-        for c in hidden_ring.collectives
+        c.asynchronous and any("attention_block" in name for name in c.hidden_by) for c in hidden_ring.collectives
     )
 
 
@@ -53,9 +50,7 @@ def test_on_a_large_v5e_slice_the_ring_is_synchronous():
 @pytest.mark.parametrize("target", ["v5e:2x4", "h200x8"])
 def test_experts_by_all_to_all_are_synchronous(target):
     axes = {"expert": 8}
-    report = overlap.inspect(
-        *programs.experts(axes, tokens=1024, width=1024), target=target, mesh=axes
-    )
+    report = overlap.inspect(*programs.experts(axes, tokens=1024, width=1024), target=target, mesh=axes)
     assert [(c.kind, c.asynchronous) for c in report.collectives] == [("all-to-all", False)] * 2
     assert report.exposed_us == pytest.approx(report.wire_us) and report.exposed_us > 0
 
@@ -69,9 +64,7 @@ def test_a_kernel_that_moves_data_itself():
         True,
     )
     assert found.wire_us == pytest.approx(2 * 2**20 / 100e9 * 1e6)
-    assert (
-        found.exposed_us == pytest.approx(found.wire_us - found.compute_us) and found.compute_us > 0
-    )
+    assert found.exposed_us == pytest.approx(found.wire_us - found.compute_us) and found.compute_us > 0
 
 
 def test_a_kernel_that_does_not_say_what_it_moves_is_named():
@@ -110,9 +103,7 @@ def test_every_face_gives_the_same_report(tmp_path):
     whole = overlap.inspect(function, x, target="v5p:2x2x2", mesh=RING)
     assert whole.mesh == RING and whole.collectives and whole.compile_seconds > 0
     for report in (
-        overlap.inspect(
-            jax.jit(function), x, target="v5p:2x2x2"
-        ),  # the mesh of the argument has that size
+        overlap.inspect(jax.jit(function), x, target="v5p:2x2x2"),  # the mesh of the argument has that size
         overlap.inspect(function, placed),  # the devices of the argument are the target
         overlap.inspect(function, placed, mesh=mesh),
         overlap.inspect(function, x, target="v5p:2x2x2", mesh=mesh),
@@ -127,17 +118,12 @@ def test_every_face_gives_the_same_report(tmp_path):
         )
     for text in (compiled.as_text(), file, str(file)):
         report = overlap.inspect(text, target="v5p:2x2x2", mesh=RING)
-        assert (
-            report.us == whole.us
-            and report.peak_bytes is report.fits is report.compile_seconds is None
-        )
+        assert report.us == whole.us and report.peak_bytes is report.fits is report.compile_seconds is None
         assert "memory not known" in str(report) and json.loads(report.to_json())["fits"] is None
 
 
 def test_keyword_arguments_and_arrays():
-    report = overlap.inspect(
-        lambda a, *, b: a @ b, jnp.ones((256, 256)), b=jnp.ones((256, 128)), target="v5e:2x2"
-    )
+    report = overlap.inspect(lambda a, *, b: a @ b, jnp.ones((256, 256)), b=jnp.ones((256, 128)), target="v5e:2x2")
     assert report.mesh == {"devices": 4} and report.compute_us > 0 and report.collectives == ()
 
 
@@ -151,20 +137,14 @@ def test_axis_types_are_kept():
     mesh = jax.sharding.AbstractMesh((8,), ("seq",), axis_types=(AxisType.Explicit,))
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.NamedSharding(mesh, P("seq")))
     seen = []
-    overlap.inspect(
-        lambda a: seen.append(jax.typeof(a).sharding.spec) or a * 2, x, target="v5e:2x4", mesh=axes
-    )
+    overlap.inspect(lambda a: seen.append(jax.typeof(a).sharding.spec) or a * 2, x, target="v5e:2x4", mesh=axes)
     assert seen == [P("seq", None)]
 
 
 def test_memory_that_does_not_fit():
     x = programs.spec((8, 2**30), jnp.bfloat16, {"devices": 1})
     report = overlap.inspect(lambda a: a + 1, x, target="v5p:1x1x1")
-    assert (
-        report.fits
-        and report.peak_bytes == sum(report.memory.values())
-        and report.memory["arguments"] == 2**34
-    )
+    assert report.fits and report.peak_bytes == sum(report.memory.values()) and report.memory["arguments"] == 2**34
     compiled_for_more = overlap.inspect(
         lambda a: a + 1, programs.spec((2**34,), jnp.bfloat16, {"devices": 1}), target="cpu"
     )
@@ -173,9 +153,7 @@ def test_memory_that_does_not_fit():
 
 def test_reads_well(hidden_ring):
     text = str(hidden_ring)
-    assert (
-        "0.0% of" in text and "fits" in text and "neighbours" in text and "optimal_seconds" in text
-    )
+    assert "0.0% of" in text and "fits" in text and "neighbours" in text and "optimal_seconds" in text
     assert max(map(len, text.splitlines())) <= 132
 
 
@@ -243,9 +221,7 @@ def test_errors():
 def test_what_does_not_compile_raises_its_own_error():
     error = raises(
         "bad shape",
-        lambda a: (
-            a.reshape(3, 3) if a.shape[0] == 9 else (_ for _ in ()).throw(TypeError("bad shape"))
-        ),
+        lambda a: a.reshape(3, 3) if a.shape[0] == 9 else (_ for _ in ()).throw(TypeError("bad shape")),
         jnp.ones(4),
         target="v5e:2x2",
         error=TypeError,

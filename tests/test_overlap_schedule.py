@@ -18,10 +18,7 @@ def dots(count, before="a", name="dot"):
     """A chain of dots that keeps the device busy for `count` times DOT."""
     lines = []
     for i in range(count):
-        lines.append(
-            f"%{name}{i} = {THIN} dot(%{before}, %w), lhs_contracting_dims={{1}}, "
-            f"rhs_contracting_dims={{0}}"
-        )
+        lines.append(f"%{name}{i} = {THIN} dot(%{before}, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}")
         before = f"{name}{i}"
     return lines
 
@@ -83,9 +80,7 @@ def test_some_work_between_is_not_hidden():
 
 def test_work_before_or_after_hides_nothing():
     found = only(inspect(program(*dots(3), start(), done(), *dots(3, "a", "late"))))
-    assert (
-        found.exposed_us == pytest.approx(WIRE) and found.compute_us == 0 and found.hidden_by == ()
-    )
+    assert found.exposed_us == pytest.approx(WIRE) and found.compute_us == 0 and found.hidden_by == ()
 
 
 def test_synchronous_is_exposed():
@@ -107,18 +102,14 @@ def test_two_transfers_share_their_links():
 def test_a_short_transfer_does_not_wait_for_a_long_one():
     small = f"%s = {THIN} collective-permute(%a), {PAIRS}"
     report = inspect(program(start(), small, *dots(9), done()))
-    assert report.exposed_us == pytest.approx(
-        2 * WIRE / 4
-    )  # both progress while the short one is under way
+    assert report.exposed_us == pytest.approx(2 * WIRE / 4)  # both progress while the short one is under way
 
 
 def test_opposite_ways_round_a_ring_do_not_share():
     back = "source_target_pairs={{1,0},{2,1},{3,2},{0,3}}"
     forth = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
     text = program(start("p", pairs=forth), start("q", pairs=back), done("p"), done("q"))
-    report = overlap.inspect(
-        text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1"
-    )
+    report = overlap.inspect(text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1")
     assert report.exposed_us == pytest.approx(max(c.wire_us for c in report.collectives))
 
 
@@ -203,9 +194,7 @@ def test_a_transfer_that_crosses_iterations_is_hidden_by_both():
     ]
     report = overlap.inspect(program(*lines, others=others), target="h200x8")
     inside = next(c for c in report.collectives if c.loop == "body")
-    assert inside.compute_us == pytest.approx(2 * DOT) and inside.exposed_us == pytest.approx(
-        WIRE - 2 * DOT
-    )
+    assert inside.compute_us == pytest.approx(2 * DOT) and inside.exposed_us == pytest.approx(WIRE - 2 * DOT)
     assert set(inside.hidden_by) == {"dot0", "after0"} and inside.trip_count == 4
 
 
@@ -246,9 +235,7 @@ def test_async_wrappers(opcode):
     ]
     found = only(inspect(program(*lines, others=others)))
     assert (found.kind, found.asynchronous) == (opcode, True)
-    assert found.compute_us == pytest.approx(DOT) and found.exposed_us == pytest.approx(
-        found.wire_us - DOT
-    )
+    assert found.compute_us == pytest.approx(DOT) and found.exposed_us == pytest.approx(found.wire_us - DOT)
 
 
 def test_send_and_recv_count_once():
@@ -298,9 +285,7 @@ def test_fused_reduce_and_slice_is_a_reduce_scatter():
 def test_a_copy_in_the_background_delays_only_who_waits_for_it():
     copy = f"%c = ({BIG}, {BIG}, u32[]) copy-start(%w)"
     us = 2 * 4096 * 4096 * 2 / 4.8e12 * 1e6
-    assert inspect(
-        program(copy, *dots(3), f"%cd = {BIG} copy-done(%c)")
-    ).compute_us == pytest.approx(3 * DOT)
+    assert inspect(program(copy, *dots(3), f"%cd = {BIG} copy-done(%c)")).compute_us == pytest.approx(3 * DOT)
     assert inspect(program(copy, f"%cd = {BIG} copy-done(%c)")).compute_us == pytest.approx(us)
 
 
@@ -316,9 +301,7 @@ def test_refuses_text_that_is_not_scheduled():
 def test_refuses_a_computation_that_calls_itself():
     others = computation("sub", f"%p = {BIG} call(%x), to_apply=%sub")
     with pytest.raises(ValueError, match="'sub' calls itself"):
-        overlap.inspect(
-            program(f"%c = {BIG} call(%w), to_apply=%sub", others=others), target="h200x8"
-        )
+        overlap.inspect(program(f"%c = {BIG} call(%w), to_apply=%sub", others=others), target="h200x8")
 
 
 def test_deep_and_wide_calls_take_no_exponential_time():

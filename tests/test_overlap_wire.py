@@ -91,23 +91,15 @@ def test_gather_streams_over_every_link_of_its_group():
 
 def test_all_to_all_is_bound_by_the_middle():
     torus = wire.Wire(machines.target("v5p:4x4x4"), grid(4, 4, 4))
-    assert torus.exchange("all-to-all", 1e6, "[16,4]<=[64]").us == pytest.approx(
-        1e6 * 4 / 8 / 100e9 * 1e6
-    )
-    line = wire.Wire(
-        machines.target("v5e:2x4"), grid(2, 4)
-    )  # 4 devices send half of theirs over 2 links... 4 / 4 each
+    assert torus.exchange("all-to-all", 1e6, "[16,4]<=[64]").us == pytest.approx(1e6 * 4 / 8 / 100e9 * 1e6)
+    line = wire.Wire(machines.target("v5e:2x4"), grid(2, 4))  # 4 devices send half of theirs over 2 links... 4 / 4 each
     assert line.exchange("all-to-all", 1e6, "{}").us == pytest.approx(1e6 * 4 / 4 / 50e9 * 1e6)
 
 
 def test_devices_of_one_chip_need_no_link():
     target = machines.target("tpu7x:1x1x1")
     chip = wire.Wire(target, [(0, 0, 0), (0, 0, 0)])
-    assert (
-        chip.permute(1e6, ring(2)).route
-        == chip.exchange("all-reduce", 1e6, "{}").route
-        == "same chip"
-    )
+    assert chip.permute(1e6, ring(2)).route == chip.exchange("all-reduce", 1e6, "{}").route == "same chip"
 
 
 def test_a_group_of_one_sends_nothing():

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference_moe
 from ringmoe.router import RouterConfig, metrics, route
@@ -51,7 +53,8 @@ def test_equals_the_counting_loop(problem):
     capacity = config.capacity(config.group_size)
     routing, got = routed(logits, config, mask)
     want = reference_moe.select(
-        logits, top_k=config.top_k, capacity=capacity, group_size=config.group_size, token_mask=mask)
+        logits, top_k=config.top_k, capacity=capacity, group_size=config.group_size, token_mask=mask
+    )
     active = want.active
     np.testing.assert_array_equal(routing.active, active)
     np.testing.assert_array_equal(np.asarray(routing.expert)[active], want.expert[active])
@@ -138,7 +141,9 @@ def test_gradient_of_the_weights(renormalize, top_k):
     scale = jax.random.normal(jax.random.key(2), (2, 8, top_k))
     selection = reference_moe.select(logits, top_k=top_k, capacity=4, group_size=4)
     gradient = jax.jit(jax.grad(lambda logits: jnp.sum(route(logits, config).weight * scale)))
-    reference_gradient = jax.jit(jax.grad(lambda logits: jnp.sum(reference_weights(logits, selection, renormalize) * scale)))
+    reference_gradient = jax.jit(
+        jax.grad(lambda logits: jnp.sum(reference_weights(logits, selection, renormalize) * scale))
+    )
     np.testing.assert_allclose(gradient(logits), reference_gradient(logits), atol=1e-6)
     assert "stablehlo.scatter" not in gradient.lower(logits).as_text()
 
@@ -225,7 +230,16 @@ def test_capacity_formula():
 
 
 def test_default_group_size():
-    for num_tokens, group_size in ((4096, 256), (256, 256), (100, 100), (1000, 250), (257, 1), (514, 2), (1, 1), (0, 1)):
+    for num_tokens, group_size in (
+        (4096, 256),
+        (256, 256),
+        (100, 100),
+        (1000, 250),
+        (257, 1),
+        (514, 2),
+        (1, 1),
+        (0, 1),
+    ):
         assert RouterConfig(4).group(num_tokens) == group_size
 
 
@@ -236,7 +250,7 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         (dict(num_experts=0), "num_experts=0"),
         (dict(num_experts=4, top_k=5), "top_k=5 with num_experts=4"),
@@ -254,7 +268,7 @@ def test_config_checks_itself(fields, message):
 
 
 @pytest.mark.parametrize(
-    "logits, mask, message",
+    ("logits", "mask", "message"),
     [
         (jnp.zeros((8, 4), jnp.int32), None, "int32, expected a floating dtype"),
         (jnp.zeros((8, 5)), None, r"\(8, 5\) with num_experts=4"),

@@ -76,7 +76,10 @@ def make_train_step(config: model.Config, optimizer: optax.GradientTransformatio
 
 def abstract_arguments(state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """The train step's arguments, shapes and shardings only; a larger mesh has more and longer sequences."""
-    rows, length = (n * mesh.shape[axis] for n, axis in zip(placement.tokens_per_device(BATCH_SIZE, SEQUENCE_LENGTH), placement.AXES))
+    rows, length = (
+        n * mesh.shape[axis]
+        for n, axis in zip(placement.tokens_per_device(BATCH_SIZE, SEQUENCE_LENGTH), placement.AXES)
+    )
     tokens = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placement.batch_sharding(mesh))
     return placement.abstract(state, placement.state_shardings(state, mesh)), tokens, tokens
 

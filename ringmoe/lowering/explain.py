@@ -66,11 +66,16 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
 def _row(eqn) -> Row:
     op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
     plan, door = find_plan(op, avals, eqn.params)
-    shown = [(name, a) for name, a in zip(eqn.params["operands"], avals) if name in ("query", "key", "tokens", "w_in", "rows")]
+    shown = [
+        (name, a)
+        for name, a in zip(eqn.params["operands"], avals)
+        if name in ("query", "key", "tokens", "w_in", "rows")
+    ]
     shapes = ", ".join(f"{name} {a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in shown)
     *_, folder, file = ("", *source_info_util.summarize(eqn.source_info).split("/"))
     where = f"{folder}/{file}".lstrip("/")
     if plan is None:
-        return Row(op.name, where, shapes, "partitioner", (), door, 0, "XLA tells while it compiles; ringmoe.jit knows before")
+        return Row(
+            op.name, where, shapes, "partitioner", (), door, 0, "XLA tells while it compiles; ringmoe.jit knows before"
+        )
     return Row(op.name, where, shapes, plan.exchange, tuple(plan.axes), door, plan.wire_bytes, plan.reason)
-

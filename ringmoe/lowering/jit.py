@@ -37,7 +37,9 @@ class Jitted:
     def __call__(self, *args, **kwargs):
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
         if traced or jax.config.jax_disable_jit:
-            return self._plain(*args, **kwargs)  # inside another transformation: the outermost ringmoe.jit places the ops
+            return self._plain(
+                *args, **kwargs
+            )  # inside another transformation: the outermost ringmoe.jit places the ops
         return self._for(args, kwargs)(*args, **kwargs)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
@@ -61,7 +63,10 @@ class Jitted:
         """The jitted function for arguments of these shapes and shardings."""
         numbers, names = self._static
         static = [args[i] for i in numbers if i < len(args)], [kwargs[n] for n in names if n in kwargs]
-        dynamic = [x for i, x in enumerate(args) if i not in numbers], {n: x for n, x in kwargs.items() if n not in names}
+        dynamic = (
+            [x for i, x in enumerate(args) if i not in numbers],
+            {n: x for n, x in kwargs.items() if n not in names},
+        )
         leaves, tree = jax.tree.flatten(dynamic)
         context = jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name) for name in CONTEXT)
         key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context
@@ -129,7 +134,13 @@ def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset
 def _signature(leaf):
     """What of an argument decides the placement: type and sharding."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding, getattr(leaf, "committed", True)
+        return (
+            leaf.shape,
+            leaf.dtype,
+            getattr(leaf, "weak_type", False),
+            leaf.sharding,
+            getattr(leaf, "committed", True),
+        )
     return (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else type(leaf)
 
 

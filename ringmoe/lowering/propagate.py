@@ -1,6 +1,6 @@
 """Finding every op's sharding with Shardy, before XLA runs.
 
-    jaxpr ─► ops replaced by probes ─► lowered ─► Shardy's propagation ─► axes of each operand ─► factors of each op
+jaxpr ─► ops replaced by probes ─► lowered ─► Shardy's propagation ─► axes of each operand ─► factors of each op
 """
 
 import itertools
@@ -24,7 +24,9 @@ def propagate(jaxpr, mesh: AbstractMesh, lower: Callable):
     types tell their sharding (Explicit axes) keep `placement=None`.
     """
     numbers = itertools.count()
-    module = lower(map_ops(jaxpr, lambda eqn: None if _typed(eqn) else probe.Probe(next(numbers)))).compiler_ir("stablehlo")
+    module = lower(map_ops(jaxpr, lambda eqn: None if _typed(eqn) else probe.Probe(next(numbers)))).compiler_ir(
+        "stablehlo"
+    )
     with module.context:
         passmanager.PassManager.parse(PIPELINE).run(module.operation)
         found = probe.read(module)

@@ -24,7 +24,9 @@ def map_ops(jaxpr: Jaxpr, place: Callable[[JaxprEqn], Any], outer=None) -> Jaxpr
             eqn = eqn.replace(source_info=source(eqn))
             eqn = eqn.replace(params=eqn.params | {"placement": place(eqn)})
         elif eqn.primitive.name not in OPAQUE:
-            inner = {name: _map_param(value, place, source(eqn)) for name, value in eqn.params.items() if _holds_jaxpr(value)}
+            inner = {
+                name: _map_param(value, place, source(eqn)) for name, value in eqn.params.items() if _holds_jaxpr(value)
+            }
             eqn = eqn.replace(params=eqn.params | inner) if inner else eqn
         eqns.append(eqn)
     return jaxpr.replace(eqns=eqns)

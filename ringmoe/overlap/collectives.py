@@ -34,9 +34,7 @@ def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:
     reducers or wrappers of a collective."""
     if instruction.opcode in ("while", "conditional"):
         return instruction.called
-    if instruction.opcode == "call" or (
-        instruction.opcode == "async-start" and wrapped(module, instruction) is None
-    ):
+    if instruction.opcode == "call" or (instruction.opcode == "async-start" and wrapped(module, instruction) is None):
         return instruction.called[:1]
     return ()
 
@@ -47,27 +45,18 @@ def wrapped(module: Module, instruction: Instruction) -> tuple[Instruction, Comp
     XLA:TPU also spreads one over several fusions; those between the first and the last only push it
     along.
     """
-    if (
-        instruction.opcode not in ("async-start", "fusion", "fusion-start")
-        or not instruction.called
-    ):
+    if instruction.opcode not in ("async-start", "fusion", "fusion-start") or not instruction.called:
         return None
     inside = module.computations[instruction.called[0]]
-    found = next(
-        (i for i in inside.instructions if i.opcode.removesuffix("-start") in COLLECTIVES), None
-    )
-    if found is None or (
-        "async_collective_fusion_config" in found.tail and not holds(inside, "AsyncCollectiveStart")
-    ):
+    found = next((i for i in inside.instructions if i.opcode.removesuffix("-start") in COLLECTIVES), None)
+    if found is None or ("async_collective_fusion_config" in found.tail and not holds(inside, "AsyncCollectiveStart")):
         return None
     return found, inside
 
 
 def holds(computation: Computation, custom_call: str) -> bool:
     """Whether the computation has a custom call of this target."""
-    return any(
-        i.opcode == "custom-call" and i.target == custom_call for i in computation.instructions
-    )
+    return any(i.opcode == "custom-call" and i.target == custom_call for i in computation.instructions)
 
 
 def post_order(module: Module) -> list[Computation]:
@@ -81,17 +70,10 @@ def post_order(module: Module) -> list[Computation]:
             state[name] = 2
             order.append(module.computations[name])
         elif state.get(name) == 1:
-            raise ValueError(
-                f"computation {name!r} calls itself, expected a tree of calls: the HLO text was "
-                "edited"
-            )
+            raise ValueError(f"computation {name!r} calls itself, expected a tree of calls: the HLO text was edited")
         elif name not in state:
             state[name] = 1
             stack.append((name, True))
             for instruction in module.computations[name].instructions:
-                stack.extend(
-                    (callee, False)
-                    for callee in flow(module, instruction)
-                    if state.get(callee) != 2
-                )
+                stack.extend((callee, False) for callee in flow(module, instruction) if state.get(callee) != 2)
     return order

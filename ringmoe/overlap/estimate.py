@@ -12,6 +12,7 @@ import dataclasses
 import math
 import re
 
+from ringmoe.machines import Target
 from ringmoe.overlap.flops import (
     convolution_flops,
     cost_estimate,
@@ -20,7 +21,6 @@ from ringmoe.overlap.flops import (
     window_field,
 )
 from ringmoe.overlap.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
-from ringmoe.machines import Target
 
 FREE = frozenset(
     {
@@ -180,9 +180,7 @@ class Roofline:
         walker's, and cost 0 here."""
         work = self.work(instruction, computation)
         matmul = sum(flops / self._rate(key) for key, flops in work.flops.items())
-        return 1e6 * max(
-            matmul, work.vector / self.target.vector_flops, work.bytes / self.target.hbm_bandwidth
-        )
+        return 1e6 * max(matmul, work.vector / self.target.vector_flops, work.bytes / self.target.hbm_bandwidth)
 
     def work(self, instruction: Instruction, computation: Computation) -> Work:
         """What the instruction computes and moves."""
@@ -217,9 +215,7 @@ class Roofline:
                 if instruction.opcode == "fusion" and instruction.called:
                     total.add(self._fused_work(self.module.computations[instruction.called[0]]))
                 elif instruction.opcode == "custom-call":
-                    total.add(
-                        dataclasses.replace(self._custom_call(instruction, computation), bytes=0.0)
-                    )
+                    total.add(dataclasses.replace(self._custom_call(instruction, computation), bytes=0.0))
                 elif instruction.opcode not in FREE:
                     total.add(self._arithmetic(instruction, computation))
         return self._fused[computation.name]
@@ -240,18 +236,12 @@ class Roofline:
         if opcode == "reduce":
             return Work(vector=first)
         if opcode in ("reduce-window", "select-and-scatter"):
-            return Work(
-                vector=max(elements, first) * math.prod(window_field(instruction, "size") or [1])
-            )
+            return Work(vector=max(elements, first) * math.prod(window_field(instruction, "size") or [1]))
         if opcode == "sort":  # a bitonic network: log2(n)^2 / 2 passes of a compare and two selects
             longest = max((max(shape.dims, default=1) for shape in shapes), default=1)
             return Work(vector=1.5 * elements * math.log2(max(longest, 2)) ** 2)
-        if opcode not in _MOVES | COLLECTIVES and not opcode.endswith(
-            ("-start", "-done", "-update")
-        ):
-            self.name(
-                instruction.name, f"no model for the instruction {opcode!r}: timed by its bytes"
-            )
+        if opcode not in _MOVES | COLLECTIVES and not opcode.endswith(("-start", "-done", "-update")):
+            self.name(instruction.name, f"no model for the instruction {opcode!r}: timed by its bytes")
         return Work()
 
     def _custom_call(self, instruction: Instruction, computation: Computation) -> Work:
@@ -276,12 +266,8 @@ class Roofline:
             contracting = [int(d) for d in numbers.get("lhs_contracting_dimensions", [])]
             depth = math.prod(shapes[0].dims[d] for d in contracting if d < len(shapes[0].dims))
             result = next(instruction.shape.leaves(), Shape("opaque"))
-            return Work(
-                {rate_key(instruction, shapes): 2.0 * result.elements * depth}, bytes=touched
-            )
-        self.name(
-            instruction.name, f"custom call {target!r} has no cost estimate: timed by its bytes"
-        )
+            return Work({rate_key(instruction, shapes): 2.0 * result.elements * depth}, bytes=touched)
+        self.name(instruction.name, f"custom call {target!r} has no cost estimate: timed by its bytes")
         return Work(bytes=touched)
 
     def _operands(self, instruction: Instruction, computation: Computation) -> list[Shape]:
@@ -311,9 +297,7 @@ class Roofline:
             return 2 * sum(self.hbm_bytes(shape) for shape in shapes[1:])
         return result + sum(self.hbm_bytes(shape) for shape in shapes)
 
-    def _fusion_bytes(
-        self, instruction: Instruction, computation: Computation, inside: Computation
-    ) -> float:
+    def _fusion_bytes(self, instruction: Instruction, computation: Computation, inside: Computation) -> float:
         """HBM bytes of a fusion: its operands and results, but of one only sliced, or updated in
         place, just that part."""
         total = 0.0
@@ -361,9 +345,7 @@ class Roofline:
                     nested = self.module.computations[instruction.called[0]]
                     parameter = nested.parameters.get(position)
                     reads[source] += (
-                        self._partial_reads(nested).get(parameter.name, math.inf)
-                        if parameter
-                        else math.inf
+                        self._partial_reads(nested).get(parameter.name, math.inf) if parameter else math.inf
                     )
                 elif not (instruction.opcode == "dynamic-update-slice" and position == 0):
                     reads[source] = math.inf

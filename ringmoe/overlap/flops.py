@@ -13,22 +13,14 @@ def cost_estimate(instruction: Instruction) -> dict[str, float] | None:
     cost = call.get("cost_estimate") if isinstance(call, dict) else None
     if not isinstance(cost, dict):
         return None
-    return {
-        key: float(value)
-        for key, value in cost.items()
-        if re.fullmatch(r"-?\d+(\.\d+)?", str(value))
-    }
+    return {key: float(value) for key, value in cost.items() if re.fullmatch(r"-?\d+(\.\d+)?", str(value))}
 
 
 def dot_flops(instruction: Instruction, shapes: list[Shape]) -> float:
     """2 x output elements x the product of the contracted dimensions."""
     contracting = re.findall(r"\d+", instruction.attributes.get("lhs_contracting_dims", ""))
     lhs = shapes[0].dims if shapes else ()
-    return (
-        2.0
-        * instruction.shape.elements
-        * math.prod(lhs[int(d)] for d in contracting if int(d) < len(lhs))
-    )
+    return 2.0 * instruction.shape.elements * math.prod(lhs[int(d)] for d in contracting if int(d) < len(lhs))
 
 
 def convolution_flops(instruction: Instruction, shapes: list[Shape]) -> float:
@@ -44,24 +36,17 @@ def convolution_flops(instruction: Instruction, shapes: list[Shape]) -> float:
         or len(shapes) < 2
         or any(
             len(names) != len(shape.dims)
-            for names, shape in zip(
-                labels.groups(), (shapes[0], shapes[1], instruction.shape), strict=True
-            )
+            for names, shape in zip(labels.groups(), (shapes[0], shapes[1], instruction.shape), strict=True)
         )
     ):
         return 2.0 * instruction.shape.elements
     lhs, rhs, out = (
         dict(zip(names, shape.dims, strict=True))
-        for names, shape in zip(
-            labels.groups(), (shapes[0], shapes[1], instruction.shape), strict=True
-        )
+        for names, shape in zip(labels.groups(), (shapes[0], shapes[1], instruction.shape), strict=True)
     )
     total = 2.0 * out.get("b", 1) * out.get("f", 1) * rhs.get("i", 1)
     spatial = sorted(name for name in out if name.isdigit())
-    window = {
-        key: window_field(instruction, key)
-        for key in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
-    }
+    window = {key: window_field(instruction, key) for key in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")}
     for index, name in enumerate(spatial):
         pick = {key: values[index] if index < len(values) else 1 for key, values in window.items()}
         low = window["pad"][index] if index < len(window["pad"]) else 0
@@ -77,9 +62,7 @@ def convolution_flops(instruction: Instruction, shapes: list[Shape]) -> float:
     return total
 
 
-def _valid_pairs(
-    size: int, window: int, outputs: int, stride: int, low: int, dilate: int, window_dilate: int
-) -> int:
+def _valid_pairs(size: int, window: int, outputs: int, stride: int, low: int, dilate: int, window_dilate: int) -> int:
     """How many (output, window) positions of one dimension fall on an input element rather than
     padding or a gap."""
     count = 0
@@ -91,9 +74,7 @@ def _valid_pairs(
         if offset % common:
             continue
         period = dilate // common
-        first = (
-            (-offset // common * pow(stride // common, -1, period)) % period if period > 1 else 0
-        )
+        first = (-offset // common * pow(stride // common, -1, period)) % period if period > 1 else 0
         lowest, highest = -(offset // stride), (((size - 1) * dilate - offset) // stride)
         lowest = max(lowest, 0)
         lowest += (first - lowest) % period
@@ -110,8 +91,6 @@ def window_field(instruction: Instruction, key: str) -> list[int]:
 
 def rate_key(instruction: Instruction, shapes: list[Shape]) -> str:
     """Which matmul rate applies: the wider operand's dtype, and for f32 the precision asked for."""
-    dtype = max(
-        shapes[:2], key=lambda shape: shape.bytes / max(shape.elements, 1), default=Shape("bf16")
-    ).dtype
+    dtype = max(shapes[:2], key=lambda shape: shape.bytes / max(shape.elements, 1), default=Shape("bf16")).dtype
     precision = instruction.attributes.get("operand_precision", "")
     return "f32_highest" if dtype == "f32" and "highest" in precision else dtype

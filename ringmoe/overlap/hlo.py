@@ -122,12 +122,7 @@ class Instruction:
         if "=%" not in self.tail and "={%" not in self.tail:
             return ()
         values = (self.attributes[key].strip("{}") for key in _CALLED if key in self.attributes)
-        return tuple(
-            name.strip().lstrip("%")
-            for value in values
-            for name in value.split(",")
-            if name.strip()
-        )
+        return tuple(name.strip().lstrip("%") for value in values for name in value.split(",") if name.strip())
 
     @functools.cached_property
     def config(self) -> dict:
@@ -203,9 +198,7 @@ def parse(text: str) -> Module:
             if "stablehlo." in text or text.lstrip().startswith("module")
             else "pass what `compiled.as_text()` returns"
         )
-        raise ValueError(
-            f"not HLO text: it begins {text[:60]!r}, expected a line 'HloModule NAME, ...'; {hint}"
-        )
+        raise ValueError(f"not HLO text: it begins {text[:60]!r}, expected a line 'HloModule NAME, ...'; {hint}")
     computations: dict[str, Computation] = {}
     header, current = "", None
     for line, statement in _statements(text[start.start() :]):
@@ -223,9 +216,7 @@ def parse(text: str) -> Module:
             current.instructions.append(_instruction(statement, line))
     entry = next((c for c in computations.values() if c.is_entry), None)
     if current is not None or entry is None:
-        where = (
-            f"inside computation {current.name!r}" if current else "before the ENTRY computation"
-        )
+        where = f"inside computation {current.name!r}" if current else "before the ENTRY computation"
         raise ValueError(
             f"HLO text of module {start.group(1)!r} ends {where}, expected a closing brace: the "
             "text was "
@@ -278,11 +269,7 @@ def parse_shape(text: str, position: int = 0) -> tuple[Shape, int]:
 def _array(token: re.Match) -> Shape:
     """The Shape of one match of `_SHAPE`; a bounded dimension (<=8) counts as its bound, an unknown
     one (?) as 1."""
-    dims = tuple(
-        int("".join(filter(str.isdecimal, dim)) or 1)
-        for dim in token.group(2).split(",")
-        if dim.strip()
-    )
+    dims = tuple(int("".join(filter(str.isdecimal, dim)) or 1) for dim in token.group(2).split(",") if dim.strip())
     space = _MEMORY_SPACE.search(token.group(3) or "")
     return Shape(token.group(1), dims, int(space.group(1)) if space else 0)
 
@@ -303,9 +290,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
             if stripped.startswith("}") or (stripped.endswith("{") and " = " not in stripped):
                 yield number, stripped
                 continue
-        depth += sum(
-            (mark in "([{") - (mark in ")]}") for mark in _TOKEN.findall(line) if len(mark) == 1
-        )
+        depth += sum((mark in "([{") - (mark in ")]}") for mark in _TOKEN.findall(line) if len(mark) == 1)
         parts.append(line)
         if depth <= 0:
             depth = 0

@@ -16,9 +16,7 @@ def page(record: dict[str, Any], timelines: tuple[Timeline, ...]) -> str:
       record: `OverlapReport.to_dict()`.
       timelines: its timelines; those that take longest over the run are drawn.
     """
-    chosen = sorted(
-        (t for t in timelines if t.spans), key=lambda t: -t.trip_count * t.us * t.counted
-    )[:_TIMELINES]
+    chosen = sorted((t for t in timelines if t.spans), key=lambda t: -t.trip_count * t.us * t.counted)[:_TIMELINES]
     # The loop that waits longest is what one opens the page for; if none, that with most wire.
     chosen.sort(
         key=lambda t: [
@@ -38,8 +36,5 @@ def _drawn(timeline: Timeline) -> dict[str, Any]:
         "name": timeline.computation,
         "us": timeline.us,
         "trip_count": timeline.trip_count,
-        "spans": [
-            [span.lane, span.name, span.start, span.end]
-            for span in sorted(spans, key=lambda span: span.start)
-        ],
+        "spans": [[span.lane, span.name, span.start, span.end] for span in sorted(spans, key=lambda span: span.start)],
     }

@@ -148,9 +148,7 @@ def _report(
 
 def _is_stage(program: Any) -> bool:
     """Whether it is what `jax.jit(f).lower(...)` or `.compile()` returns."""
-    return hasattr(program, "as_text") and (
-        hasattr(program, "compile") or hasattr(program, "memory_analysis")
-    )
+    return hasattr(program, "as_text") and (hasattr(program, "compile") or hasattr(program, "memory_analysis"))
 
 
 def _read(program: str | os.PathLike) -> str:
@@ -170,8 +168,7 @@ def _read(program: str | os.PathLike) -> str:
 def _machine_for_text(target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:
     if target is None:
         raise ValueError(
-            "target=None for HLO text, which does not name its machine: pass target=, one of "
-            "ringmoe.targets()"
+            "target=None for HLO text, which does not name its machine: pass target=, one of ringmoe.targets()"
         )
     machine = machines.target(target)
     return machine, _grid(machine, mesh) if mesh is not None else None
@@ -191,9 +188,7 @@ def _machine_of(compiled: Any, target: str | None, mesh: Any) -> tuple[machines.
     devices = (
         list(own.devices.flat)
         if own is not None
-        else sorted(
-            next((s.device_set for s in shardings), set(jax.devices()[:1])), key=lambda d: d.id
-        )
+        else sorted(next((s.device_set for s in shardings), set(jax.devices()[:1])), key=lambda d: d.id)
     )
     return machines.present(devices), own
 
@@ -226,9 +221,7 @@ def _grid(machine: machines.Target, mesh: Any, kinds: Mapping[str, AxisType] | N
             )
         return mesh
     names = tuple(mesh) if mesh is not None else ("devices",)
-    return machine.mesh(
-        mesh, axis_types=tuple((kinds or {}).get(name, AxisType.Auto) for name in names)
-    )
+    return machine.mesh(mesh, axis_types=tuple((kinds or {}).get(name, AxisType.Auto) for name in names))
 
 
 def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> Any:
@@ -275,8 +268,7 @@ def _memory(compiled: Any) -> dict[str, int]:
         return {}
     return {
         "arguments": stats.argument_size_in_bytes,
-        "results": stats.output_size_in_bytes
-        - stats.alias_size_in_bytes,  # aliased ones lie in the arguments
+        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,  # aliased ones lie in the arguments
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }

@@ -80,9 +80,7 @@ def request() -> pathlib.Path:
             return pathlib.Path(argument.removeprefix(marker))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="ringmoe-kernels-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["LIBTPU_INIT_ARGS"] = (
-        f"{arguments} {marker}{folder} --xla_jf_dump_llo_text=true".strip()
-    )
+    os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {marker}{folder} --xla_jf_dump_llo_text=true".strip()
     return folder
 
 
@@ -117,9 +115,7 @@ def read(dumps: _Dumps, names: frozenset[str]) -> tuple[Kernel, ...]:
             found[name] = tpu_kernel(name, file.read_text())
     for file in sorted(dumps.gpu.glob("*.ptxas")):
         resources = file.with_suffix(".resources.txt")
-        found[file.stem] = gpu_kernel(
-            file.stem, file.read_text(), resources.read_text() if resources.exists() else ""
-        )
+        found[file.stem] = gpu_kernel(file.stem, file.read_text(), resources.read_text() if resources.exists() else "")
     if names and not found:
         raise RuntimeError(
             "JAX started before kernels=True could ask libtpu for its schedules: call inspect "
@@ -141,11 +137,7 @@ def tpu_kernel(name: str, text: str) -> Kernel:
     for line in text.splitlines():
         if line.startswith("MXU"):
             units = [unit.strip() for unit in line.split(",")]
-        elif (
-            units
-            and len(cells := line.split()) == len(units)
-            and all(cell.isdigit() for cell in cells)
-        ):
+        elif units and len(cells := line.split()) == len(units) and all(cell.isdigit() for cell in cells):
             rows.append([int(cell) for cell in cells])
     if len(rows) < 2:
         raise ValueError(
@@ -158,13 +150,9 @@ def tpu_kernel(name: str, text: str) -> Kernel:
     busy = bundles[matrix[0] : matrix[-1] + 1] if matrix else bundles
     used = [sum(column) for column in zip(*busy, strict=True)]
     parts = {
-        unit: total / (slots * len(busy))
-        for unit, total, slots in zip(units, used, capacity, strict=True)
-        if slots
+        unit: total / (slots * len(busy)) for unit, total, slots in zip(units, used, capacity, strict=True) if slots
     }
-    totals = collections.Counter(
-        dict(zip(units, (sum(column) for column in zip(*bundles, strict=True)), strict=True))
-    )
+    totals = collections.Counter(dict(zip(units, (sum(column) for column in zip(*bundles, strict=True)), strict=True)))
     return Kernel(name, len(bundles), len(busy), parts, totals[_SPILL], totals[_FILL])
 
 

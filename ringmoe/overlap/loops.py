@@ -53,13 +53,7 @@ def trip_count(module: Module, loop: Instruction, caller: Computation) -> int | 
         if kept != _Term(right.element, 0) or first is None or first.element is not None:
             return None
         bound = _Term(None, first.constant + right.constant)
-    if (
-        step is None
-        or step.element != left.element
-        or not step.constant
-        or start is None
-        or start.element is not None
-    ):
+    if step is None or step.element != left.element or not step.constant or start is None or start.element is not None:
         return None
     distance = bound.constant - start.constant - left.constant
     if direction in ("LE", "GE"):
@@ -77,24 +71,18 @@ def _compare(module: Module, loop: Instruction) -> tuple[str, _Term, _Term] | No
         if root is None or root.opcode == "compare":
             break
         if root.opcode == "fusion" and root.called:
-            arguments = [
-                _term(module, condition.by_name.get(name), condition) for name in root.operands
-            ]
+            arguments = [_term(module, condition.by_name.get(name), condition) for name in root.operands]
             inside = module.computations[root.called[0]]
             root = inside.root
         elif root.opcode in _COPIES and root.operands:
             root = inside.by_name.get(root.operands[0])
     if root is None or root.opcode != "compare" or len(root.operands) != 2:
         return None
-    left, right = (
-        _term(module, inside.by_name.get(name), inside, arguments) for name in root.operands
-    )
+    left, right = (_term(module, inside.by_name.get(name), inside, arguments) for name in root.operands)
     return (root.attributes.get("direction", ""), left, right) if left and right else None
 
 
-def _element(
-    module: Module, state: Instruction | None, computation: Computation, index: int | None
-) -> _Term | None:
+def _element(module: Module, state: Instruction | None, computation: Computation, index: int | None) -> _Term | None:
     """Element `index` of the tuple that `state` makes, as a term."""
     if state is None or index is None or state.opcode != "tuple" or index >= len(state.operands):
         return None
@@ -133,21 +121,11 @@ def _term(
         return operand(0)
     if opcode in ("add", "subtract"):
         left, right = operand(0), operand(1)
-        if (
-            left is None
-            or right is None
-            or (left.element is not None and right.element is not None)
-        ):
+        if left is None or right is None or (left.element is not None and right.element is not None):
             return None
         if opcode == "subtract":
-            return (
-                _Term(left.element, left.constant - right.constant)
-                if right.element is None
-                else None
-            )
-        return _Term(
-            left.element if right.element is None else right.element, left.constant + right.constant
-        )
+            return _Term(left.element, left.constant - right.constant) if right.element is None else None
+        return _Term(left.element if right.element is None else right.element, left.constant + right.constant)
     if opcode == "fusion" and instruction.called:
         inner = module.computations[instruction.called[0]]
         return _term(

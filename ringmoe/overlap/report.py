@@ -79,9 +79,7 @@ class OverlapReport:
     def to_dict(self) -> dict[str, Any]:
         """The fields and properties as plain data."""
         record = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "timelines"
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "timelines"
         }
         record["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
         record["kernels"] = [dataclasses.asdict(k) for k in self.kernels]
@@ -99,9 +97,7 @@ class OverlapReport:
     def __rich_console__(self, console: Console, options: Any) -> Any:
         yield Text(
             f"{self.program} on {self.target}"
-            + (
-                f", mesh {', '.join(f'{a}={n}' for a, n in self.mesh.items())}" if self.mesh else ""
-            ),
+            + (f", mesh {', '.join(f'{a}={n}' for a, n in self.mesh.items())}" if self.mesh else ""),
             style="bold",
         )
         yield Text(self.verdict(), style="green" if self.exposed_fraction < 0.05 else "red")
@@ -109,9 +105,7 @@ class OverlapReport:
         if self.collectives:
             yield _collective_table(self.collectives)
             if len(self.collectives) > _SHOWN:
-                yield Text(
-                    f"... and {len(self.collectives) - _SHOWN} more: see the JSON or the HTML"
-                )
+                yield Text(f"... and {len(self.collectives) - _SHOWN} more: see the JSON or the HTML")
         if self.kernels:
             yield _kernel_table(self.kernels)
         for name, reason in list(self.unestimated.items())[:8]:
@@ -210,9 +204,5 @@ def _size(size: float) -> str:
     """Bytes in the unit that reads best."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
-            return (
-                f"{size / scale:.3g} {unit}"
-                if size / scale < 999.5
-                else f"{size / scale:.0f} {unit}"
-            )
+            return f"{size / scale:.3g} {unit}" if size / scale < 999.5 else f"{size / scale:.0f} {unit}"
     return f"{size:.0f} B"

@@ -26,9 +26,7 @@ from ringmoe.overlap.timeline import Collective, Span, Timeline
 from ringmoe.overlap.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
-_FORWARDS = frozenset(
-    {"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"}
-)
+_FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})
 
 
 @dataclasses.dataclass
@@ -80,17 +78,14 @@ class Schedule:
                 callees = [name for name in flow(self.module, instruction) if name in runs]
                 slowest = max(callees, key=lambda name: self.timelines[name].us, default="")
                 for name in callees:
-                    times = (
-                        self.trips(instruction, computation) if instruction.opcode == "while" else 1
-                    )
+                    times = self.trips(instruction, computation) if instruction.opcode == "while" else 1
                     runs[name] += runs[computation.name] * times
                     taken = instruction.opcode != "conditional" or name == slowest
                     counted[name] |= counted[computation.name] and taken
         for name, timeline in self.timelines.items():
             timeline.trip_count, timeline.counted = runs[name], counted[name]
             timeline.collectives = [
-                dataclasses.replace(c, trip_count=runs[name], counted=counted[name])
-                for c in timeline.collectives
+                dataclasses.replace(c, trip_count=runs[name], counted=counted[name]) for c in timeline.collectives
             ]
 
     def trips(self, loop: Instruction, caller: Computation) -> int:
@@ -119,9 +114,7 @@ class _Walk:
             self.step(instruction)
         if self.orphans and self.flights:
             self._second_iteration()
-        for flight in list(
-            self.flights.values()
-        ):  # nothing below waits for it, so the end of the computation does
+        for flight in list(self.flights.values()):  # nothing below waits for it, so the end of the computation does
             self.wait(flight)
         self.timeline.us = self.now
         return self.timeline
@@ -161,12 +154,7 @@ class _Walk:
         while source is not None and source.operands and source.opcode != "get-tuple-element":
             source = by_name.get(source.operands[0])
         root = self.computation.root
-        if (
-            source is None
-            or source.opcode != "get-tuple-element"
-            or root is None
-            or root.opcode != "tuple"
-        ):
+        if source is None or source.opcode != "get-tuple-element" or root is None or root.opcode != "tuple":
             return None
         index = int(source.attributes.get("index", "0"))
         return self._flight_of(root.operands[index]) if index < len(root.operands) else None
@@ -176,9 +164,7 @@ class _Walk:
         if opcode.endswith("-update") and opcode.startswith("async"):
             return
         if is_host_transfer(instruction):
-            self.schedule.roofline.name(
-                instruction.name, "transfer to or from the host: no figure for that link"
-            )
+            self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
             return
         if opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
@@ -227,9 +213,7 @@ class _Walk:
         if instruction.opcode == "fusion":
             asynchronous = holds(home, "AsyncCollectiveStart")
             if self.schedule.roofline.work(instruction, self.computation).flops:
-                self._compute(
-                    instruction.name, self.schedule.roofline.us(instruction, self.computation)
-                )
+                self._compute(instruction.name, self.schedule.roofline.us(instruction, self.computation))
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
         flight = _Flight(
             instruction,
@@ -253,8 +237,7 @@ class _Walk:
         if from_author is None:
             self.schedule.roofline.name(
                 instruction.name,
-                "kernel moves data between devices but its cost estimate has no "
-                "remote_bytes_transferred: wire time 0",
+                "kernel moves data between devices but its cost estimate has no remote_bytes_transferred: wire time 0",
             )
         wire = self.schedule.wire
         us = (from_author or 0.0) / wire.target.link_bandwidth * 1e6
@@ -295,9 +278,7 @@ class _Walk:
     def _start_local(self, instruction: Instruction) -> None:
         """A copy, a slice or compute on another queue of the same device; they share one lane."""
         roofline, called = self.schedule.roofline, flow(self.schedule.module, instruction)
-        us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(
-            instruction, self.computation
-        )
+        us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(instruction, self.computation)
         self.local = max(self.now, self.local) + us
         self.flights[instruction.name] = _Flight(
             instruction, self.now, self.local, len(self.work), self.timeline.compute_us
@@ -314,9 +295,7 @@ class _Walk:
         return (
             instruction.opcode == "fusion"
             and bool(instruction.called)
-            and holds(
-                self.schedule.module.computations[instruction.called[0]], "AsyncCollectiveDone"
-            )
+            and holds(self.schedule.module.computations[instruction.called[0]], "AsyncCollectiveDone")
         )
 
     def _flight_of(self, name: str) -> _Flight | None:
@@ -330,11 +309,7 @@ class _Walk:
             if instruction is None or current in seen:
                 continue
             seen.add(current)
-            if (
-                current == name
-                or instruction.opcode in _FORWARDS
-                or instruction.opcode.endswith("-update")
-            ):
+            if current == name or instruction.opcode in _FORWARDS or instruction.opcode.endswith("-update"):
                 stack.extend(instruction.operands)
         return None
 
@@ -347,9 +322,7 @@ class _Walk:
         if flight.transfer is None:
             return
         if flight.transfer.us > 0:
-            self.timeline.spans.append(
-                Span("wire", flight.instruction.name, flight.start, flight.end)
-            )
+            self.timeline.spans.append(Span("wire", flight.instruction.name, flight.start, flight.end))
         hiders = heapq.nlargest(_HIDERS, self.work[flight.first :])
         hiders = [(us, name) for us, name in hiders if us > 0.01 * hiders[0][0]]
         self.timeline.collectives.append(

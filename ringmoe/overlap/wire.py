@@ -22,8 +22,8 @@ import re
 
 import numpy as np
 
-from ringmoe.overlap.hlo import PERMUTE, Computation, Instruction
 from ringmoe.machines import Target
+from ringmoe.overlap.hlo import PERMUTE, Computation, Instruction
 
 _MESH_AXIS = re.compile(r"'([^']*)'=(\d+)")
 _GROUP_AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
@@ -53,17 +53,12 @@ def replica_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
         return _mesh_groups(text, num_devices)
     iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        shape, dims, order = (
-            [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
-        )
+        shape, dims, order = ([int(n) for n in (part or "").split(",") if n] for part in iota.groups())
         if math.prod(shape) == math.prod(dims) <= 2**24:
             ids = np.arange(math.prod(dims)).reshape(dims)
             ids = ids.transpose(order) if sorted(order) == list(range(len(dims))) else ids
             return [tuple(row) for row in ids.reshape(shape[0], -1).tolist()]
-    groups = [
-        tuple(int(n) for n in re.findall(r"\d+", part))
-        for part in re.findall(r"\{([\d,\s]+)\}", text)
-    ]
+    groups = [tuple(int(n) for n in re.findall(r"\d+", part)) for part in re.findall(r"\{([\d,\s]+)\}", text)]
     return groups or [tuple(range(num_devices))]
 
 
@@ -80,8 +75,7 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
         return [tuple(range(num_devices))]
     axes, dims = [], []
     picked = {
-        name: (int(before or 1), int(size or sizes.get(name, 1)))
-        for name, before, size in _GROUP_AXIS.findall(chosen)
+        name: (int(before or 1), int(size or sizes.get(name, 1))) for name, before, size in _GROUP_AXIS.findall(chosen)
     }
     for name, size in sizes.items():
         before, part = picked.get(name, (1, 1))
@@ -90,9 +84,7 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
         dims += [before, part, size // before // part]
         axes.append(len(dims) - 2)
     groups = np.moveaxis(grid.reshape(dims), axes, range(-len(axes), 0))
-    return [
-        tuple(row) for row in groups.reshape(-1, math.prod(dims[axis] for axis in axes)).tolist()
-    ]
+    return [tuple(row) for row in groups.reshape(-1, math.prod(dims[axis] for axis in axes)).tolist()]
 
 
 class Wire:
@@ -113,19 +105,13 @@ class Wire:
     def transfer(self, instruction: Instruction, computation: Computation, kind: str) -> Transfer:
         """The transfer that one collective instruction of this kind starts."""
         attributes = instruction.attributes
-        sizes = (
-            computation.by_name[name].shape.bytes
-            for name in instruction.operands
-            if name in computation.by_name
-        )
+        sizes = (computation.by_name[name].shape.bytes for name in instruction.operands if name in computation.by_name)
         size = sum(sizes)
         if kind in (PERMUTE, "recv"):
             if kind == "recv":
                 # A device of a ring gets what it sends; counted here, where the program waits.
                 size = next(instruction.shape.leaves()).bytes
-            pairs = attributes.get("source_target_pairs") or attributes.get(
-                "frontend_attributes", ""
-            )
+            pairs = attributes.get("source_target_pairs") or attributes.get("frontend_attributes", "")
             return self.permute(size, pairs)
         if kind == "send":
             return Transfer(0.0, 0.0, "", "counted with its recv")
@@ -155,9 +141,7 @@ class Wire:
         wire_bytes = size * factor.get(kind, (n - 1) / n)
         if kind.endswith("all-to-all") and self.target.torus and cut:
             return Transfer(wire_bytes, _us(size * cut, self.target.link_bandwidth), "all", spans)
-        return Transfer(
-            wire_bytes, _us(wire_bytes, bandwidth), "all" if self.target.torus else "switch", spans
-        )
+        return Transfer(wire_bytes, _us(wire_bytes, bandwidth), "all" if self.target.torus else "switch", spans)
 
     def _all_links(self) -> float:
         return self.target.num_links * self.target.link_bandwidth

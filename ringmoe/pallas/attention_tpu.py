@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ringmoe.pallas import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.pallas import softmax
 
 LANES = 128
 LOG2E = math.log2(math.e)

@@ -9,7 +9,9 @@ inf - inf is ever formed. Source: Milakov & Gimelshein, https://arxiv.org/abs/18
 import jax
 import jax.numpy as jnp
 
-INITIAL_MAX = -1e30  # finite: exp(-inf - INITIAL_MAX) == 0, and alpha of a first block is exp(-huge) == 0 or exp(0) == 1
+INITIAL_MAX = (
+    -1e30
+)  # finite: exp(-inf - INITIAL_MAX) == 0, and alpha of a first block is exp(-huge) == 0 or exp(0) == 1
 MASKED = -jnp.inf
 
 

@@ -57,8 +57,15 @@ def _bind(op: Op, call: Call, arrays, extras: Extras, results):
     names = INPUTS if op is FORWARD else (*INPUTS, "lse", "output_cotangent", "delta")
     present = {name: x for name, x in extras._asdict().items() if x is not None}
     return op.bind(
-        *arrays, *present.values(), operands=(*names, *present), results=results, sizes=(),
-        axis_name=call.axis_name, implementation=call.implementation, spec=call.spec, exchange=call.exchange,
+        *arrays,
+        *present.values(),
+        operands=(*names, *present),
+        results=results,
+        sizes=(),
+        axis_name=call.axis_name,
+        implementation=call.implementation,
+        spec=call.spec,
+        exchange=call.exchange,
     )
 
 
@@ -68,18 +75,28 @@ def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
     bias = operands.index("bias") if "bias" in operands and not params["axis_name"] else None
     owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
     return plan.attention(
-        rule, plan.freeze(factors), tuple(mesh_shape.items()), params["spec"].band, params["exchange"],
-        avals[1].dtype.itemsize, bias, owed,
+        rule,
+        plan.freeze(factors),
+        tuple(mesh_shape.items()),
+        params["spec"].band,
+        params["exchange"],
+        avals[1].dtype.itemsize,
+        bias,
+        owed,
     )
 
 
 def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras: Extras):
     """The kernel for one device's arrays, and the spec it runs with."""
     spec = dataclasses.replace(params["spec"], interpret=platform != "tpu")
-    head_major = lambda x, length: jax.ShapeDtypeStruct((math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype)
+    head_major = lambda x, length: jax.ShapeDtypeStruct(
+        (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype
+    )
     q = head_major(query, query.shape[-3])
     k = head_major(key, key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1))
-    return pallas.pick("attention", platform, params["implementation"], lambda kernel: kernel.check(spec, q, k, extras)), spec
+    return pallas.pick(
+        "attention", platform, params["implementation"], lambda kernel: kernel.check(spec, q, k, extras)
+    ), spec
 
 
 def _forward_body(plan: plan.AttentionPlan, platform: str, params):

@@ -28,7 +28,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from ringmoe import compat, rules
 from ringmoe.errors import warn_once
-from ringmoe.plan import Factors, freeze
+from ringmoe.plan import Factors
 from ringmoe.primitives import probe
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -182,7 +182,9 @@ def _sharded(op: Op, rule, plan, mesh: AbstractMesh, platform: str, params, aval
     factors = dict(plan.factors)
     in_specs = tuple(rules.spec_of(dims, factors) for dims in rule.operands)
     out_specs = [rules.spec_of(dims, factors) for dims in rule.results]
-    local = jax.shard_map(op.body(plan, platform, params), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    local = jax.shard_map(
+        op.body(plan, platform, params), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
     explicit = AxisType.Explicit in mesh.axis_types
 
     def run(*arrays):

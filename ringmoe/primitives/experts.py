@@ -93,7 +93,9 @@ def _dispatch_backward(call, residuals, drows):
 def _combine_backward(call, residuals, dy):
     rows, expert, slot, weight = residuals
     dweight = [  # one choice at a time: the k rows of a token are never held together
-        jnp.sum((dy * _combine(call, rows, expert[..., j : j + 1], slot[..., j : j + 1], None)).astype(weight.dtype), -1)
+        jnp.sum(
+            (dy * _combine(call, rows, expert[..., j : j + 1], slot[..., j : j + 1], None)).astype(weight.dtype), -1
+        )
         for j in range(expert.shape[-1])
     ]
     place = lambda grad, like: _Sharding(jax.typeof(like).sharding).place(grad)
@@ -110,8 +112,13 @@ def _bind(op: Op, call: Call, arrays, results):
     if op in (FORWARD, BACKWARD):
         sizes = (("i", call.group_size),)
     return op.bind(
-        *present.values(), operands=tuple(present), results=results, sizes=sizes, axis_name=call.axis_name,
-        implementation=call.implementation, spec=call,
+        *present.values(),
+        operands=tuple(present),
+        results=results,
+        sizes=sizes,
+        axis_name=call.axis_name,
+        implementation=call.implementation,
+        spec=call,
     )
 
 

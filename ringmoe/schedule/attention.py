@@ -30,7 +30,9 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
     return _public(output, query), lse
 
 
-def backward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, lse, do, delta, extras: Extras):
+def backward(
+    plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, lse, do, delta, extras: Extras
+):
     """Returns dq, dk, dv in the dtypes of query, key and value, and dbias or None.
 
     `lse` and `delta` (sum(do * output) - dlse) are those of the whole softmax: each hop's share is then final.

@@ -24,7 +24,11 @@ def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: i
     _, order = lax.sort((key, lax.broadcasted_iota(jnp.int32, key.shape, 1)), num_keys=1)
     kept = (slot >= 0)[:, None, :] & (expert[:, None, :] == lax.broadcasted_iota(jnp.int32, (1, num_experts, 1), 1))
     count = jnp.sum(kept, axis=-1, dtype=jnp.int32).T  # [E, G]
-    first = jnp.cumsum(count, axis=0, dtype=jnp.int32) - count + lax.broadcasted_iota(jnp.int32, (1, num_groups), 1) * per_group
+    first = (
+        jnp.cumsum(count, axis=0, dtype=jnp.int32)
+        - count
+        + lax.broadcasted_iota(jnp.int32, (1, num_groups), 1) * per_group
+    )
     place = lax.broadcasted_iota(jnp.int32, (1, 1, capacity), 2)
     filled = place < count[..., None]
     order = order + lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) * per_group
