@@ -159,11 +159,11 @@ def make(
     for dims, shape in arrays:
         for dim, length in zip(dims, shape):
             unknown = [f for f in dim if f not in known]
-            if len(unknown) == 1 and length > 1:
+            if len(unknown) == 1 and length != 1:
                 known[unknown[0]] = length // math.prod(known[f] for f in dim if f in known)
     named: dict[str, tuple[Dim, ...]] = {}
     for (name, _), (dims, shape) in zip(operands, arrays):
-        kept = [tuple(f for f in dim if known.get(f, 1) > 1) or dim[:1] for dim in dims]
+        kept = [tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims]
         for i, length in enumerate(shape):
             if length == 1 and known.get(kept[i][0], 1) > 1:
                 kept[i] = (f"one{len(known)}",)
@@ -178,7 +178,7 @@ def make(
                 if "..." in table[name]
                 else _dims(table[name], 0)
             )
-            named[name] = tuple(tuple(f for f in dim if known.get(f, 1) > 1) or dim[:1] for dim in dims)
+            named[name] = tuple(tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims)
     rule = lambda names: tuple(named[name] for name in names)
     return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())))
 
