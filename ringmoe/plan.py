@@ -190,12 +190,18 @@ class ExpertPlan:
 
 @functools.cache
 def experts(
-    rule: Rule, factors: Factors, mesh_shape: tuple[tuple[str, int], ...], capacity: int, itemsize: int
+    rule: Rule,
+    factors: Factors,
+    mesh_shape: tuple[tuple[str, int], ...],
+    capacity: int,
+    itemsize: int,
+    exchanges: int = 2,
 ) -> ExpertPlan:
     """Where rows go: to the experts' devices over axes that also shard tokens; else outputs are summed.
 
     `rule` is that of an op on "tokens" (or "rows"), `factors` what a door found. Weights sharded over the model dim, or
-    over the hidden dim along an axis that shards tokens or experts, are gathered first.
+    over the hidden dim along an axis that shards tokens or experts, are gathered first. `exchanges`: how often all rows
+    travel, 2 forward (there and back), 3 backward (x and dy there, dx back); the weights' gradients are not counted.
     """
     sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
@@ -220,6 +226,6 @@ def experts(
         token_axes=token_axes,
         hidden_axes=split["f"],
         reason="; ".join(why) or "experts are whole on every device: nothing moves",
-        wire_bytes=2 * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
+        wire_bytes=exchanges * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
         factors=freeze(split),
     )

@@ -145,7 +145,8 @@ def timed(console: Console, what: str):
 def compile_for_targets(train_step, state: Any, console: Console) -> None:
     """Prints what the same train step becomes on machines that are not here."""
     if not machines.can_compile():
-        console.print(f"not compiled for {', '.join(machines.TARGETS)}: libtpu is missing ({machines.HOW_TO_INSTALL})")
+        missing = f"not compiled for {', '.join(machines.TARGETS)}: libtpu is missing ({machines.HOW_TO_INSTALL})"
+        console.print(missing, markup=False)
         return
     for target in machines.TARGETS:
         with timed(console, f"compiling the same train step for {target}"):

@@ -123,8 +123,9 @@ def _bind(op: Op, call: Call, arrays, results):
 
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
-    capacity = params["spec"].capacity
-    return plan.experts(rule, plan.freeze(factors), tuple(mesh_shape.items()), capacity, avals[0].dtype.itemsize)
+    exchanges = 3 if "tokens_cotangent" in params["operands"] else 2
+    mesh_items, itemsize = tuple(mesh_shape.items()), avals[0].dtype.itemsize
+    return plan.experts(rule, plan.freeze(factors), mesh_items, params["spec"].capacity, itemsize, exchanges)
 
 
 def _kernel(platform: str, params, named):
