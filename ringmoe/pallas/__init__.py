@@ -11,7 +11,6 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
     "experts": {"xla": experts_xla},
 }
 PREFERRED = {"tpu": ("tpu", "xla")}  # any other platform: the XLA kernel
-IMPLEMENTATIONS = tuple(sorted({name for kernels in KERNELS.values() for name in kernels}))
 
 
 def check_implementation(op: str, implementation: str | None) -> None:
