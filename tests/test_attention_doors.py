@@ -232,6 +232,8 @@ UNEVEN = {
     "keys over one axis, queries over another": Case(
         mesh=(2, 4), roles=("queries only", "keys only"), is_causal=True, t=4
     ),
+    "keys over one axis more than queries": Case(mesh=(2, 4), roles=("sequence", "keys only"), is_causal=True),
+    "keys over one axis more, the major one": Case(mesh=(2, 4), roles=("keys only", "sequence"), is_causal=True),
     "one key head, query heads sharded": Case(mesh=(2, 4), roles=("groups", "sequence"), k=1, g=1, is_causal=True),
     "key heads and groups sharded": Case(mesh=(2, 2, 2), roles=("heads", "groups", "sequence"), k=1, g=1),
     "heads only": Case(mesh=(8,), roles=("heads",), is_causal=True, bias=NO_ONES),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan import AttentionPlan
 from ringmoe.schedule.ring import ring
+from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
@@ -85,10 +86,13 @@ class _Blocks:
             scatter = functools.partial(jax.lax.psum_scatter, axis_name=plan.axes, scatter_dimension=2, tiled=True)
             dkv, sum_axes = jax.tree.map(scatter, dkv), tuple(a for a in sum_axes if a not in plan.axes)
         elif self.gathered:
+            # Devices along an axis of the keys cut different slices: what is summed over it is summed before the cut.
+            shared = tuple(a for a in sum_axes if a in plan.axes)
+            dkv, sum_axes = sum_over(dkv, shared), tuple(a for a in sum_axes if a not in shared)
             size = self.keys // plan.size
             start = jax.lax.axis_index(plan.axes) * size
             dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
-        return jax.lax.psum(dkv, sum_axes) if sum_axes else dkv
+        return sum_over(dkv, sum_axes)
 
     def extras(self, owner) -> Extras:
         """The extras cut to the columns of `owner`'s keys."""
@@ -122,9 +126,7 @@ class _Blocks:
             dbias = dbias.reshape(*self.batch, *dbias.shape[1:])
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
             dbias = dbias.sum(broadcast, keepdims=True)
-        axes = self.plan.bias_sum_axes
-        dbias = dbias.reshape(bias.shape)
-        return (jax.lax.psum(dbias, axes) if axes else dbias).astype(bias.dtype)
+        return sum_over(dbias.reshape(bias.shape), self.plan.bias_sum_axes).astype(bias.dtype)
 
 
 def _head_major(x):

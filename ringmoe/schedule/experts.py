@@ -14,6 +14,7 @@ from jax import lax
 
 from ringmoe.plan import ExpertPlan
 from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slot_table
+from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out) -> jax.Array:
@@ -37,7 +38,7 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_o
     out = _to_tokens(plan, out, x.dtype)
     with jax.named_scope("combine"):
         y = combine_local(out, expert, slot, weight, plan.capacity, plan.group_size)
-        return _sum(y, plan.sum_axes).astype(x.dtype)
+        return sum_over(y, plan.sum_axes).astype(x.dtype)
 
 
 def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out, dy):
@@ -63,8 +64,8 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
     with jax.named_scope("combine"):
         dx = combine_local(drows, expert, slot, None, plan.capacity, plan.group_size)
         dweight = combine_scalars(drow_weight, expert, slot, plan.capacity, plan.group_size)
-        dx, dweight = _sum((dx, dweight), plan.sum_axes)
-        dw = _sum((grads.dw_in, grads.dw_gate, grads.dw_out), plan.weight_sum_axes)
+        dx, dweight = sum_over((dx, dweight), plan.sum_axes)
+        dw = sum_over((grads.dw_in, grads.dw_gate, grads.dw_out), plan.weight_sum_axes)
     dw = (None if d is None else d.astype(w.dtype) for d, w in zip(dw, (w_in, w_gate, w_out), strict=True))
     return dx.astype(x.dtype), dweight.astype(weight.dtype), *dw
 
@@ -85,7 +86,7 @@ def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
     expert, slot, _ = _visible(plan, expert, slot)
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
     y = combine_local(flat, expert, slot, weight, plan.capacity, plan.group_size)
-    return _sum(y, plan.sum_axes).astype(rows.dtype)
+    return sum_over(y, plan.sum_axes).astype(rows.dtype)
 
 
 def _visible(plan, expert, slot):
@@ -128,7 +129,3 @@ def _to_tokens(plan, rows, dtype):
         rows = rows.astype(dtype).reshape(rows.shape[0], num_devices, -1, *rows.shape[2:])
         rows = lax.all_to_all(jnp.moveaxis(rows, 1, 0), plan.exchange_axes, 0, 0)
         return rows.reshape(-1, *rows.shape[2:])
-
-
-def _sum(values, axes):
-    return lax.psum(values, axes) if axes else values
