@@ -108,10 +108,8 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                gathered = WHOLE.issuperset(dim) and dim != (
-                    "i",
-                )  # a lone group is refused, not gathered, when it is cut
-                if gathered or any(factor in found for factor in dim):
+                lone_group = dim == ("i",)  # refused when it is cut, where other whole factors are gathered
+                if any(factor in found for factor in dim) or (WHOLE.issuperset(dim) and not lone_group):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
                 taken = {axis for rival in rivals for axis in found.get(rival, ())}
@@ -151,7 +149,10 @@ def make(
     """
     table = FAMILIES[family]
     known = dict(sizes)
-    arrays = [(_dims(table[name], len(shape)), shape) for name, shape in operands]
+    num_batch = max(
+        (len(shape) - len(_dims(table[name], 0)) for name, shape in operands if "..." in table[name]), default=0
+    )
+    arrays = [(_dims(table[name], num_batch), shape) for name, shape in operands]
     for dims, shape in arrays:
         for dim, length in zip(dims, shape):
             if len(dim) == 1:
@@ -170,25 +171,20 @@ def make(
                 known[kept[i][0]] = 1
             assert math.prod(known.get(f, 1) for f in kept[i]) == length, (name, shape, known)
         named[name] = tuple(kept)
-    num_batch = sum(1 for f in known if re.fullmatch(r"b\d+", f))
     for name in results:
         if name not in named:
-            dims = (
-                _dims(table[name], len(_dims(table[name], 0)) + num_batch)
-                if "..." in table[name]
-                else _dims(table[name], 0)
-            )
+            dims = _dims(table[name], num_batch)
             named[name] = tuple(tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims)
     rule = lambda names: tuple(named[name] for name in names)
     return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())))
 
 
-def _dims(text: str, ndim: int) -> list[Dim]:
-    """`"... t (k g)"` with ndim 4 -> [("b0",), ("b1",), ("t",), ("k", "g")]."""
+def _dims(text: str, num_batch: int) -> list[Dim]:
+    """`"... t (k g)"` with two batch dims -> [("b0",), ("b1",), ("t",), ("k", "g")]."""
     words: list[Dim] = [tuple(word.strip("()").split()) for word in re.findall(r"\([^)]*\)|\S+", text)]
     if ("...",) in words:
         at = words.index(("...",))
-        words[at : at + 1] = [(f"b{i}",) for i in range(ndim - len(words) + 1)]
+        words[at : at + 1] = [(f"b{i}",) for i in range(num_batch)]
     return words
 
 

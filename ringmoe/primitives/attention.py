@@ -25,13 +25,9 @@ class Call:
     axis_name: tuple[str, ...] = ()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(call: Call, query, key, value, extras: Extras):
     """`(output, lse)` of checked operands [*batch, T, N, H], [*batch, S, K, H]; lse [*batch, T, N]. Differentiable."""
-    return _attention(call, query, key, value, extras)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: Call, query, key, value, extras: Extras):
     return _forward(call, query, key, value, extras)[0]
 
 
@@ -50,7 +46,7 @@ def _backward(call: Call, residuals, cotangents):
     return dq, dk, dv, Extras(*dbias)
 
 
-_attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, _backward)
 
 
 def _bind(op: Op, call: Call, arrays, extras: Extras, results):

@@ -136,12 +136,12 @@ def _batch(op: Op, arrays, dims, **params):
     if bare or any("..." not in table[name] for name in params["results"]):
         mapped = [jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims) if dim is not None]
 
-        def one(*slices):
+        def one(slices):
             slices = iter(slices)
             full = [x if dim is None else next(slices) for x, dim in zip(arrays, dims)]
             return op.primitive.bind(*full, **params)
 
-        outs = jax.lax.map(lambda slices: one(*slices), mapped)
+        outs = jax.lax.map(one, mapped)
         return outs, [0] * len(outs)
     (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
 
