@@ -148,7 +148,6 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     """
     _check_route(logits, config, token_mask)
     group_size = config.group(logits.shape[-2])
-    _check_whole_groups(logits, group_size)
     capacity = config.capacity(group_size)
     rule = rules.make("experts", (("tokens", logits.shape),), (), (("i", group_size),))
     factors_in_types(rule, [jax.typeof(logits)])  # Explicit axes: raises where a device would hold part of a group
@@ -188,19 +187,6 @@ def check_mask(token_mask, tokens: tuple[int, ...]) -> None:
         token_mask is None or (token_mask.shape == tokens and token_mask.dtype == jnp.bool_),
         f"token_mask {getattr(token_mask, 'dtype', None)}{getattr(token_mask, 'shape', None)}, expected bool{tokens}: "
         "one flag per token, True where the token takes part",
-    )
-
-
-def _check_whole_groups(logits, group_size):
-    """With Explicit axes the type tells how tokens are sharded; with others the op's own rule checks it."""
-    sharding, num_tokens = jax.typeof(logits).sharding, logits.shape[-2]
-    axes = sharding.spec[-2]
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    check(
-        num_tokens // group_size % parts == 0,
-        f"{num_tokens} tokens over mesh axes {axes} leave {num_tokens / parts:g} tokens a device, expected whole groups of "
-        f"{group_size}: choose a group_size that divides the tokens of one device",
     )
 
 

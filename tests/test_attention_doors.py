@@ -355,3 +355,16 @@ def test_a_nan_in_one_key_poisons_only_the_rows_that_see_it(door):
     (output, _), _ = value_and_gradients(fun, loss, WANTED, door, mesh, arrays, case.specs[0], cotangents)
     np.testing.assert_array_equal(output[:, :9], clean[:, :9])
     assert np.isnan(output[:, 9:]).all()
+
+
+@pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT], ids=str)
+def test_a_query_made_inside_the_function(door):
+    """No mesh stands in its type, where none is set: the keys' types tell."""
+    mesh = make_mesh((8,), door.axis_type)
+    shape = (1, 16, 2, 4)
+    key, value = (np.random.default_rng(seed).normal(size=shape).astype(np.float32) for seed in range(2))
+    attend = lambda key, value, op=ringmoe.dot_product_attention: jnp.sum(op(jnp.ones(shape), key, value) ** 2)
+    want = jax.grad(lambda k, v: attend(k, v, jax.nn.dot_product_attention), (0, 1))(key, value)
+    got = door.jit(jax.grad(attend, (0, 1)))(*put(mesh, (key, value), (P(None, "a"), P(None, "a"))))
+    for mine, theirs in zip(got, want):
+        assert_close(mine, theirs, TOLERANCE[jnp.dtype(jnp.float32)][1])

@@ -77,20 +77,24 @@ class Op:
 OPS: dict[Primitive, Op] = {}
 
 
-def factors_in_types(rule: rules.Rule, avals) -> tuple[AbstractMesh, dict[str, rules.Axes]] | None:
-    """The types' door: the mesh and each factor's axes, or None where no operand's type tells."""
-    for aval in avals:
-        mesh = aval.sharding.mesh
-        if AxisType.Explicit in mesh.axis_types and not mesh.manual_axes:
-            specs = [rules.axes_of(a.sharding.spec, a.ndim) for a in avals]
-            return mesh, rule.factor_axes(specs, mesh.shape)
-    return None
+def mesh_of(avals) -> AbstractMesh:
+    """The mesh in the operands' types. An operand made inside the function may have none, unless the mesh is set."""
+    meshes = [aval.sharding.mesh for aval in avals]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def factors_in_types(rule: rules.Rule, avals) -> dict[str, rules.Axes] | None:
+    """The types' door: each factor's axes, or None where no operand's type tells."""
+    mesh = mesh_of(avals)
+    if AxisType.Explicit not in mesh.axis_types or mesh.manual_axes:
+        return None
+    return rule.factor_axes([rules.axes_of(a.sharding.spec, a.ndim) for a in avals], mesh.shape)
 
 
 def find_plan(op: Op, avals, params):
     """The plan of a bound op as far as it is known before XLA runs: `(plan, door)`; plan None: the partitioner decides."""
     rule = op.rule(avals, params)
-    placement, mesh = params["placement"], avals[0].sharding.mesh
+    placement, mesh = params["placement"], mesh_of(avals)
     if params["axis_name"] or mesh.manual_axes:
         size = math.prod(mesh.shape[a] for a in params["axis_name"])
         split = rules.MANUAL[op.family] if params["axis_name"] else ()
@@ -98,8 +102,9 @@ def find_plan(op: Op, avals, params):
         return op.plan(rule.scaled(split, size), factors, dict(mesh.shape), avals, params), "manual"
     if isinstance(placement, Placement):
         return op.plan(rule, dict(placement.factors), dict(placement.mesh.shape), avals, params), "ringmoe.jit"
-    if typed := factors_in_types(rule, avals):
-        return op.plan(rule, typed[1], dict(typed[0].shape), avals, params), "types"
+    factors = factors_in_types(rule, avals)
+    if factors is not None:
+        return op.plan(rule, factors, dict(mesh.shape), avals, params), "types"
     return None, "partitioner"
 
 
@@ -115,13 +120,13 @@ def _jitted(op: Op, params):
 
 def _abstract_eval(op: Op, *avals, **params):
     rule = op.rule(avals, params)
-    typed = None if params["axis_name"] else factors_in_types(rule, avals)
-    plan = typed and op.plan(rule, typed[1], dict(typed[0].shape), avals, params)
+    mesh, factors = mesh_of(avals), None if params["axis_name"] else factors_in_types(rule, avals)
+    plan = None if factors is None else op.plan(rule, factors, dict(mesh.shape), avals, params)
 
     def result(name, dims):
         if name in params["operands"]:
             return avals[params["operands"].index(name)].strip_weak_type()
-        shape, mesh = rule.shape(dims), typed[0] if typed else avals[0].sharding.mesh
+        shape = rule.shape(dims)
         spec = rules.spec_of(dims, dict(plan.factors) if plan else {})
         dtype = op.dtype(name, avals)
         return avals[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(mesh, spec))
@@ -166,11 +171,11 @@ def _lower(op: Op, platform: str, ctx, *operands, **params):
     if door == "manual":
         run = op.body(plan, platform, params)
     elif plan is not None:
-        mesh = placement.mesh if door == "ringmoe.jit" else avals[0].sharding.mesh
+        mesh = placement.mesh if door == "ringmoe.jit" else mesh_of(avals)
         run = _sharded(op, rule, plan, mesh, platform, params, ctx.avals_out)
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
         run = op.body(op.plan(rule, {}, {}, avals, params), platform, params)
-    elif platform == "tpu" or avals[0].sharding.mesh.empty:
+    elif platform == "tpu" or mesh_of(avals).empty:
         run = _whole(op, rule, avals, platform, params)
     else:
         run = _partitioned(op, rule, avals, platform, params)
@@ -191,7 +196,8 @@ def _sharded(op: Op, rule, plan, mesh: AbstractMesh, platform: str, params, aval
         if not explicit:
             return local(*arrays)
         moved = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, in_specs)]
-        return [jax.sharding.reshard(x, aval.sharding) for x, aval in zip(local(*moved), avals_out)]
+        placed = zip(local(*moved), avals_out)
+        return [x if aval.sharding.mesh.empty else jax.sharding.reshard(x, aval.sharding) for x, aval in placed]
 
     return run
 
