@@ -81,32 +81,31 @@ def dot_product_attention(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
-    check(query.ndim in (3, 4), f"{query.shape=}, expected [B, T, N, H] or [T, N, H]")
+    check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
+    _check_arrays(query, key, value)
     if query.ndim == 3:
         query, key, value = (x[None] for x in (query, key, value))
-    _check_arrays(query, key, value)
+    query, scale = _scaled(query, scale)
     pallas.check_implementation("attention", implementation)
     check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
-    b, t, n, h = query.shape
-    s = key.shape[1]
+    *batch, t, n, _ = query.shape
+    s = key.shape[-3]
     axes = compat.check_axis_name(axis_name)
     columns = s * math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
     extras = Extras(
-        bias=_logits_like("bias", bias, (b, n, t, columns)),
-        mask=_logits_like("mask", mask, (b, n, t, columns)),
-        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (b,)),
-        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (b,)),
-        query_segments=_integers("query_segment_ids", query_segment_ids, (b, t)),
-        key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (b, columns)),
+        bias=_logits_like("bias", bias, (*batch, n, t, columns)),
+        mask=_logits_like("mask", mask, (*batch, n, t, columns)),
+        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (*batch,)),
+        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (*batch,)),
+        query_segments=_integers("query_segment_ids", query_segment_ids, (*batch, t)),
+        key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
     )
     check(
         (extras.query_segments is None) == (extras.key_segments is None),
         "query_segment_ids and key_value_segment_ids: one was given, expected both or neither",
     )
     band = Band.make(is_causal, local_window_size)
-    call = Call(
-        AttentionSpec(1 / math.sqrt(h) if scale is None else float(scale), band), exchange, implementation, axes
-    )
+    call = Call(AttentionSpec(scale, band), exchange, implementation, axes)
     output, lse = attention(call, *compat.vary_alike((query, key, value, extras)))
     output = output.reshape(shape)
     return (output, lse.reshape(shape[:-1])) if return_residual else output
@@ -121,30 +120,47 @@ def _check_arrays(query, key, value):
         check(
             x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}"
         )
-    b, _, n, h = query.shape
-    expected = (b, key.shape[1], key.shape[2], h)
-    check(key.shape == expected, f"{key.shape=}, expected [B, S, K, H] with query's B={b} and H={h}")
+    *batch, _, n, h = query.shape
+    expected = (*batch, key.shape[-3], key.shape[-2], h)
+    check(key.shape == expected, f"{key.shape=}, expected [..., S, K, H] with query's leading dims {batch} and H={h}")
     check(value.shape == expected, f"{value.shape=}, expected key's shape {expected}")
     check(
-        key.shape[2] > 0 and n % key.shape[2] == 0,
-        f"{n} query heads and {key.shape[2]} key heads, expected the first to be a multiple of the second",
+        key.shape[-2] > 0 and n % key.shape[-2] == 0,
+        f"{n} query heads and {key.shape[-2]} key heads, expected the first to be a multiple of the second",
     )
     check(min(query.shape + key.shape) > 0, f"{query.shape=}, {key.shape=}, expected no dim of length 0")
 
 
+def _scaled(query, scale):
+    """`(query, scale)` with a number for a scale: one that is traced is multiplied into the queries instead."""
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, jax.core.Tracer):
+        check(jnp.ndim(scale) == 0, f"scale has shape {jnp.shape(scale)}, expected a scalar: multiply the query with it")
+        return query, float(scale)
+    check(scale.ndim == 0, f"scale has shape {scale.shape}, expected a scalar: multiply the query with it, and pass scale=1")
+    return (query * scale.astype(jnp.promote_types(query.dtype, jnp.float32))).astype(query.dtype), 1.0
+
+
 def _logits_like(name: str, x, shape: tuple[int, ...]):
-    """The bias or mask with 4 dims, checked to broadcast to `shape`."""
+    """The bias or mask with as many dims as the logits, checked to broadcast to `shape`."""
     if x is None:
         return None
     x = jnp.asarray(x)
-    kind = jnp.floating if name == "bias" else jnp.bool_
+    if name == "mask":
+        check(
+            x.dtype == jnp.bool_,
+            f"mask has dtype {x.dtype}, expected bool, True where a pair takes part: pass mask.astype(bool), or, if it is "
+            "added to the logits, bias=mask",
+        )
+    check(name == "mask" or jnp.issubdtype(x.dtype, jnp.floating), f"bias has dtype {x.dtype}, expected a float")
     check(
-        jnp.issubdtype(x.dtype, kind), f"{name} has dtype {x.dtype}, expected {'a float' if name == 'bias' else 'bool'}"
+        x.ndim <= len(shape),
+        f"{name} has shape {x.shape}, expected at most {len(shape)} dims, broadcastable to [..., N, T, S] = {shape}",
     )
-    check(x.ndim <= 4, f"{name} has shape {x.shape}, expected at most 4 dims, broadcastable to [B, N, T, S] = {shape}")
-    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
     fits = all(n in (1, m) for n, m in zip(x.shape, shape))
-    check(fits, f"{name} has shape {x.shape}, expected one that broadcasts to [B, N, T, S] = {shape}")
+    check(fits, f"{name} has shape {x.shape}, expected one that broadcasts to [..., N, T, S] = {shape}")
     return x
 
 

@@ -8,7 +8,7 @@ a schedule calls it once a hop and tells it by two offsets where in the sequence
     check(spec, q, k, extras)                       raises NotImplementedError with what it lacks; nothing else
     init(spec, q) -> state                          no key seen yet; an opaque pytree
     forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
-    finish(spec, state) -> (o [B, N, T, H], lse [B, N, T])          both in acc's dtype
+    finish(spec, state) -> (o [B, N, T, H], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
     backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share
 """
 
@@ -29,6 +29,8 @@ class AttentionSpec:
     # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
     # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
     interpret: bool = False
+    # Loops of a fixed length, so that JAX can transpose them: blocks that are hidden are masked instead of skipped.
+    differentiable: bool = False
 
 
 class Offsets(NamedTuple):

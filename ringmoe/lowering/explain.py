@@ -12,7 +12,8 @@ from rich.table import Table
 
 from ringmoe.lowering.jit import jit
 from ringmoe.lowering.walk import ops
-from ringmoe.primitives.doors import OPS, find_plan
+from ringmoe.primitives.doors import find
+from ringmoe.primitives.op import OPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
 
 def _row(eqn) -> Row:
     op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
-    plan, door = find_plan(op, avals, eqn.params)
+    found = find(op, avals, eqn.params)
     shown = [
         (name, a)
         for name, a in zip(eqn.params["operands"], avals)
@@ -74,8 +75,8 @@ def _row(eqn) -> Row:
     shapes = ", ".join(f"{name} {a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in shown)
     *_, folder, file = ("", *source_info_util.summarize(eqn.source_info).split("/"))
     where = f"{folder}/{file}".lstrip("/")
-    if plan is None:
-        return Row(
-            op.name, where, shapes, "partitioner", (), door, 0, "XLA tells while it compiles; ringmoe.jit knows before"
-        )
-    return Row(op.name, where, shapes, plan.exchange, tuple(plan.axes), door, plan.wire_bytes, plan.reason)
+    if found is None:
+        why = "XLA tells while it compiles; ringmoe.jit knows before"
+        return Row(op.name, where, shapes, "partitioner", (), "partitioner", 0, why)
+    plan = found.plan
+    return Row(op.name, where, shapes, plan.exchange, tuple(plan.axes), found.door, plan.wire_bytes, plan.reason)
