@@ -15,7 +15,7 @@ import jax.core
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 
-from ringmoe.lowering import propagate
+from ringmoe.lowering import propagate, rows
 
 # What besides the arguments decides how a function is traced.
 CONTEXT = (
@@ -73,6 +73,7 @@ class Jitted:
         try:
             if key not in self._placed:
                 self._placed[key] = self._place(leaves, args, kwargs)
+                rows.log(self._placed[key], args, kwargs)
             return self._placed[key]
         except TypeError as error:
             if "unhashable" not in str(error):
