@@ -36,9 +36,9 @@ def dot_product_attention(
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather"] = "auto",
 ) -> Any:
-    r"""Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
+    """Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
-    .. math:: O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias}) V
+        O = softmax(scale Q K^T + bias) V
 
     Every argument that `jax.nn` has means what it means there. Two things differ: a query that sees no key gives zeros
     (and LSE -inf), where `jax.nn` averages V; and the residual is fp32 (fp64 for fp64 inputs) and differentiable.
