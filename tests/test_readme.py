@@ -28,6 +28,8 @@ def test_the_program_runs(block, tmp_path, capsys):
     output = capsys.readouterr().out
     for promised in re.findall(r"# -> (.*)", block):
         assert promised in output
+    if "ringmoe.explain(" in block:
+        assert re.search("│ attention +│ 1 .*│ ring +│ seq ", output), output
     if metrics := names.get("metrics"):  # a layer that looks broken is no advertisement
         assert metrics.drop_fraction < 0.05 and metrics.expert_load.min() > 0
 
