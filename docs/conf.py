@@ -6,6 +6,7 @@ import re
 
 from docutils import nodes
 from jax.typing import ArrayLike
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import stringify_annotation
@@ -26,7 +27,7 @@ myst_heading_anchors = 3
 
 # Every reference into this documentation must lead somewhere; those to other projects can't be followed without a network.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(jax|numpy|collections|typing)\..*|ArrayLike")]
+nitpick_ignore_regex = [("py:.*", r"(jax|numpy|collections|typing)\..*|ArrayLike|[PR]")]
 default_role = "literal"  # `names` of ours become links in `link`
 
 autodoc_member_order = "bysource"
@@ -97,6 +98,9 @@ def program(path: pathlib.Path, text: str) -> str:
 
 
 def setup(app):
+    attention = ModuleAnalyzer.for_module("ringmoe.attention")  # shown with its arguments, not with three overloads
+    attention.analyze()
+    attention.overloads.clear()
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     app.connect("doctree-resolved", link)
