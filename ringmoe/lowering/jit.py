@@ -8,7 +8,7 @@ What comes out is an ordinary jitted function of shard_maps: it runs on every pl
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.core
@@ -24,17 +24,17 @@ CONTEXT = (
 )  # fmt: skip
 
 
-class Jitted:
+class Jitted[**P, R]:
     """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
 
-    def __init__(self, fun: Callable, options: dict[str, Any]):
+    def __init__(self, fun: Callable[P, R], options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
         self._plain: Any = jax.jit(fun, **options)
         self._static = _static_arguments(fun, options)
         self._placed: dict[Any, Any] = {}
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
         if traced or jax.config.jax_disable_jit:
             return self._plain(
@@ -100,6 +100,10 @@ class Jitted:
         return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
 
 
+@overload
+def jit[**P, R](fun: Callable[P, R], **options: Any) -> Jitted[P, R]: ...
+@overload
+def jit[**P, R](**options: Any) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 def jit(fun: Callable | None = None, **options) -> Any:
     """Jits `fun` as `jax.jit` does, and partitions every RingMoE op in it by the sharding of its operands.
 
