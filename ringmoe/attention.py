@@ -1,7 +1,7 @@
 """Public attention ops: docstring, checks, one bind each."""
 
 import math
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,40 @@ from ringmoe.plan import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `dot_product_attention` but the one that decides what it returns, for the overloads."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["tpu", "xla"] | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    axis_name: str | tuple[str, ...] | None
+    exchange: Literal["auto", "ring", "all_gather"]
+
+
+# fmt: off
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[False] = False, **options: Unpack[Options],
+) -> jax.Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[True], **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: bool, **options: Unpack[Options],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+# fmt: on
 
 
 def dot_product_attention(
@@ -35,10 +69,10 @@ def dot_product_attention(
     key_value_segment_ids: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather"] = "auto",
-) -> Any:
-    r"""Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
-    .. math:: O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias}) V
+        O = softmax(scale Q K^T + bias) V
 
     Every argument that `jax.nn` has means what it means there. Two things differ: a query that sees no key gives zeros
     (and LSE -inf), where `jax.nn` averages V; and the residual is fp32 (fp64 for fp64 inputs) and differentiable.
@@ -136,9 +170,14 @@ def _scaled(query, scale):
     if scale is None:
         return query, 1 / math.sqrt(query.shape[-1])
     if not isinstance(scale, jax.core.Tracer):
-        check(jnp.ndim(scale) == 0, f"scale has shape {jnp.shape(scale)}, expected a scalar: multiply the query with it")
+        check(
+            jnp.ndim(scale) == 0, f"scale has shape {jnp.shape(scale)}, expected a scalar: multiply the query with it"
+        )
         return query, float(scale)
-    check(scale.ndim == 0, f"scale has shape {scale.shape}, expected a scalar: multiply the query with it, and pass scale=1")
+    check(
+        scale.ndim == 0,
+        f"scale has shape {scale.shape}, expected a scalar: multiply the query with it, and pass scale=1",
+    )
     return (query * scale.astype(jnp.promote_types(query.dtype, jnp.float32))).astype(query.dtype), 1.0
 
 

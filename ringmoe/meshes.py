@@ -72,7 +72,9 @@ def refine(
         fitting.append(more is not None)
         cuts = more or cuts
     pieces = _name_pieces(sorted(cuts), named)
-    axes = lambda digit: tuple(axis for axis, (n, low) in pieces.items() if n > 1 and digit[1] <= low < digit[0] * digit[1])
+    axes = lambda digit: tuple(
+        axis for axis, (n, low) in pieces.items() if n > 1 and digit[1] <= low < digit[0] * digit[1]
+    )
     told = [
         tuple(tuple(a for digit in dim for a in axes(digit)) for dim in array) if fits and array is not None else None
         for array, fits in zip(arrays, fitting)

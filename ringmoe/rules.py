@@ -134,7 +134,9 @@ class Rule:
             yield from left
 
         return [
-            None if digits is None else tuple(tuple(of_dim(dim, ds)) if len(dim) > 1 else ds for dim, ds in zip(dims, digits))
+            None
+            if digits is None
+            else tuple(tuple(of_dim(dim, ds)) if len(dim) > 1 else ds for dim, ds in zip(dims, digits))
             for dims, digits in zip(self.operands + self.results, arrays)
         ]
 
@@ -153,7 +155,6 @@ class Rule:
             sizes["k"], sizes["g"] = k * repeats, _ceil(g, repeats)
         sizes |= {f: _ceil(sizes[f], n) * n for f, n in parts.items() if f in sizes}
         return dataclasses.replace(self, sizes=tuple(sorted(sizes.items())))
-
 
     def splits_a_compound_unevenly(self, factor: str, axes: Axes, mesh_shape: Mapping[str, int]) -> bool:
         """Whether the axes leave uneven parts of a factor that shares a dim with others; said, because it is gathered.
@@ -222,7 +223,8 @@ def make(
     known = dict(sizes)
     texts = {name: text(family, name) for name in (*(name for name, _ in operands), *results)}
     num_batch = max(
-        (len(shape) - mapped - len(_dims(texts[name], 0)) for name, shape in operands if "..." in texts[name]), default=0
+        (len(shape) - mapped - len(_dims(texts[name], 0)) for name, shape in operands if "..." in texts[name]),
+        default=0,
     )
     front = [(f"m{i}",) for i in range(mapped)]
     dims_of = {name: front + _dims(words, num_batch) for name, words in texts.items()}

@@ -2,6 +2,9 @@
 
 import ast
 import pathlib
+import re
+import sys
+import tomllib
 
 import pytest
 
@@ -94,6 +97,17 @@ def test_no_import_inside_a_function(path):
     ]
     hidden = {module for function in functions for module, _ in imported(function)}
     assert not {module for module in hidden if (name, module) not in INSIDE_FUNCTIONS}
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py")
+    declared = {name(r) for r in project["dependencies"]}
+    extra = {name(r) for r in project["optional-dependencies"]["examples"]}
+    for path in files():
+        packages = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+        found = packages - sys.stdlib_module_names - {"ringmoe"} - declared
+        assert found <= (extra if part(path) in ("demo", "inspect_cli") else set()), f"{path}: {found}"
 
 
 def test_kernels_do_not_communicate():

@@ -6,28 +6,11 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from jax.extend import source_info_util
 from rich.console import Console
 from rich.table import Table
 
 from ringmoe.lowering.jit import jit
-from ringmoe.lowering.walk import ops
-from ringmoe.primitives.doors import find
-from ringmoe.primitives.op import OPS
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One op of the traced function (one line in a scan's body is one row, however often it runs)."""
-
-    op: str
-    where: str  # folder/file:line:column (function) of the caller
-    shapes: str
-    exchange: str  # "ring", "all_gather", "all_to_all", "sum", "local", or "partitioner" where XLA decides later
-    axes: tuple[str, ...]
-    door: str  # which door found the sharding, see ringmoe/primitives/doors.py
-    wire_bytes: int  # sent per device in one forward pass of the op
-    reason: str
+from ringmoe.lowering.rows import Row, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +44,4 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
     Raises what tracing `fun` raises.
     """
     jitted: Any = fun if hasattr(fun, "trace") else jit(fun)
-    return Explanation(tuple(_row(eqn) for eqn in ops(jitted.trace(*args, **kwargs).jaxpr)))
-
-
-def _row(eqn) -> Row:
-    op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
-    found = find(op, avals, eqn.params)
-    shown = [
-        (name, a)
-        for name, a in zip(eqn.params["operands"], avals)
-        if name in ("query", "key", "tokens", "w_in", "rows")
-    ]
-    shapes = ", ".join(f"{name} {a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in shown)
-    *_, folder, file = ("", *source_info_util.summarize(eqn.source_info).split("/"))
-    where = f"{folder}/{file}".lstrip("/")
-    if found is None:
-        why = "XLA tells while it compiles; ringmoe.jit knows before"
-        return Row(op.name, where, shapes, "partitioner", (), "partitioner", 0, why)
-    plan = found.plan
-    return Row(op.name, where, shapes, plan.exchange, tuple(plan.axes), found.door, plan.wire_bytes, plan.reason)
+    return Explanation(read(jitted.trace(*args, **kwargs).jaxpr))

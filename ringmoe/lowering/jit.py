@@ -9,7 +9,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.core
@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from ringmoe import compat
 from ringmoe.errors import check
-from ringmoe.lowering import propagate
+from ringmoe.lowering import propagate, rows
 
 # What besides the arguments decides how a function is traced.
 CONTEXT = (
@@ -27,17 +27,17 @@ CONTEXT = (
 )  # fmt: skip
 
 
-class Jitted:
+class Jitted[**P, R]:
     """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
 
-    def __init__(self, fun: Callable, options: dict[str, Any]):
+    def __init__(self, fun: Callable[P, R], options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
         self._plain: Any = jax.jit(_refusing_lost_changes(fun), **options)
         self._static = _static_arguments(fun, options)
         self._placed: dict[Any, Any] = {}
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         known = self._known(args, kwargs)
         if known is None or jax.config.jax_disable_jit:
             return self._plain(*args, **kwargs)  # inside another jit: the outermost ringmoe.jit places the ops
@@ -90,6 +90,7 @@ class Jitted:
         try:
             if key not in self._placed:
                 self._placed[key] = self._place(leaves, args, kwargs)
+                rows.log(self._placed[key], args, kwargs)
             return self._placed[key]
         except TypeError as error:
             if "unhashable" not in str(error):
@@ -124,6 +125,10 @@ class Jitted:
         return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
 
 
+@overload
+def jit[**P, R](fun: Callable[P, R], **options: Any) -> Jitted[P, R]: ...
+@overload
+def jit[**P, R](**options: Any) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 def jit(fun: Callable | None = None, **options) -> Any:
     """Jits `fun` as `jax.jit` does, and partitions every RingMoE op in it by the sharding of its operands.
 
@@ -156,7 +161,9 @@ def _refusing_lost_changes(fun: Callable) -> Callable:
         plain = jax.tree_util.DictKey, jax.tree_util.SequenceKey
         for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
             check(
-                id(leaf) in kept or all(isinstance(key, plain) for key in path) or not isinstance(leaf, jax.core.Tracer),
+                id(leaf) in kept
+                or all(isinstance(key, plain) for key in path)
+                or not isinstance(leaf, jax.core.Tracer),
                 f"{getattr(fun, '__name__', fun)} changes {jax.tree_util.keystr(path[1:])} of its arguments in place and "
                 "doesn't return it, so the change would be lost: a jitted function works on copies. Return the state: "
                 "graphdef, state = nnx.split((model, optimizer)) outside; model, optimizer = nnx.merge(graphdef, state) "

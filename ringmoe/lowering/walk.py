@@ -8,6 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 
 from ringmoe.primitives.op import OPS
 
+
 def map_ops(jaxpr: Jaxpr, place: Callable[[JaxprEqn], Any], outer=None) -> Jaxpr:
     """`jaxpr` with each op's `placement` set to `place(eqn)`, in nested jaxprs too.
 

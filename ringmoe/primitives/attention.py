@@ -77,9 +77,7 @@ def _tangent_transpose(cotangents, *arrays, **params):
     inputs = {name: kept.pop(name) for name in INPUTS}
     operands = inputs | dict(zip(SAVED, (lse, named["lse_tail"], do, delta))) | kept
     wanted = INPUTS + (("bias",) if "bias" in kept else ())
-    grads = BACKWARD.primitive.bind(
-        *operands.values(), **params | {"operands": tuple(operands), "results": wanted}
-    )
+    grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
     found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
     return [found[name] if name in asked else None for name in named]
 
@@ -130,7 +128,10 @@ def _forward_body(plan: plan.AttentionPlan, platform: str, params):
 
 def _backward_body(plan: plan.AttentionPlan, platform: str, params):
     def run(query, key, value, *rest):
-        saved, extras = rest[: len(SAVED)], Extras(**dict(zip(params["operands"][3 + len(SAVED) :], rest[len(SAVED) :])))
+        saved, extras = (
+            rest[: len(SAVED)],
+            Extras(**dict(zip(params["operands"][3 + len(SAVED) :], rest[len(SAVED) :]))),
+        )
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
         *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, *saved, extras)
         return grads if dbias is None else [*grads, dbias]

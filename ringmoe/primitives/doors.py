@@ -1,13 +1,13 @@
 """From a bound op to per-device code: one room, and the doors that find how its operands are sharded.
 
-    lowering ─► a door finds factor -> mesh axes ─► op.plan ─► arrays padded to what the axes divide
-             ─► op.body(plan) inside a shard_map whose specs are the plan's factors ─► padding cut off
+lowering ─► a door finds factor -> mesh axes ─► op.plan ─► arrays padded to what the axes divide
+         ─► op.body(plan) inside a shard_map whose specs are the plan's factors ─► padding cut off
 
-    ringmoe.jit  wrote the factors into the parameter `placement`
-    manual       inside the user's shard_map: `axis_name`, and the types of axes that are still Explicit there
-    types        Explicit axes: the operands' types tell
-    partitioner  Auto axes under plain jax.jit: custom_partitioning asks back when XLA has propagated; not on TPU
-    whole        one device; or the fallback on TPU: XLA's partitioner gathers what it must, with a warning
+ringmoe.jit  wrote the factors into the parameter `placement`
+manual       inside the user's shard_map: `axis_name`, and the types of axes that are still Explicit there
+types        Explicit axes: the operands' types tell
+partitioner  Auto axes under plain jax.jit: custom_partitioning asks back when XLA has propagated; not on TPU
+whole        one device; or the fallback on TPU: XLA's partitioner gathers what it must, with a warning
 """
 
 import dataclasses
@@ -98,7 +98,12 @@ def lower(op, platform: str, ctx, *operands, **params):
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
     found = find(op, avals, params)
-    if found is not None and platform == "tpu" and not found.free and set(found.mesh.axis_names) - set(found.mesh.manual_axes):
+    if (
+        found is not None
+        and platform == "tpu"
+        and not found.free
+        and set(found.mesh.axis_names) - set(found.mesh.manual_axes)
+    ):
         params = params | {"implementation": _left_to_xla(op, platform)}
     if found is not None:
         run = _sharded(op, rule, found, platform, params, ctx.avals_out)

@@ -101,7 +101,9 @@ def _mover_transpose(op: Op, cotangents, *arrays, **params):
     if asked != "weight":
         back, moved, result = (DISPATCH, "tokens", "rows") if op is COMBINE else (COMBINE, "rows", "tokens")
         operands = {moved: cotangent} | {name: named[name] for name in ("expert", "slot", "weight") if name in named}
-        (grad,) = back.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": (result,)})
+        (grad,) = back.primitive.bind(
+            *operands.values(), **params | {"operands": tuple(operands), "results": (result,)}
+        )
     else:
         choices = named["expert"].shape[-1]
         one = lambda x, j: jax.lax.slice_in_dim(x, j, j + 1, axis=-1)

@@ -32,7 +32,17 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
 
 
 def backward(
-    plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, lse, tail, do, delta, extras: Extras
+    plan: AttentionPlan,
+    kernel: ModuleType,
+    spec: AttentionSpec,
+    query,
+    key,
+    value,
+    lse,
+    tail,
+    do,
+    delta,
+    extras: Extras,
 ):
     """Returns dq, dk, dv in the dtypes of query, key and value, and dbias or None.
 
