@@ -4,6 +4,7 @@ import math
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 

@@ -1,6 +1,7 @@
 """The only module that touches JAX's private parts, each with the reason; tests/test_compat.py tells when one moves."""
 
 import jax
+import jax.core
 import numpy as np
 from jax._src import dispatch
 from jax.extend.core import Primitive

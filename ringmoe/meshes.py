@@ -6,6 +6,7 @@ by the digits (2, 4) and (4, 1). `refine` names the digits: a mesh of the same d
 fine enough to tell every array's sharding. An axis `a` that is cut in two becomes `a.0` and `a.1`, major to minor.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -86,7 +87,7 @@ def refine(
 def _cuts(cuts: set[int], digits) -> set[int] | None:
     """`cuts` and the edges of the digits, if each divides the next."""
     more = sorted(cuts | {edge for size, stride in digits for edge in (stride, size * stride)})
-    return set(more) if all(high % low == 0 for low, high in zip(more, more[1:])) else None
+    return set(more) if all(high % low == 0 for low, high in itertools.pairwise(more)) else None
 
 
 def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit]:
@@ -94,7 +95,7 @@ def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit
     pieces = {}
     for axis, (size, stride) in named.items():
         inner = [cut for cut in cuts if stride <= cut <= size * stride][::-1]
-        parts = [(high // low, low) for high, low in zip(inner, inner[1:])] or [(1, stride)]
+        parts = [(high // low, low) for high, low in itertools.pairwise(inner)] or [(1, stride)]
         for i, part in enumerate(parts):
             pieces[axis if len(parts) == 1 else f"{axis}.{i}"] = part
     return pieces

@@ -72,6 +72,12 @@ class Rule:
     operands: tuple[tuple[Dim, ...], ...]
     results: tuple[tuple[Dim, ...], ...]
     sizes: tuple[tuple[str, int], ...]
+    # Factors of this call that no axis may split: the 1 that stands for a longer one, and the 1 that was left out elsewhere.
+    whole: frozenset[str] = frozenset()
+
+    def is_whole(self, factor: str) -> bool:
+        """Whether no schedule splits this factor."""
+        return factor in WHOLE or factor in self.whole
 
     def __str__(self) -> str:
         """Shardy's notation, as `custom_partitioning` and `sdy.sharding_rule` take it."""
@@ -111,33 +117,35 @@ class Rule:
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                if any(factor in found for factor in dim) or all(map(is_whole, dim)):
+                if any(factor in found for factor in dim) or all(map(self.is_whole, dim)):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
                 taken = {axis for rival in rivals for axis in found.get(rival, ())}
                 free = tuple(axis for axis in axes if axis not in taken)
-                found |= {factor: share for factor, share in _split(dim, free, sizes, mesh_shape) if share}
+                splittable = [factor for factor in dim if not self.is_whole(factor)]
+                found |= {factor: share for factor, share in _split(splittable, free, sizes, mesh_shape) if share}
         return found
 
     def cut(self, arrays: Sequence[Digits | None]) -> list[Digits | None]:
         """The arrays' digits (see meshes.py), cut where a factor of a compound dim ends: 8 devices on 2 key heads of 4."""
         sizes = dict(self.sizes)
 
-        def of_dim(dim: Dim, left: tuple[Digit, ...]):
+        def of_dim(dim: Dim, digits: tuple[Digit, ...]) -> tuple[Digit, ...]:
+            left, parts = list(digits), []
             for factor in dim:
-                length = sizes.get(factor, 1)
-                while left and (common := math.gcd(length, left[0][0])) > 1:
-                    (size, stride), left = left[0], left[1:]
-                    yield common, stride * (size // common)
-                    left = ((size // common, stride), *left) if size > common else left
+                length = 1 if self.is_whole(factor) else sizes.get(factor, 1)
+                while left and length > 1 and (common := math.gcd(length, left[0][0])) > 1:
+                    size, stride = left.pop(0)
+                    parts.append((common, stride * (size // common)))
+                    left[:0] = [(size // common, stride)] if size > common else []
                     length //= common
-            yield from left
+                if length > 1:
+                    break
+            return digits if left else tuple(parts)  # a cut that fits no factor helps nobody
 
+        cut = lambda dims, digits: tuple(map(of_dim, dims, digits))
         return [
-            None
-            if digits is None
-            else tuple(tuple(of_dim(dim, ds)) if len(dim) > 1 else ds for dim, ds in zip(dims, digits))
-            for dims, digits in zip(self.operands + self.results, arrays)
+            None if digits is None else cut(dims, digits) for dims, digits in zip(self.operands + self.results, arrays)
         ]
 
     def fitted(self, factors: Mapping[str, Axes], mesh_shape: Mapping[str, int]) -> "Rule":
@@ -172,11 +180,6 @@ class Rule:
             "pads them, and a number that the devices divide costs nothing",
         )
         return True
-
-
-def is_whole(factor: str) -> bool:
-    """Whether no schedule splits this factor: one in WHOLE, or the 1 that stands for a longer one."""
-    return factor in WHOLE or factor.startswith("one")
 
 
 def spec_of(dims: Sequence[Dim], factors: Mapping[str, Axes]) -> PartitionSpec:
@@ -239,19 +242,27 @@ def make(
             if len(unknown) == 1 and length != 1:
                 known[unknown[0]] = length // math.prod(known[f] for f in dim if f in known)
     named: dict[str, tuple[Dim, ...]] = {}
+    whole: set[str] = set()
+
+    def without_ones(dim: Dim) -> Dim:
+        kept = tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1]
+        whole.update(set(dim) - set(kept))  # split elsewhere, it would be missed here
+        return kept
+
     for (name, _), (dims, shape) in zip(operands, arrays):
-        kept = [tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims]
+        kept = list(map(without_ones, dims))
         for i, length in enumerate(shape):
             if length == 1 and known.get(kept[i][0], 1) > 1:
                 kept[i] = (f"one{len(known)}",)
                 known[kept[i][0]] = 1
+                whole.update(kept[i])
             assert math.prod(known.get(f, 1) for f in kept[i]) == length, (name, shape, known)
         named[name] = tuple(kept)
     for name in results:
         if name not in named:
-            named[name] = tuple(tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims_of[name])
+            named[name] = tuple(map(without_ones, dims_of[name]))
     rule = lambda names: tuple(named[name] for name in names)
-    return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())))
+    return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())), frozenset(whole))
 
 
 def text(family: str, name: str) -> str:
@@ -268,24 +279,22 @@ def _dims(text: str, num_batch: int) -> list[Dim]:
     return words
 
 
-def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]):
+def _split(factors: Sequence[str], axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]):
     """Pairs `(factor, axes)`: the axes of one dim handed to its factors, major to minor.
 
     A factor takes axes while they divide it; the next one starts only when it is split to single elements. Where that
     leaves axes over, the first factor takes all of them and will be padded.
     """
     left, shares = list(axes), []
-    for factor in dim:
+    for factor in factors:
         share, length = [], sizes.get(factor, 1)
-        while left and not is_whole(factor) and length % mesh_shape[left[0]] == 0:
+        while left and length % mesh_shape[left[0]] == 0:
             length //= mesh_shape[left[0]]
             share.append(left.pop(0))
         shares.append((factor, tuple(share)))
         if length > 1:
             break
-    if not left:
-        return shares
-    return [(next(factor for factor in dim if not is_whole(factor)), axes)]
+    return [(factors[0], axes)] if left else shares
 
 
 def grow(x: jax.Array, dims: Sequence[Dim], old: Mapping[str, int], new: Mapping[str, int], fill=0) -> jax.Array:

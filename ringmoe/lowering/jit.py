@@ -7,7 +7,6 @@ What comes out is an ordinary jitted function of shard_maps: it runs on every pl
 
 import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -108,7 +107,7 @@ class Jitted[**P, R]:
         free = {} if self._options.get("out_shardings") is not None else specs
         return run(jaxpr, {i: NamedSharding(mesh, spec) for i, spec in free.items()})
 
-    def _evaluate(self, jaxpr, shardings=types.MappingProxyType({}), *, tree):
+    def _evaluate(self, jaxpr, shardings=None, *, tree):
         """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments.
 
         `shardings`: constraints on some of its results.
@@ -118,7 +117,7 @@ class Jitted[**P, R]:
             # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
             leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
             results = jaxpr_as_fun(jaxpr)(*leaves)
-            for i, sharding in shardings.items():
+            for i, sharding in (shardings or {}).items():
                 results[i] = jax.lax.with_sharding_constraint(results[i], sharding)
             return jax.tree.unflatten(tree, results)
 

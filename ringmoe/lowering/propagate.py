@@ -24,8 +24,8 @@ def propagate(jaxpr, mesh: AbstractMesh, lower: Callable) -> tuple[Any, dict[int
     """`(jaxpr, specs)`: `jaxpr` with a `Placement` in every op that needs one, and specs for its results.
 
     There are specs only where an op is placed along a part of a mesh axis: JAX can't name the sharding of a result that
-    would lie so, and it gets one of whole axes. `lower(jaxpr)` lowers a jaxpr as the caller will at last: same shardings of arguments and results. Ops whose operand
-    types tell their sharding (Explicit axes) keep `placement=None`.
+    would lie so, and it gets one of whole axes. `lower(jaxpr)` lowers a jaxpr as the caller will at last: same shardings
+    of arguments and results. Ops whose operand types tell their sharding (Explicit axes) keep `placement=None`.
     """
     numbers = itertools.count()
     module = lower(map_ops(jaxpr, lambda eqn: None if _typed(eqn) else probe.Probe(next(numbers)))).compiler_ir(

@@ -127,13 +127,10 @@ def _forward_body(plan: plan.AttentionPlan, platform: str, params):
 
 
 def _backward_body(plan: plan.AttentionPlan, platform: str, params):
-    def run(query, key, value, *rest):
-        saved, extras = (
-            rest[: len(SAVED)],
-            Extras(**dict(zip(params["operands"][3 + len(SAVED) :], rest[len(SAVED) :]))),
-        )
+    def run(query, key, value, lse, tail, do, delta, *rest):
+        extras = Extras(**dict(zip(params["operands"][len(INPUTS) + len(SAVED) :], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
-        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, *saved, extras)
+        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, tail, do, delta, extras)
         return grads if dbias is None else [*grads, dbias]
 
     return run

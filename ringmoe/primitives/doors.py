@@ -148,7 +148,7 @@ def body(op, plan, platform: str, params) -> Callable:
 
 
 def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callable:
-    """The op as a shard_map over the free axes of the mesh: operands are brought to the plan's specs, results to their types."""
+    """The op as a shard_map over the mesh's free axes: operands are brought to the plan's specs, results to their types."""
     run, mesh = body(op, found.plan, platform, params), found.mesh
     if not found.free:
         return run

@@ -86,7 +86,7 @@ def combine(call: Call, rows, expert, slot, weight):
 def _mover_jvp(op: Op, primals, tangents, **params):
     """Rows and weights are moved linearly: one move for each of them that has a tangent."""
     moves = []
-    for i, (name, tangent) in enumerate(zip(params["operands"], tangents)):
+    for i, tangent in enumerate(tangents):
         if type(tangent) is not ad.Zero:
             moves.append(op.primitive.bind(*primals[:i], tangent, *primals[i + 1 :], **params)[0])
     return op.primitive.bind(*primals, **params), [functools.reduce(ad.add_tangents, moves)]

@@ -90,7 +90,7 @@ def _digits(sharding, named) -> meshes.Digits | None:
             return None
         digits = dict(zip(sizes, tiles))
 
-    def of_axis(ref):
+    def of_axis(ref) -> tuple[meshes.Digit, ...] | None:
         if ref.sub_axis_info is None:
             return digits[ref.name]
         if len(digits[ref.name]) != 1:
@@ -98,13 +98,13 @@ def _digits(sharding, named) -> meshes.Digits | None:
         ((size, stride),), part = digits[ref.name], sdy.SubAxisInfoAttr(ref.sub_axis_info)
         return ((part.size, stride * size // (part.pre_size * part.size)),)
 
-    dims = [
-        [of_axis(sdy.AxisRefAttr(axis)) for axis in sdy.DimensionShardingAttr(dim).axes]
-        for dim in sharding.dimension_shardings
-    ]
-    if any(part is None for dim in dims for part in dim):
-        return None
-    return tuple(tuple(digit for part in dim for digit in part if digit[0] > 1) for dim in dims)
+    told = []
+    for dim in sharding.dimension_shardings:
+        parts = [of_axis(sdy.AxisRefAttr(axis)) for axis in sdy.DimensionShardingAttr(dim).axes]
+        if None in parts:
+            return None
+        told.append(tuple(digit for part in parts if part for digit in part if digit[0] > 1))
+    return tuple(told)
 
 
 def _call(name, target, operands, result_types, operand_dims, result_dims, sizes: dict[str, int]):
