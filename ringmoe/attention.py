@@ -21,7 +21,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 class Options(TypedDict, total=False):
     """The keyword arguments of `dot_product_attention` but the one that decides what it returns, for the overloads."""
 
-    scale: float | None
+    scale: ArrayLike | None
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
@@ -59,7 +59,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -75,18 +75,28 @@ def dot_product_attention(
 
         O = softmax(scale Q K^T + bias) V
 
-    Every argument that `jax.nn` has means what it means there. Two things differ: a query that sees no key gives zeros
-    (and LSE -inf), where `jax.nn` averages V; and the residual is fp32 (fp64 for fp64 inputs) and differentiable.
+    Every argument that `jax.nn` has means what it means there. Where we differ, it is on purpose:
 
-    Letters: B batch, T query tokens, S key tokens, N query heads, K key heads (N a multiple of K), H head dim. Where
-    query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is gathered.
+    ======================  ==========================================  ==================================
+    what                    here                                        `jax.nn`
+    ======================  ==========================================  ==================================
+    a query without keys    zeros, LSE -inf; its gradients are 0        the mean of V
+    the residual (LSE)      fp32 (fp64 for fp64), differentiable        the query's dtype, no gradient
+    leading dims            any number of batch dims                    one or none
+    a mask of floats        refused, with the cast to write             refused
+    ======================  ==========================================  ==================================
+
+    Letters: B batch (any number of dims), T query tokens, S key tokens, N query heads, K key heads (N a multiple of K),
+    H head dim. Where query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is
+    gathered.
 
     Args:
-      query: [B, T, N, H] or [T, N, H]; bf16, fp16, fp32 or fp64.
+      query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.
       key, value: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
-      bias: added to the logits, broadcastable to [B, N, T, S]; differentiable.
+      bias: added to the logits, broadcastable to [B, N, T, S]; differentiable. A finite one is a number, however low; -inf
+        masks.
       mask: boolean, broadcastable to [B, N, T, S]; True takes part.
-      scale: of the logits; default 1 / sqrt(H).
+      scale: of the logits; default 1 / sqrt(H). It may be traced, and has a gradient: it is multiplied into the query then.
       is_causal: token i sees keys j <= i, both counted from their sequence's start.
       query_seq_lengths, key_value_seq_lengths: [B] int32, valid tokens of each sequence; the rest is padding.
       local_window_size: (left, right) or one int for both: token i sees keys i - left .. i + right.
@@ -109,7 +119,9 @@ def dot_product_attention(
 
     Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward; (P - 1) / P of K and V
     sent forward, three to five times that backward (fp32 dK, dV travel too); memory beyond the operands: the next K and V
-    block and one fp32 output.
+    block and one fp32 output. Any order of derivative exists; beyond the first reverse one they are taken of plain XLA
+    operations, slower and with the memory that those need. What a rematerialised layer can keep bears names:
+    `ringmoe.RESIDUAL_NAMES`.
 
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Dao, FlashAttention-2,
     https://arxiv.org/abs/2307.08691.

@@ -19,6 +19,14 @@ import jax
 
 from ringmoe.masks import Band
 
+ATTENTION_OUTPUT, ATTENTION_LSE, MOE_OUTPUT = "ringmoe_attention_output", "ringmoe_attention_lse", "ringmoe_moe_output"
+
+RESIDUAL_NAMES = (ATTENTION_OUTPUT, ATTENTION_LSE, MOE_OUTPUT)
+"""Names of what the ops' backward passes need, or what the next layer does, for `jax.checkpoint` policies: a layer that is
+rematerialised under `jax.checkpoint_policies.save_only_these_names(*ringmoe.RESIDUAL_NAMES)` runs its ring, and sends its
+rows to their experts, once forward and not again before the backward pass. It keeps one array like the query (and one
+number per row and head), and one like the tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:

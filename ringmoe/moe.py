@@ -42,7 +42,8 @@ def moe_ffn(
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
       w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: GELU (tanh form) instead of SwiGLU.
       config: see `RouterConfig`. Tokens compete for slots within groups of `config.group_size` consecutive tokens, so
-        which of them are dropped doesn't depend on the mesh; a device must hold whole groups.
+        which of them are dropped doesn't depend on the mesh. No group is cut: where devices hold less than one, or don't
+        divide their number, the rest is padding, with a warning.
       token_mask: [..., T] bool, False for padding: takes no slot, counts in no metric, gives zeros.
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds

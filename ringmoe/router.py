@@ -31,8 +31,8 @@ class RouterConfig:
             has a slot for every token of a group. That is always enough, because a token's choices are distinct, and it
             costs E / (k * capacity_factor) times the expert FLOPs and rows of a factor: meant for few experts, evaluation
             and tests.
-        group_size: i, consecutive tokens along T that compete for slots; T must be a multiple of it, and so must the tokens
-            one device holds. Default None: the largest divisor of T that is at most 256.
+        group_size: i, consecutive tokens along T that compete for slots; T must be a multiple of it, and so should be the
+            tokens one device holds, or some devices work on padding. Default None: the largest divisor of T up to 256.
         renormalize: divide the k weights by their sum, before anything is dropped. Default True.
 
     Raises:

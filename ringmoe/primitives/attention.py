@@ -9,14 +9,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from ringmoe import pallas, plan
-from ringmoe.interface import AttentionSpec, Extras
+from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import attention as schedule
 
 INPUTS = ("query", "key", "value")
 RESULTS = ("output", "lse", "lse_tail")
 SAVED = ("lse", "lse_tail", "output_cotangent", "delta")  # what BACKWARD takes after the inputs
-RESIDUALS = ("ringmoe_attention_output", "ringmoe_attention_lse", "ringmoe_attention_lse")
+RESIDUALS = (ATTENTION_OUTPUT, ATTENTION_LSE, ATTENTION_LSE)  # of RESULTS
 
 
 @dataclasses.dataclass(frozen=True)

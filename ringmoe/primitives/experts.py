@@ -10,11 +10,11 @@ from jax.interpreters import ad
 from jax.sharding import AxisType
 
 from ringmoe import pallas, plan
+from ringmoe.interface import MOE_OUTPUT
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import experts as schedule
 
 WEIGHTS = ("w_in", "w_gate", "w_out")
-RESIDUAL = "ringmoe_moe_output"
 LAYER = ("tokens", "expert", "slot", "weight", *WEIGHTS)
 
 
@@ -59,7 +59,7 @@ def _layer_jvp(primals, tangents, **params):
     moving = {f"{name}_tangent": t for name, t in zip(names, tangents) if type(t) is not ad.Zero}
     moved = params | {"operands": (*names, *moving), "results": ("tokens",)}
     # A rematerialised layer that keeps y under this name does not send its rows twice.
-    return [checkpoint_name(y, RESIDUAL)], TANGENT.primitive.bind(*primals, *moving.values(), **moved)
+    return [checkpoint_name(y, MOE_OUTPUT)], TANGENT.primitive.bind(*primals, *moving.values(), **moved)
 
 
 def _tangent_transpose(cotangents, *arrays, **params):
