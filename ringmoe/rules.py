@@ -161,7 +161,7 @@ class Rule:
         if k % devices:
             repeats = min(range(1, g + 1), key=lambda r: _ceil(k * r, devices) * _ceil(g, r))
             sizes["k"], sizes["g"] = k * repeats, _ceil(g, repeats)
-        sizes |= {f: _ceil(sizes[f], n) * n for f, n in parts.items() if f in sizes}
+        sizes |= {f: _ceil(sizes.get(f, 1), n) * n for f, n in parts.items()}
         return dataclasses.replace(self, sizes=tuple(sorted(sizes.items())))
 
     def splits_a_compound_unevenly(self, factor: str, axes: Axes, mesh_shape: Mapping[str, int]) -> bool:
@@ -171,12 +171,12 @@ class Rule:
         """
         sizes, parts = dict(self.sizes), math.prod(mesh_shape[a] for a in axes)
         dims = itertools.chain.from_iterable(self.operands + self.results)
-        if sizes[factor] % parts == 0 or not any(factor in dim and len(dim) > 1 for dim in dims):
+        if sizes.get(factor, 1) % parts == 0 or not any(factor in dim and len(dim) > 1 for dim in dims):
             return False
         what = {"k": "key heads", "g": "query heads of a key head", "z": "groups of tokens"}[factor]
         warn_once(
             "gathered",
-            f"{parts} devices on {axes} don't divide the {sizes[factor]} {what}, which plain jax.jit gathers; ringmoe.jit "
+            f"{parts} devices on {axes} don't divide the {sizes.get(factor, 1)} {what}, which plain jax.jit gathers; ringmoe.jit "
             "pads them, and a number that the devices divide costs nothing",
         )
         return True

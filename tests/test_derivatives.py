@@ -85,7 +85,7 @@ def linearize(fun):
 
 def grad_of_grad(fun):
     slope = lambda arrays, direction: sum(
-        jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(jax.grad(scalar(fun))(arrays)), jax.tree.leaves(direction))
+        jnp.sum(g * d) for g, d in zip(jax.tree.leaves(jax.grad(scalar(fun))(arrays)), jax.tree.leaves(direction))
     )
     return jax.grad(slope)
 

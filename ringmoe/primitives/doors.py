@@ -125,12 +125,12 @@ def _in_mesh(mesh: AbstractMesh, run: Callable, *arrays):
         return run(*arrays)
 
 
-def plain(op, avals, params) -> Callable:
+def plain(op, avals, params, avals_out) -> Callable:
     """The op as an ordinary function that JAX can differentiate, called while tracing."""
     params = params | {"implementation": "xla", "differentiable": True}
     rule, found = op.rule(avals, params), find(op, avals, params)
     if found is not None:
-        return _sharded(op, rule, found, "cpu", params, None)
+        return _sharded(op, rule, found, "cpu", params, avals_out)
     return body(op, op.plan(rule, {}, {}, avals, params), "cpu", params)
 
 
@@ -173,8 +173,6 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
             x = rules.grow(place(x, resting(dims)), dims, old, new, rules.FILL.get(name, 0))
             grown.append(place(x, spec))
         outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(local(*grown), rule.results)]
-        if avals_out is None:
-            return outs
         return [x if aval.sharding.mesh.empty else place(x, aval.sharding.spec) for x, aval in zip(outs, avals_out)]
 
     return placed

@@ -68,7 +68,8 @@ class Op:
 
         The sharding is what is known while tracing; where only XLA's partitioner would know it, XLA partitions.
         """
-        run = doors.plain(self, [jax.typeof(x) for x in primals], params)
+        avals = [jax.typeof(x) for x in primals]
+        run = doors.plain(self, avals, params, _abstract_eval(self, *avals, **params))
         inexact = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
         def of_inexact(*xs):
