@@ -108,18 +108,11 @@ def compiled_text(module, mesh: Mesh) -> str:
 
 
 def counts(text: str) -> collections.Counter:
-    """How many collectives of each kind, Pallas kernels, and all-gathers of a sequence the program holds."""
+    """How many collectives of each kind and Pallas kernels the program's text holds."""
     kinds = "all-gather|collective-permute|all-to-all"
     found = collections.Counter(re.findall(rf"\s({kinds})(?:-start)?\(", text))
     found["kernels"] = text.count('custom_call_target="tpu_custom_call"')
-    found["gathered sequences"] = len(gathered_sequences(text))
     return found
-
-
-def gathered_sequences(text: str) -> list[str]:
-    """Types of the all-gathers that have a whole sequence in a dim: K, V or activations, which no parameter looks like."""
-    gathers = re.findall(r"= (\S.*?) all-gather(?:-start)?\(", text)
-    return [types for types in gathers if re.search(rf"\[(?:\d+,)*{TPU_LENGTH}[,\]]", types)]
 
 
 def tpu_mesh(axis_type: AxisType) -> Mesh:
