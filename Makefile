@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 export ALLOW_MULTIPLE_LIBTPU_LOAD ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/demo
 	$(BIN)/ringmoe demo
@@ -18,6 +18,10 @@ lint: .venv/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/all
+	$(BIN)/python -m sphinx -E -W -q --keep-going docs out/docs
+	@echo "out/docs/index.html"
 
 bench: .venv/all
 	$(BIN)/python -m pytest bench --benchmark-columns=min,median,rounds --benchmark-group-by=group
@@ -34,7 +38,7 @@ bench: .venv/all
 	@touch $@
 
 .venv/all: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench,lint,targets]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench,lint,docs,targets]'
 	@touch $@ .venv/demo
 
 clean:

@@ -5,6 +5,7 @@ import pathlib
 from jax.extend import source_info_util
 
 from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.interface import RESIDUAL_NAMES as RESIDUAL_NAMES
 from ringmoe.lowering import explain as explain
 from ringmoe.lowering import jit as jit
 from ringmoe.machines import Target as Target

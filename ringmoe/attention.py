@@ -1,9 +1,10 @@
 """Public attention ops: docstring, checks, one bind each."""
 
 import math
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -17,6 +18,40 @@ from ringmoe.primitives.attention import Call, attention
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of `dot_product_attention` but the one that decides what it returns, for the overloads."""
+
+    scale: ArrayLike | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Literal["tpu", "xla"] | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    axis_name: str | tuple[str, ...] | None
+    exchange: Literal["auto", "ring", "all_gather"]
+
+
+# fmt: off
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[False] = False, **options: Unpack[Options],
+) -> jax.Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: Literal[True], **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None, *,
+    return_residual: bool, **options: Unpack[Options],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+# fmt: on
+
+
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -24,7 +59,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -35,23 +70,33 @@ def dot_product_attention(
     key_value_segment_ids: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather"] = "auto",
-) -> Any:
-    r"""Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
-    .. math:: O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{bias}) V
+        O = softmax(scale Q K^T + bias) V
 
-    Every argument that `jax.nn` has means what it means there. Two things differ: a query that sees no key gives zeros
-    (and LSE -inf), where `jax.nn` averages V; and the residual is fp32 (fp64 for fp64 inputs) and differentiable.
+    Every argument that `jax.nn` has means what it means there. Where we differ, it is on purpose:
 
-    Letters: B batch, T query tokens, S key tokens, N query heads, K key heads (N a multiple of K), H head dim. Where
-    query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is gathered.
+    ======================  ==========================================  ==================================
+    what                    here                                        `jax.nn`
+    ======================  ==========================================  ==================================
+    a query without keys    zeros, LSE -inf; its gradients are 0        the mean of V
+    the residual (LSE)      fp32 (fp64 for fp64), differentiable        the query's dtype, no gradient
+    leading dims            any number of batch dims                    one or none
+    a mask of floats        refused, with the cast to write             refused
+    ======================  ==========================================  ==================================
+
+    Letters: B batch (any number of dims), T query tokens, S key tokens, N query heads, K key heads (N a multiple of K),
+    H head dim. Where query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is
+    gathered.
 
     Args:
-      query: [B, T, N, H] or [T, N, H]; bf16, fp16, fp32 or fp64.
+      query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.
       key, value: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
-      bias: added to the logits, broadcastable to [B, N, T, S]; differentiable.
+      bias: added to the logits, broadcastable to [B, N, T, S]; differentiable. A finite one is a number, however low; -inf
+        masks.
       mask: boolean, broadcastable to [B, N, T, S]; True takes part.
-      scale: of the logits; default 1 / sqrt(H).
+      scale: of the logits; default 1 / sqrt(H). It may be traced, and has a gradient: it is multiplied into the query then.
       is_causal: token i sees keys j <= i, both counted from their sequence's start.
       query_seq_lengths, key_value_seq_lengths: [B] int32, valid tokens of each sequence; the rest is padding.
       local_window_size: (left, right) or one int for both: token i sees keys i - left .. i + right.
@@ -74,39 +119,40 @@ def dot_product_attention(
 
     Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward; (P - 1) / P of K and V
     sent forward, three to five times that backward (fp32 dK, dV travel too); memory beyond the operands: the next K and V
-    block and one fp32 output.
+    block and one fp32 output. Any order of derivative exists; beyond the first reverse one they are taken of plain XLA
+    operations, slower and with the memory that those need. What a rematerialised layer can keep bears names:
+    `ringmoe.RESIDUAL_NAMES`.
 
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Dao, FlashAttention-2,
     https://arxiv.org/abs/2307.08691.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
-    check(query.ndim in (3, 4), f"{query.shape=}, expected [B, T, N, H] or [T, N, H]")
+    check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
+    _check_arrays(query, key, value)
     if query.ndim == 3:
         query, key, value = (x[None] for x in (query, key, value))
-    _check_arrays(query, key, value)
+    query, scale = _scaled(query, scale)
     pallas.check_implementation("attention", implementation)
     check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
-    b, t, n, h = query.shape
-    s = key.shape[1]
+    *batch, t, n, _ = query.shape
+    s = key.shape[-3]
     axes = compat.check_axis_name(axis_name)
     columns = s * math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
     extras = Extras(
-        bias=_logits_like("bias", bias, (b, n, t, columns)),
-        mask=_logits_like("mask", mask, (b, n, t, columns)),
-        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (b,)),
-        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (b,)),
-        query_segments=_integers("query_segment_ids", query_segment_ids, (b, t)),
-        key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (b, columns)),
+        bias=_logits_like("bias", bias, (*batch, n, t, columns)),
+        mask=_logits_like("mask", mask, (*batch, n, t, columns)),
+        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (*batch,)),
+        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (*batch,)),
+        query_segments=_integers("query_segment_ids", query_segment_ids, (*batch, t)),
+        key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
     )
     check(
         (extras.query_segments is None) == (extras.key_segments is None),
         "query_segment_ids and key_value_segment_ids: one was given, expected both or neither",
     )
     band = Band.make(is_causal, local_window_size)
-    call = Call(
-        AttentionSpec(1 / math.sqrt(h) if scale is None else float(scale), band), exchange, implementation, axes
-    )
+    call = Call(AttentionSpec(scale, band), exchange, implementation, axes)
     output, lse = attention(call, *compat.vary_alike((query, key, value, extras)))
     output = output.reshape(shape)
     return (output, lse.reshape(shape[:-1])) if return_residual else output
@@ -121,30 +167,52 @@ def _check_arrays(query, key, value):
         check(
             x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}"
         )
-    b, _, n, h = query.shape
-    expected = (b, key.shape[1], key.shape[2], h)
-    check(key.shape == expected, f"{key.shape=}, expected [B, S, K, H] with query's B={b} and H={h}")
+    *batch, _, n, h = query.shape
+    expected = (*batch, key.shape[-3], key.shape[-2], h)
+    check(key.shape == expected, f"{key.shape=}, expected [..., S, K, H] with query's leading dims {batch} and H={h}")
     check(value.shape == expected, f"{value.shape=}, expected key's shape {expected}")
     check(
-        key.shape[2] > 0 and n % key.shape[2] == 0,
-        f"{n} query heads and {key.shape[2]} key heads, expected the first to be a multiple of the second",
+        key.shape[-2] > 0 and n % key.shape[-2] == 0,
+        f"{n} query heads and {key.shape[-2]} key heads, expected the first to be a multiple of the second",
     )
     check(min(query.shape + key.shape) > 0, f"{query.shape=}, {key.shape=}, expected no dim of length 0")
 
 
+def _scaled(query, scale):
+    """`(query, scale)` with a number for a scale: one that is traced is multiplied into the queries instead."""
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, jax.core.Tracer):
+        check(
+            jnp.ndim(scale) == 0, f"scale has shape {jnp.shape(scale)}, expected a scalar: multiply the query with it"
+        )
+        return query, float(scale)
+    check(
+        scale.ndim == 0,
+        f"scale has shape {scale.shape}, expected a scalar: multiply the query with it, and pass scale=1",
+    )
+    return (query * scale.astype(jnp.promote_types(query.dtype, jnp.float32))).astype(query.dtype), 1.0
+
+
 def _logits_like(name: str, x, shape: tuple[int, ...]):
-    """The bias or mask with 4 dims, checked to broadcast to `shape`."""
+    """The bias or mask with as many dims as the logits, checked to broadcast to `shape`."""
     if x is None:
         return None
     x = jnp.asarray(x)
-    kind = jnp.floating if name == "bias" else jnp.bool_
+    if name == "mask":
+        check(
+            x.dtype == jnp.bool_,
+            f"mask has dtype {x.dtype}, expected bool, True where a pair takes part: pass mask.astype(bool), or, if it is "
+            "added to the logits, bias=mask",
+        )
+    check(name == "mask" or jnp.issubdtype(x.dtype, jnp.floating), f"bias has dtype {x.dtype}, expected a float")
     check(
-        jnp.issubdtype(x.dtype, kind), f"{name} has dtype {x.dtype}, expected {'a float' if name == 'bias' else 'bool'}"
+        x.ndim <= len(shape),
+        f"{name} has shape {x.shape}, expected at most {len(shape)} dims, broadcastable to [..., N, T, S] = {shape}",
     )
-    check(x.ndim <= 4, f"{name} has shape {x.shape}, expected at most 4 dims, broadcastable to [B, N, T, S] = {shape}")
-    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
     fits = all(n in (1, m) for n, m in zip(x.shape, shape))
-    check(fits, f"{name} has shape {x.shape}, expected one that broadcasts to [B, N, T, S] = {shape}")
+    check(fits, f"{name} has shape {x.shape}, expected one that broadcasts to [..., N, T, S] = {shape}")
     return x
 
 

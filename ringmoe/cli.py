@@ -4,13 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from absl import logging
+
 from ringmoe import inspect_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; its exit status is the process's."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="ringmoe", description="Ring attention and expert parallelism for JAX.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what ringmoe.jit finds and does")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="train a sharded byte model on real text, and check it", add_help=False)
     for name, what in (
@@ -18,9 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("targets", "list the machines that inspect knows"),
     ):
         inspect_cli.add_arguments(commands.add_parser(name, help=what), name)
-    if argv[:1] == ["demo"]:
-        return _demo(argv[1:])
-    return inspect_cli.main(parser.parse_args(argv))
+    args, rest = parser.parse_known_args(argv)
+    if args.verbose:
+        logging.set_verbosity(1)
+    if args.command == "demo":
+        return _demo(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return inspect_cli.main(args)
 
 
 def _demo(argv: Sequence[str]) -> int:

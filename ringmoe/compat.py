@@ -1,9 +1,12 @@
 """The only module that touches JAX's private parts, each with the reason; tests/test_compat.py tells when one moves."""
 
 import jax
+import jax.core
+import numpy as np
 from jax._src import dispatch
 from jax.extend.core import Primitive
 
+from ringmoe import meshes
 from ringmoe.errors import check
 
 
@@ -42,3 +45,26 @@ def check_axis_name(axis_name) -> tuple[str, ...]:
             "shard_map leave axis_name out: shardings are found by themselves",
         )
     return axes
+
+
+def digits_of(sharding, ndim: int) -> meshes.Digits | None:
+    """A sharding of XLA's as digits of the device number, by dim; None where no digits tell.
+
+    `custom_partitioning` hands over XLA's tilings, when it is asked not to decode them, in an object without public ways in.
+    """
+    tiling = sharding._to_xla_hlo_sharding(ndim)
+    if tiling.is_replicated():
+        return ((),) * ndim
+    if not tiling.is_tiled() or tiling.subgroup_types():
+        return None
+    tiles = np.array(tiling.tile_assignment_devices()).reshape(tiling.tile_assignment_dimensions())
+    digits = meshes.of_tiles(tiles)
+    return None if digits is None else digits[:ndim]
+
+
+def concrete(x):
+    """The array behind a tracer of an eager `jax.grad` or `jax.vjp`; None where only an outer jit will know it.
+
+    A gradient is taken of a value that is there, so its sharding can be asked for; tracers have no public way to it.
+    """
+    return x.to_concrete_value() if isinstance(x, jax.core.Tracer) else x

@@ -8,7 +8,7 @@ a schedule calls it once a hop and tells it by two offsets where in the sequence
     check(spec, q, k, extras)                       raises NotImplementedError with what it lacks; nothing else
     init(spec, q) -> state                          no key seen yet; an opaque pytree
     forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
-    finish(spec, state) -> (o [B, N, T, H], lse [B, N, T])          both in acc's dtype
+    finish(spec, state) -> (o [B, N, T, H], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
     backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share
 """
 
@@ -18,6 +18,14 @@ from typing import NamedTuple
 import jax
 
 from ringmoe.masks import Band
+
+ATTENTION_OUTPUT, ATTENTION_LSE, MOE_OUTPUT = "ringmoe_attention_output", "ringmoe_attention_lse", "ringmoe_moe_output"
+
+RESIDUAL_NAMES = (ATTENTION_OUTPUT, ATTENTION_LSE, MOE_OUTPUT)
+"""Names of what the ops' backward passes need, or what the next layer does, for `jax.checkpoint` policies: a layer that is
+rematerialised under `jax.checkpoint_policies.save_only_these_names(*ringmoe.RESIDUAL_NAMES)` runs its ring, and sends its
+rows to their experts, once forward and not again before the backward pass. It keeps one array like the query (and one
+number per row and head), and one like the tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,8 @@ class AttentionSpec:
     # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
     # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
     interpret: bool = False
+    # Loops of a fixed length, so that JAX can transpose them: blocks that are hidden are masked instead of skipped.
+    differentiable: bool = False
 
 
 class Offsets(NamedTuple):

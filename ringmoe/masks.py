@@ -17,10 +17,13 @@ class Band:
     """Query i sees key j if and only if `i - left <= j <= i + right`; None leaves that side open.
 
     Causal attention is `Band(right=0)`; a sliding window of w keys is `Band(w - 1, 0)`; no mask is `Band()`.
+    Where a sequence was padded, `queries` and `keys` are its lengths before: only `i < queries` and `j < keys` take part.
     """
 
     left: int | None = None
     right: int | None = None
+    queries: int | None = None
+    keys: int | None = None
 
     @classmethod
     def make(cls, is_causal: bool, local_window_size: int | tuple[int, int] | None) -> "Band":
@@ -36,7 +39,7 @@ class Band:
 
     @property
     def is_full(self) -> bool:
-        return self.left is None and self.right is None
+        return self == Band()
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Boolean mask of the two (broadcast) position arrays: True where the key is seen."""
@@ -45,11 +48,15 @@ class Band:
             seen &= key_positions <= query_positions + self.right
         if self.left is not None:
             seen &= key_positions >= query_positions - self.left
+        if self.queries is not None:
+            seen &= query_positions < self.queries
+        if self.keys is not None:
+            seen &= key_positions < self.keys
         return seen
 
     def transpose(self) -> "Band":
         """The same mask with the roles swapped: which queries see a key."""
-        return Band(self.right, self.left)
+        return Band(self.right, self.left, self.keys, self.queries)
 
     def blocks(self, start, stop, other_offset, block: int, num_blocks: int):
         """The blocks of the other side that rows `start .. stop` can meet: `(first, last)`, last exclusive.
@@ -68,6 +75,10 @@ class Band:
         if self.right is not None:
             reach = stop + self.right - other_offset  # the other side is seen up to here, exclusive
             last = div(jnp.clip(reach, 0, num_blocks * block) + block - 1)
+        if self.keys is not None:
+            last = jnp.minimum(last, div(jnp.clip(self.keys - other_offset, 0, num_blocks * block) + block - 1))
+        if self.queries is not None:
+            last = jnp.where(start < self.queries, jnp.asarray(last, jnp.int32), 0)
         return first, last
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
@@ -77,12 +88,16 @@ class Band:
             full &= k_stop - 1 <= q_start + self.right
         if self.left is not None:
             full &= k_start >= q_stop - 1 - self.left
+        if self.queries is not None:
+            full &= q_stop <= self.queries
+        if self.keys is not None:
+            full &= k_stop <= self.keys
         return full
 
     def __str__(self) -> str:
-        if self.is_full:
+        if self.left is None and self.right is None:
             return "full"
-        if self == Band(right=0):
+        if self.left is None and self.right == 0:
             return "causal"
         left, right = ("all" if side is None else side for side in (self.left, self.right))
         return f"window({left}, {right})"

@@ -1,13 +1,14 @@
 """Public MoE ops: docstring, checks, one bind each."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ringmoe import compat, pallas, router
+from ringmoe import compat, pallas, router, rules
 from ringmoe.errors import check
 from ringmoe.primitives import experts as primitive
 from ringmoe.router import MoeMetrics, RouterConfig, Routing
@@ -41,7 +42,8 @@ def moe_ffn(
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
       w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: GELU (tanh form) instead of SwiGLU.
       config: see `RouterConfig`. Tokens compete for slots within groups of `config.group_size` consecutive tokens, so
-        which of them are dropped doesn't depend on the mesh; a device must hold whole groups.
+        which of them are dropped doesn't depend on the mesh. No group is cut: where devices hold less than one, or don't
+        divide their number, the rest is padding, with a warning.
       token_mask: [..., T] bool, False for padding: takes no slot, counts in no metric, gives zeros.
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
@@ -69,13 +71,22 @@ def moe_ffn(
     with jax.named_scope("router"):
         # A masked token may hold anything: it must not reach the router weight's gradient.
         seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
-        logits = jnp.einsum(
-            "...d,de->...e", seen.astype(acc), router_weight.astype(acc), precision=jax.lax.Precision.HIGHEST
-        )
+        logits = _logits(seen.astype(acc), router_weight.astype(acc))
         routing = router.route(logits, config, token_mask=token_mask)
         metrics = router.metrics(routing, logits)
     arrays = compat.vary_alike((x, routing.expert, routing.slot, routing.weight, w_in, w_gate, w_out))
     return primitive.experts(_call(routing, implementation, axes), *arrays), metrics
+
+
+def _logits(x, router_weight):
+    """x router_weight at highest precision. With Explicit axes the result lies as the tokens do, whatever the weight does."""
+    product = functools.partial(jnp.einsum, "...d,de->...e", precision=jax.lax.Precision.HIGHEST)
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return product(x, router_weight)
+    *tokens, model = rules.axes_of(jax.typeof(x).sharding.spec, x.ndim)
+    spec = lambda *axes: NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
+    return product(x, jax.sharding.reshard(router_weight, spec(model, ())), out_sharding=spec(*tokens, ()))
 
 
 def dispatch(x: ArrayLike, routing: Routing) -> jax.Array:

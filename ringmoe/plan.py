@@ -9,9 +9,12 @@ import math
 import re
 from collections.abc import Mapping
 
-from ringmoe.errors import check
+import numpy as np
+
+from ringmoe.errors import check, warn_once
 from ringmoe.masks import Band
-from ringmoe.rules import Axes, Rule
+from ringmoe.meshes import Axes
+from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather")
 
@@ -24,12 +27,35 @@ def freeze(factors: Mapping[str, Axes]) -> Factors:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ring:
+    """Devices in a circle: place i is device `devices[i]` of those on the axes, counted in the mesh's order."""
+
+    axes: Axes = ()  # major to minor: a device's index along them is its place
+    mesh_order: Axes = ()  # the same axes as the mesh orders them, which is how ppermute counts devices
+    devices: tuple[int, ...] = (0,)
+
+    @classmethod
+    def make(cls, axes: Axes, mesh_shape: Mapping[str, int]) -> "Ring":
+        """The circle that follows the blocks of a dim that is split over `axes`."""
+        ordered = tuple(a for a in mesh_shape if a in axes)
+        numbers = np.arange(math.prod(mesh_shape[a] for a in axes)).reshape([mesh_shape[a] for a in ordered])
+        by_place = numbers.transpose([ordered.index(a) for a in axes]).reshape(-1)
+        return cls(axes, ordered, tuple(by_place.tolist()))
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionPlan:
     """How one attention call is spread over the mesh."""
 
     factors: Factors  # the axes that really split each factor: the shard_map's specs come from here
     exchange: str  # "local" | "ring" | "all_gather"
+    band: Band  # the call's, with the lengths of the sequences where they are padded
     axes: Axes  # mesh axes that K and V are exchanged over, major to minor
+    ring: Ring  # one device where nothing travels
     size: int  # devices on those axes
     hops: int  # key blocks that a device meets, its own included
     query_axes: Axes  # mesh axes that split the queries
@@ -37,11 +63,6 @@ class AttentionPlan:
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
     wire_bytes: int  # sent per device by this op
-
-    @property
-    def ring_size(self) -> int:
-        """Devices on the ring: 1 where nothing travels."""
-        return self.size if self.exchange == "ring" else 1
 
 
 @functools.cache
@@ -73,14 +94,21 @@ def attention(
     elif exchange == "all_gather":
         kind, why = "all_gather", "asked for"
     else:
-        kind, why = _ring_or_gather(rule, split, sizes, key_axes, size)
+        kind, why = _ring_or_gather(rule, split, key_axes)
         check(
             kind == "ring" or exchange != "ring",
             f"exchange='ring' was asked for, but {why}: shard queries and keys over the same axes, or use exchange='auto'",
         )
     if kind == "ring":
         split["t"] = key_axes
-    hops = _hops(band, size, sizes["t"] // size, sizes["s"] // size) if kind == "ring" else 1
+    rule = rule.fitted(split, length)
+    padded = dict(rule.sizes)
+    hops = _hops(band, size, padded["t"] // size, padded["s"] // size) if kind == "ring" else 1
+    band = dataclasses.replace(
+        band,
+        queries=sizes["t"] if padded["t"] > sizes["t"] else None,
+        keys=sizes["s"] if padded["s"] > sizes["s"] else None,
+    )
     axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
     query, key = axes(rule.operands[0]), axes(rule.operands[1])
     own = () if kind == "all_gather" else split.get("s", ())
@@ -90,7 +118,9 @@ def attention(
     return AttentionPlan(
         factors=freeze(split),
         exchange=kind,
+        band=band,
         axes=key_axes if size > 1 else (),
+        ring=Ring.make(key_axes, length) if kind == "ring" else Ring(),
         size=size,
         hops=hops,
         query_axes=split.get("t", ()),
@@ -101,12 +131,12 @@ def attention(
     )
 
 
-def _ring_or_gather(rule: Rule, split, sizes, key_axes: Axes, size: int) -> tuple[str, str]:
+def _ring_or_gather(rule: Rule, split, key_axes: Axes) -> tuple[str, str]:
     query_axes = split.get("t", ())
     if query_axes == key_axes:
         return "ring", "queries and keys are sharded over the same axes"
     busy = {axis for f in rule.neighbours("t") for axis in split.get(f, ())}
-    if not query_axes and not busy & set(key_axes) and sizes["t"] % size == 0:
+    if not query_axes and not busy & set(key_axes):
         return "ring", "keys are sharded; queries are cut alike, which moves nothing"
     return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
 
@@ -131,7 +161,7 @@ class ExpertPlan:
     a hidden axis shards F: every device computes its part of every row, the outputs are summed.
 
     Attributes:
-        num_experts: E.
+        num_experts: E, or what it is padded to.
         capacity: C, slots per group and expert.
         group_size: i, consecutive tokens per group; a device holds whole groups.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
@@ -203,12 +233,19 @@ def experts(
     over the hidden dim along an axis that shards tokens or experts, are gathered first. `exchanges`: how often all rows
     travel, 2 forward (there and back), 3 backward (x and dy there, dx back); the weights' gradients are not counted.
     """
-    sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
+    split, length = dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
     expert_axes = split.get("e", ())
     split["f"] = tuple(a for a in split.get("f", ()) if a not in (*token_axes, *expert_axes))
     exchange = tuple(a for a in expert_axes if a in token_axes)
     own = tuple(a for a in expert_axes if a not in token_axes)
+    given, sizes = dict(rule.sizes), dict(rule.fitted(split, length).sizes)
+    if sizes.get("z", 1) > given.get("z", 1):
+        warn_once(
+            "groups padded",
+            f"{given['z']} groups of {given['i']} tokens over mesh axes {split['z']}, and no group is cut: some devices hold "
+            f"nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one device",
+        )
     why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts"] * bool(exchange)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])

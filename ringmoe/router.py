@@ -12,10 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ringmoe import rules
 from ringmoe.errors import check
-from ringmoe.primitives.doors import factors_in_types
 
 MAX_DEFAULT_GROUP = 256
 
@@ -31,8 +31,8 @@ class RouterConfig:
             has a slot for every token of a group. That is always enough, because a token's choices are distinct, and it
             costs E / (k * capacity_factor) times the expert FLOPs and rows of a factor: meant for few experts, evaluation
             and tests.
-        group_size: i, consecutive tokens along T that compete for slots; T must be a multiple of it, and so must the tokens
-            one device holds. Default None: the largest divisor of T that is at most 256.
+        group_size: i, consecutive tokens along T that compete for slots; T must be a multiple of it, and so should be the
+            tokens one device holds, or some devices work on padding. Default None: the largest divisor of T up to 256.
         renormalize: divide the k weights by their sum, before anything is dropped. Default True.
 
     Raises:
@@ -149,8 +149,7 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     _check_route(logits, config, token_mask)
     group_size = config.group(logits.shape[-2])
     capacity = config.capacity(group_size)
-    rule = rules.make("experts", (("tokens", logits.shape),), (), (("i", group_size),))
-    factors_in_types(rule, [jax.typeof(logits)])  # Explicit axes: raises where a device would hold part of a group
+    logits, token_mask = _whole_groups(logits, token_mask, group_size)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if token_mask is not None:
         logits = jnp.where(token_mask[..., None], logits, 0)
@@ -170,6 +169,22 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     slot = _slots([hit & active[..., None] for hit in chosen], group_size, capacity)
     scores = jnp.where(active[..., None], scores, 0)
     return Routing(expert, slot, weight, scores, active, config.num_experts, capacity, group_size)
+
+
+def _whole_groups(logits, token_mask, group_size):
+    """With Explicit axes that cut groups, logits and mask moved to devices that hold whole ones; else as they are."""
+    mesh = jax.typeof(logits).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return logits, token_mask
+    groups = (*logits.shape[:-2], logits.shape[-2] // group_size, logits.shape[-1])
+    spec = jax.typeof(logits).sharding.spec
+    held = rules.dividing(spec, groups, mesh.shape)
+    if rules.axes_of(held, logits.ndim) == rules.axes_of(spec, logits.ndim):
+        return logits, token_mask
+    tokens = NamedSharding(mesh, PartitionSpec(*held[:-1]))
+    return jax.sharding.reshard(logits, NamedSharding(mesh, held)), (
+        None if token_mask is None else jax.sharding.reshard(token_mask, tokens)
+    )
 
 
 def _check_route(logits, config, token_mask):

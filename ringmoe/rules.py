@@ -2,7 +2,8 @@
 
 `"... t (k g) h"` reads like einops: leading batch dims, query tokens, heads = key heads x group, head dim. From these
 strings come the text that Shardy reads, the mesh axes of each factor, and the PartitionSpec of each operand and result.
-A factor that is never split (`whole`) may be sharded in what the caller passes; it is gathered first.
+A factor that is never split (WHOLE) may be sharded in what the caller passes; it is gathered first. A factor whose length its
+axes don't divide is padded: `fitted` gives the lengths, `grow` and `shrink` take arrays there and back.
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ringmoe.errors import check, warn_once
+from ringmoe.errors import warn_once
+from ringmoe.meshes import Axes, Digit, Digits
 
-Axes = tuple[str, ...]  # mesh axes that split one dim or factor, major to minor
 Dim = tuple[str, ...]  # the factors of one dim, major to minor
 
 ATTENTION = {
@@ -30,8 +33,8 @@ ATTENTION = {
     "query_segments": "... t",
     "key_segments": "... u",
     "output": "... t (k g) h",
-    "output_cotangent": "... t (k g) h",
     "lse": "... t (k g)",
+    "lse_tail": "... t (k g)",
     "delta": "... t (k g)",
 }
 """t query tokens, s key tokens, k key heads, g query heads of one key head, h head dim. `u` is s again in the arrays that
@@ -39,7 +42,6 @@ each device keeps whole along the keys, because the columns it needs change from
 
 EXPERTS = {
     "tokens": "... (z i) d",
-    "tokens_cotangent": "... (z i) d",
     "expert": "... (z i) c",
     "slot": "... (z i) c",
     "weight": "... (z i) c",
@@ -52,11 +54,15 @@ EXPERTS = {
 group."""
 
 FAMILIES = {"attention": ATTENTION, "experts": EXPERTS}
+"""An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
+
 MANUAL = {"attention": ("t", "s"), "experts": ("z", "e")}
 """The factors that a call's `axis_name` splits, inside the user's own shard_map."""
 
 WHOLE = frozenset({"h", "u", "i", "d", "c", "r"})
 """Factors no schedule splits."""
+
+FILL = {"slot": -1}  # what the padding of an array holds, where zeros would mean something
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Rule:
     operands: tuple[tuple[Dim, ...], ...]
     results: tuple[tuple[Dim, ...], ...]
     sizes: tuple[tuple[str, int], ...]
+    # Factors of this call that no axis may split: the 1 that stands for a longer one, and the 1 that was left out elsewhere.
+    whole: frozenset[str] = frozenset()
+
+    def is_whole(self, factor: str) -> bool:
+        """Whether no schedule splits this factor."""
+        return factor in WHOLE or factor in self.whole
 
     def __str__(self) -> str:
         """Shardy's notation, as `custom_partitioning` and `sdy.sharding_rule` take it."""
@@ -94,35 +106,97 @@ class Rule:
         arrays = [{f for dim in dims for f in dim} for dims in self.operands + self.results]
         return set().union(*(factors for factors in arrays if factor in factors)) - {factor}
 
-    def factor_axes(
-        self, specs: Sequence[Sequence[Axes]], mesh_shape: Mapping[str, int], strict: bool = True
-    ) -> dict[str, Axes]:
+    def factor_axes(self, specs: Sequence[Sequence[Axes]], mesh_shape: Mapping[str, int]) -> dict[str, Axes]:
         """The mesh axes of each factor, from the axes of each dim of the arrays (operands, then perhaps results).
 
         The first array that splits a factor decides; an axis is given to one factor of an array only, the earlier one.
-        Where a factor's size isn't a multiple of its axes' size: raises ValueError, or, not `strict`, leaves it whole
-        and warns.
+        A factor's length need not be a multiple of its axes' size: see `fitted`.
         """
         sizes = dict(self.sizes)
         arrays = self.operands + self.results
         found: dict[str, Axes] = {}
         for dims, spec in zip(arrays, specs):
             for dim, axes in zip(dims, spec, strict=True):
-                lone_group = dim == ("i",)  # refused when it is cut, where other whole factors are gathered
-                if any(factor in found for factor in dim) or (WHOLE.issuperset(dim) and not lone_group):
+                if any(factor in found for factor in dim) or all(map(self.is_whole, dim)):
                     continue
                 rivals = set().union(*map(self.neighbours, dim)) - set(dim)
                 taken = {axis for rival in rivals for axis in found.get(rival, ())}
                 free = tuple(axis for axis in axes if axis not in taken)
-                shares = _split(dim, free, sizes, mesh_shape, strict)
-                found |= {factor: share for factor, share in shares if share and factor not in WHOLE}
+                splittable = [factor for factor in dim if not self.is_whole(factor)]
+                found |= {factor: share for factor, share in _split(splittable, free, sizes, mesh_shape) if share}
         return found
+
+    def cut(self, arrays: Sequence[Digits | None]) -> list[Digits | None]:
+        """The arrays' digits (see meshes.py), cut where a factor of a compound dim ends: 8 devices on 2 key heads of 4."""
+        sizes = dict(self.sizes)
+
+        def of_dim(dim: Dim, digits: tuple[Digit, ...]) -> tuple[Digit, ...]:
+            left, parts = list(digits), []
+            for factor in dim:
+                length = 1 if self.is_whole(factor) else sizes.get(factor, 1)
+                while left and length > 1 and (common := math.gcd(length, left[0][0])) > 1:
+                    size, stride = left.pop(0)
+                    parts.append((common, stride * (size // common)))
+                    left[:0] = [(size // common, stride)] if size > common else []
+                    length //= common
+                if length > 1:
+                    break
+            return digits if left else tuple(parts)  # a cut that fits no factor helps nobody
+
+        cut = lambda dims, digits: tuple(map(of_dim, dims, digits))
+        return [
+            None if digits is None else cut(dims, digits) for dims, digits in zip(self.operands + self.results, arrays)
+        ]
+
+    def fitted(self, factors: Mapping[str, Axes], mesh_shape: Mapping[str, int]) -> "Rule":
+        """This rule with every factor as long as its axes need it: the lengths that are padded to.
+
+        Key heads that the devices don't divide are not only padded but first repeated, r times each, and the queries of one
+        key head cut into r parts: every device holds the key heads of its own queries, as it would have to anyway. The
+        smallest r that leaves a device the fewest query heads is taken.
+        """
+        sizes = dict(self.sizes)
+        parts = {f: math.prod(mesh_shape[a] for a in axes) for f, axes in factors.items()}
+        k, g, devices = sizes.get("k", 1), sizes.get("g", 1), parts.get("k", 1)
+        if k % devices:
+            repeats = min(range(1, g + 1), key=lambda r: _ceil(k * r, devices) * _ceil(g, r))
+            sizes["k"], sizes["g"] = k * repeats, _ceil(g, repeats)
+        sizes |= {f: _ceil(sizes[f], n) * n for f, n in parts.items() if f in sizes}
+        return dataclasses.replace(self, sizes=tuple(sorted(sizes.items())))
+
+    def splits_a_compound_unevenly(self, factor: str, axes: Axes, mesh_shape: Mapping[str, int]) -> bool:
+        """Whether the axes leave uneven parts of a factor that shares a dim with others; said, because it is gathered.
+
+        XLA's partitioner pads a dim at its end, never inside.
+        """
+        sizes, parts = dict(self.sizes), math.prod(mesh_shape[a] for a in axes)
+        dims = itertools.chain.from_iterable(self.operands + self.results)
+        if sizes[factor] % parts == 0 or not any(factor in dim and len(dim) > 1 for dim in dims):
+            return False
+        what = {"k": "key heads", "g": "query heads of a key head", "z": "groups of tokens"}[factor]
+        warn_once(
+            "gathered",
+            f"{parts} devices on {axes} don't divide the {sizes[factor]} {what}, which plain jax.jit gathers; ringmoe.jit "
+            "pads them, and a number that the devices divide costs nothing",
+        )
+        return True
 
 
 def spec_of(dims: Sequence[Dim], factors: Mapping[str, Axes]) -> PartitionSpec:
     """The PartitionSpec of an array with these dims when each factor is split over its axes."""
     entries = [tuple(itertools.chain.from_iterable(factors.get(f, ()) for f in dim)) for dim in dims]
     return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
+
+
+def dividing(spec: PartitionSpec, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """`spec` with only as many axes of each dim as divide its length."""
+    entries = []
+    for axes, length in zip(axes_of(spec, len(shape)), shape):
+        kept = list(axes)
+        while length % math.prod(mesh_shape[a] for a in kept):
+            kept.pop()
+        entries.append(tuple(kept))
+    return spec_of([(str(i),) for i in range(len(shape))], {str(i): axes for i, axes in enumerate(entries)})
 
 
 def axes_of(spec: PartitionSpec, ndim: int) -> tuple[Axes, ...]:
@@ -140,19 +214,24 @@ def make(
     operands: tuple[tuple[str, tuple[int, ...]], ...],
     results: tuple[str, ...],
     sizes: tuple[tuple[str, int], ...] = (),
+    mapped: int = 0,
 ) -> Rule:
     """The rule of one call: `(name, shape)` of each operand and the results' names, as in `FAMILIES[family]`.
 
-    `sizes` gives what no operand's shape tells alone (the length of a group). A dim of length 1 that stands for a longer
+    `sizes` gives what no operand's shape tells alone (the length of a group). Every array has `mapped` more dims in front,
+    the same ones: those of a `jax.vmap` that the op runs inside. A dim of length 1 that stands for a longer
     factor is a broadcast: it gets a factor of its own and is never split. A result that bears an operand's name is that
     operand's gradient (or successor) and has its dims. A factor of length 1 inside a compound dim is left out.
     """
-    table = FAMILIES[family]
     known = dict(sizes)
+    texts = {name: text(family, name) for name in (*(name for name, _ in operands), *results)}
     num_batch = max(
-        (len(shape) - len(_dims(table[name], 0)) for name, shape in operands if "..." in table[name]), default=0
+        (len(shape) - mapped - len(_dims(texts[name], 0)) for name, shape in operands if "..." in texts[name]),
+        default=0,
     )
-    arrays = [(_dims(table[name], num_batch), shape) for name, shape in operands]
+    front = [(f"m{i}",) for i in range(mapped)]
+    dims_of = {name: front + _dims(words, num_batch) for name, words in texts.items()}
+    arrays = [(dims_of[name], shape) for name, shape in operands]
     for dims, shape in arrays:
         for dim, length in zip(dims, shape):
             if len(dim) == 1:
@@ -163,20 +242,32 @@ def make(
             if len(unknown) == 1 and length != 1:
                 known[unknown[0]] = length // math.prod(known[f] for f in dim if f in known)
     named: dict[str, tuple[Dim, ...]] = {}
+    whole: set[str] = set()
+
+    def without_ones(dim: Dim) -> Dim:
+        kept = tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1]
+        whole.update(set(dim) - set(kept))  # split elsewhere, it would be missed here
+        return kept
+
     for (name, _), (dims, shape) in zip(operands, arrays):
-        kept = [tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims]
+        kept = list(map(without_ones, dims))
         for i, length in enumerate(shape):
             if length == 1 and known.get(kept[i][0], 1) > 1:
                 kept[i] = (f"one{len(known)}",)
                 known[kept[i][0]] = 1
+                whole.update(kept[i])
             assert math.prod(known.get(f, 1) for f in kept[i]) == length, (name, shape, known)
         named[name] = tuple(kept)
     for name in results:
         if name not in named:
-            dims = _dims(table[name], num_batch)
-            named[name] = tuple(tuple(f for f in dim if known.get(f, 1) != 1) or dim[:1] for dim in dims)
+            named[name] = tuple(map(without_ones, dims_of[name]))
     rule = lambda names: tuple(named[name] for name in names)
-    return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())))
+    return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())), frozenset(whole))
+
+
+def text(family: str, name: str) -> str:
+    """The rule string of an array."""
+    return FAMILIES[family][re.sub("_(co)?tangent$", "", name)]
 
 
 def _dims(text: str, num_batch: int) -> list[Dim]:
@@ -188,43 +279,77 @@ def _dims(text: str, num_batch: int) -> list[Dim]:
     return words
 
 
-NOUNS = {"t": "query tokens", "s": "keys", "e": "experts", "f": "hidden units"}
-
-
-def _split(dim: Dim, axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], strict: bool):
+def _split(factors: Sequence[str], axes: Axes, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]):
     """Pairs `(factor, axes)`: the axes of one dim handed to its factors, major to minor.
 
-    A factor takes axes while they divide it; the next one starts only when it is split to single elements.
+    A factor takes axes while they divide it; the next one starts only when it is split to single elements. Where that
+    leaves axes over, the first factor takes all of them and will be padded.
     """
     left, shares = list(axes), []
-    for factor in dim:
+    for factor in factors:
         share, length = [], sizes.get(factor, 1)
-        while left and factor not in WHOLE and length % mesh_shape[left[0]] == 0:
+        while left and length % mesh_shape[left[0]] == 0:
             length //= mesh_shape[left[0]]
             share.append(left.pop(0))
         shares.append((factor, tuple(share)))
         if length > 1:
             break
-    if not left:
-        return shares
-    length, parts = math.prod(sizes.get(f, 1) for f in dim), math.prod(mesh_shape[a] for a in axes)
-    if dim[:2] == ("k", "g"):
-        warn_once(
-            "heads gathered",
-            f"{parts} devices on {axes} divide neither the {sizes['k']} key heads nor one head's "
-            "group of queries, so the heads are gathered; choose a number of devices that divides the key heads",
-        )
-        return shares
-    if dim[-1] == "i":
-        message = (
-            f"{length} tokens over mesh axes {axes} leave {length / parts:g} tokens a device, expected whole groups of "
-            f"{sizes['i']}: choose a group_size that divides the tokens of one device"
-        )
-    else:
-        message = (
-            f"{length} {NOUNS.get(dim[0], 'elements')} are sharded over mesh axes {axes}, {parts} devices, expected a "
-            "multiple of that: pad that dim, or shard it over fewer devices"
-        )
-    check(not strict, message)
-    warn_once("gathered", message)
-    return shares
+    return [(factors[0], axes)] if left else shares
+
+
+def grow(x: jax.Array, dims: Sequence[Dim], old: Mapping[str, int], new: Mapping[str, int], fill=0) -> jax.Array:
+    """`x`, whose dims have the lengths `old`, brought to the lengths `new` of a fitted rule: padded with `fill`."""
+    for axis, dim in enumerate(dims):
+        if not changes(dim, old, new):
+            continue
+        shape, repeats, length = x.shape, _repeats(dim, old, new), math.prod(new.get(f, 1) for f in dim)
+        if repeats > 1 and dim == ("k", "g"):  # k key heads of g queries -> k r of ceil(g / r)
+            x = x.reshape(*shape[:axis], old["k"], old["g"], *shape[axis + 1 :])
+            x = _pad(x, axis + 1, repeats * new["g"], fill)
+            x = x.reshape(*shape[:axis], old["k"] * repeats * new["g"], *shape[axis + 1 :])
+        elif repeats > 1:
+            x = jnp.repeat(x, repeats, axis)
+        x = _pad(x, axis, length, fill)
+    return x
+
+
+def shrink(x: jax.Array, dims: Sequence[Dim], old: Mapping[str, int], new: Mapping[str, int]) -> jax.Array:
+    """The way back from `grow`: padding is cut off, and what repeated key heads gave is summed."""
+    for axis, dim in enumerate(dims):
+        if not changes(dim, old, new):
+            continue
+        length, repeats = math.prod(old.get(f, 1) for f in dim), _repeats(dim, old, new)
+        shape, cut = x.shape, functools.partial(jax.lax.slice_in_dim, start_index=0)
+        if repeats == 1:
+            x = cut(x, limit_index=length, axis=axis)
+            continue
+        group = new["g"] if dim == ("k", "g") else 1
+        x = cut(x, limit_index=old["k"] * repeats * group, axis=axis)
+        x = x.reshape(*shape[:axis], old["k"], repeats * group, *shape[axis + 1 :])
+        if dim == ("k", "g"):
+            x = cut(x, limit_index=old["g"], axis=axis + 1)
+            x = x.reshape(*shape[:axis], length, *shape[axis + 1 :])
+        else:
+            x = jnp.sum(x, axis + 1, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+    return x
+
+
+def changes(dim: Dim, old: Mapping[str, int], new: Mapping[str, int]) -> bool:
+    """Whether `grow` changes a dim of these factors."""
+    return any(old.get(f, 1) != new.get(f, 1) for f in dim)
+
+
+def _repeats(dim: Dim, old: Mapping[str, int], new: Mapping[str, int]) -> int:
+    """How often each key head of this dim is repeated: as often as its queries are cut."""
+    if "k" not in dim or old.get("g", 1) == new.get("g", 1):
+        return 1
+    return next(r for r in range(2, old["g"] + 1) if _ceil(old["g"], r) == new["g"])
+
+
+def _pad(x, axis: int, length: int, fill):
+    """`x` with `fill` after the end of one axis."""
+    return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)
+
+
+def _ceil(n: int, parts: int) -> int:
+    return -(-n // parts)

@@ -76,7 +76,7 @@ def forward(spec, q, k, v, at=(0, 0), num_hops=1, config=TILES):
     state = attention_tpu.init(spec, q)
     for k_hop, v_hop, _, key_offset in hops(k, v, num_hops, at[1]):
         state = attention_tpu.forward(spec, state, q, k_hop, v_hop, Extras(), Offsets(at[0], key_offset), config)
-    return attention_tpu.finish(spec, state)
+    return attention_tpu.finish(spec, state)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_hops", "config"))
@@ -224,7 +224,7 @@ def ring_forward(spec, n, q, k, v):
         return (attention_tpu.forward(spec, state, q, k, v, Extras(), at), *following), None
 
     state = jax.lax.scan(hop, (attention_tpu.init(spec, q), k, v), jnp.arange(n))[0][0]
-    return attention_tpu.finish(spec, state)
+    return attention_tpu.finish(spec, state)[:2]
 
 
 def ring_backward(spec, n, q, k, v, do, lse, delta):

@@ -137,7 +137,7 @@ def run(case: Case, args, do, dlse, dtype):
     for k, v, extras, at, _ in hops:
         kernel.check(spec, q, k, extras)
         state = forward(state, q, k, v, extras, at)
-    o, lse = kernel.finish(spec, state)
+    o, lse, _ = kernel.finish(spec, state)
     assert o.dtype == lse.dtype == jnp.promote_types(jnp.float32, dtype)
 
     delta = jnp.sum(do * o, -1) - jnp.swapaxes(dlse[:, rows], 1, 2).astype(o.dtype)
@@ -243,7 +243,7 @@ def test_padding_is_skipped(monkeypatch):
     assert (len(computed), sum(computed)) == (1 + 2 + 6 * 3, 1 + 1 + 6)
 
     computed.clear()
-    o, lse = kernel.finish(spec, state)
+    o, lse, _ = kernel.finish(spec, state)
     zeros = jnp.zeros_like(x)
     grads = Grads(zeros, zeros, zeros)
     out = jax.jit(
@@ -281,7 +281,7 @@ def plain(q, k, v, *, band=CAUSAL, config=None, axis=None, num_hops=1):
         for hop in range(num_hops):
             state = kernel.forward(spec, state, q, *kv, Extras(), at(hop), config)
             kv = jax.tree.map(shift, kv)
-        o, lse = kernel.finish(spec, state)
+        o, lse, _ = kernel.finish(spec, state)
         return swap(o), (q, k, v, o, lse)
 
     def attend_backward(residual, do):
@@ -326,7 +326,7 @@ def test_rows_without_keys_are_zero_and_give_no_gradient():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 8, 4))
     spec, at = AttentionSpec(1.0, Band(right=0)), Offsets(-5, 0)  # only queries 5, 6, 7 see a key
     state = kernel.forward(spec, kernel.init(spec, q), q, k, v, Extras(), at, kernel.Config(1, 1, 4, 4))
-    o, lse = kernel.finish(spec, state)
+    o, lse, _ = kernel.finish(spec, state)
     assert jnp.all(o[:, :, :5] == 0) and jnp.all(jnp.isneginf(lse[:, :, :5]))
     assert jnp.all(jnp.isfinite(lse[:, :, 5:]))
     zeros = jnp.zeros_like(q)
@@ -338,7 +338,7 @@ def test_bias_of_minus_infinity_masks():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 4, 4))
     bias = jnp.zeros((1, 1, 4, 4)).at[:, :, 1].set(-jnp.inf).at[:, :, 2, :3].set(-jnp.inf)
     spec, extras, at = AttentionSpec(1.0), Extras(bias), Offsets(0, 0)
-    o, lse = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q), q, k, v, extras, at))
+    o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q), q, k, v, extras, at))
     assert jnp.all(o[0, 0, 1] == 0) and jnp.isneginf(lse[0, 0, 1])
     assert_close(o[0, 0, 2], v[0, 0, 3], 1e-6)
     zeros = jnp.zeros_like(q)

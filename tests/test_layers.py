@@ -2,6 +2,9 @@
 
 import ast
 import pathlib
+import re
+import sys
+import tomllib
 
 import pytest
 
@@ -11,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "ringmoe"
 
 # What each part of ringmoe/ may import of the others. A new file must be given a place here.
 FLOOR = ("errors", "reference", "reference_moe", "masks", "interface")
-ORDER = (FLOOR, ("rules",), ("compat",), ("pallas",), ("plan",), ("schedule",), ("primitives",),
+ORDER = (FLOOR, ("meshes",), ("rules", "compat"), ("pallas",), ("plan",), ("schedule",), ("primitives",),
          ("attention", "router", "moe"), ("lowering",), ("demo", "inspect_cli"), ("cli",))  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # `router` is plain jnp and needs only `errors`; among equals these edges exist and none leads back.
@@ -94,6 +97,17 @@ def test_no_import_inside_a_function(path):
     ]
     hidden = {module for function in functions for module, _ in imported(function)}
     assert not {module for module in hidden if (name, module) not in INSIDE_FUNCTIONS}
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py")
+    declared = {name(r) for r in project["dependencies"]}
+    extra = {name(r) for r in project["optional-dependencies"]["examples"]}
+    for path in files():
+        packages = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+        found = packages - sys.stdlib_module_names - {"ringmoe"} - declared
+        assert found <= (extra if part(path) in ("demo", "inspect_cli") else set()), f"{path}: {found}"
 
 
 def test_kernels_do_not_communicate():

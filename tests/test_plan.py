@@ -48,12 +48,31 @@ BLOCK = 2 * B * S // 4 * K * H  # elements of K and V on one of four devices
 def test_attention_exchange(factors, exchange, kind, axes, query_axes, sent):
     got = attention(factors, exchange=exchange)
     assert (got.exchange, got.axes, got.query_axes, got.wire_bytes) == (kind, axes, query_axes, sent)
-    assert got.ring_size == (got.size if kind == "ring" else 1)
+    assert got.ring.size == (got.size if kind == "ring" else 1)
     assert got.reason
 
 
-def test_queries_that_cannot_be_cut_alike_gather():
-    assert attention({"s": ("b",)}, t=6).exchange == "all_gather"
+@pytest.mark.parametrize(
+    ("t", "s", "queries", "keys"), [(32, 32, None, None), (6, 32, 6, None), (1, 30, 1, 30), (32, 31, None, 31)]
+)
+def test_lengths_that_the_devices_do_not_divide_are_padded(t, s, queries, keys):
+    """The ring stays a ring, and the band knows where the sequences end."""
+    got = attention({"s": ("b",)}, Band(5, 0), t=t, s=s)
+    assert got.exchange == "ring" and got.band == Band(5, 0, queries, keys)
+    assert got.wire_bytes == (got.hops - 1) * 2 * B * -(-s // 4) * K * H * 2
+
+
+@given(st.permutations("abc"), st.integers(1, 3))
+def test_a_ring_follows_the_blocks_whatever_the_axes_order(axes, num):
+    """Place i of the circle is the device that holds block i: counted by hand from the device's coordinates."""
+    axes, mesh = tuple(axes[:num]), {"a": 2, "b": 3, "c": 2}
+    ring = plan.Ring.make(axes, mesh)
+    assert ring.mesh_order == tuple(sorted(axes)) and ring.axes == axes
+    for place, coordinates in enumerate(np.ndindex(*(mesh[a] for a in axes))):
+        at, number = dict(zip(axes, coordinates)), 0
+        for axis in sorted(axes):
+            number = number * mesh[axis] + at[axis]
+        assert ring.devices[place] == number
 
 
 def test_a_ring_that_was_asked_for_and_can_not_be():

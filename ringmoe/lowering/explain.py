@@ -9,29 +9,13 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.extend import source_info_util
 from rich.console import Console
 from rich.table import Table
 
 from ringmoe.lowering.jit import Jitted, jit
-from ringmoe.lowering.walk import ops
-from ringmoe.primitives.doors import OPS, find_plan
+from ringmoe.lowering.rows import Row, read
 
 JITTED = (Jitted, type(jax.jit(lambda: None)))  # they trace by themselves, as they will when called
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One op of the traced function (one line in a scan's body is one row, however often it runs)."""
-
-    op: str
-    where: str  # folder/file:line:column (function) of the caller
-    shapes: str
-    exchange: str  # "ring", "all_gather", "all_to_all", "sum", "local", or "partitioner" where XLA decides later
-    axes: tuple[str, ...]
-    door: str  # which door found the sharding, see ringmoe/primitives/doors.py
-    wire_bytes: int  # sent per device in one forward pass of the op
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +53,7 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
     while isinstance(fun, functools.partial):
         fun, args, kwargs = fun.func, (*fun.args, *args), {**fun.keywords, **kwargs}
     traced = fun.trace(*args, **kwargs) if isinstance(fun, JITTED) else _trace_arrays(fun, args, kwargs)
-    return Explanation(tuple(_row(eqn) for eqn in ops(traced.jaxpr)))
+    return Explanation(read(traced.jaxpr))
 
 
 def _trace_arrays(fun: Any, args, kwargs) -> jax.stages.Traced:
@@ -88,21 +72,3 @@ def _trace_arrays(fun: Any, args, kwargs) -> jax.stages.Traced:
     # What can be lowered is compiled by its library's jit, which is jax.jit underneath: its ops are placed as there.
     wrap = jax.jit if hasattr(fun, "lower") else jit
     return wrap(of_arrays).trace(*filter(is_array, leaves))
-
-
-def _row(eqn) -> Row:
-    op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
-    plan, door = find_plan(op, avals, eqn.params)
-    shown = [
-        (name, a)
-        for name, a in zip(eqn.params["operands"], avals)
-        if name in ("query", "key", "tokens", "w_in", "rows")
-    ]
-    shapes = ", ".join(f"{name} {a.dtype.name}[{','.join(map(str, a.shape))}]" for name, a in shown)
-    *_, folder, file = ("", *source_info_util.summarize(eqn.source_info).split("/"))
-    where = f"{folder}/{file}".lstrip("/")
-    if plan is None:
-        return Row(
-            op.name, where, shapes, "partitioner", (), door, 0, "XLA tells while it compiles; ringmoe.jit knows before"
-        )
-    return Row(op.name, where, shapes, plan.exchange, tuple(plan.axes), door, plan.wire_bytes, plan.reason)

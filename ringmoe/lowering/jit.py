@@ -8,14 +8,16 @@ What comes out is an ordinary jitted function of shard_maps: it runs on every pl
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.core
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 
-from ringmoe.lowering import propagate
+from ringmoe import compat
+from ringmoe.errors import check
+from ringmoe.lowering import propagate, rows
 
 # What besides the arguments decides how a function is traced.
 CONTEXT = (
@@ -24,23 +26,37 @@ CONTEXT = (
 )  # fmt: skip
 
 
-class Jitted:
+class Jitted[**P, R]:
     """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
 
-    def __init__(self, fun: Callable, options: dict[str, Any]):
+    def __init__(self, fun: Callable[P, R], options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
-        self._plain: Any = jax.jit(fun, **options)
+        self._plain: Any = jax.jit(_refusing_lost_changes(fun), **options)
         self._static = _static_arguments(fun, options)
         self._placed: dict[Any, Any] = {}
 
-    def __call__(self, *args, **kwargs):
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
-        if traced or jax.config.jax_disable_jit:
-            return self._plain(
-                *args, **kwargs
-            )  # inside another transformation: the outermost ringmoe.jit places the ops
-        return self._for(args, kwargs)(*args, **kwargs)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        known = self._known(args, kwargs)
+        if known is None or jax.config.jax_disable_jit:
+            return self._plain(*args, **kwargs)  # inside another jit: the outermost ringmoe.jit places the ops
+        return self._for(*known)(*args, **kwargs)
+
+    def _known(self, args, kwargs):
+        """`(args, kwargs)` with something that has a sharding in place of tracers; None where an outer jit hides it.
+
+        Under an eager jax.grad the tracers stand for arrays that are there: their shardings place the ops, and a placed
+        op's derivatives are placed as it is. With `in_shardings` the arguments need not tell.
+        """
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return args, kwargs
+        leaves = [x if (array := compat.concrete(x)) is None else array for x in leaves]
+        if self._options.get("in_shardings") is not None:
+            bare = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type)
+            leaves = [bare(jax.typeof(x)) if isinstance(x, jax.core.Tracer) else x for x in leaves]
+        hidden = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        return None if hidden else jax.tree.unflatten(tree, leaves)
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
         """As jax.jit's: arguments may be `jax.ShapeDtypeStruct`s with shardings, of devices that aren't here."""
@@ -73,6 +89,7 @@ class Jitted:
         try:
             if key not in self._placed:
                 self._placed[key] = self._place(leaves, args, kwargs)
+                rows.log(self._placed[key], args, kwargs)
             return self._placed[key]
         except TypeError as error:
             if "unhashable" not in str(error):
@@ -86,26 +103,39 @@ class Jitted:
             return self._plain
         run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
-        return run(propagate.propagate(traced.jaxpr, mesh, lower))
+        jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower)
+        free = {} if self._options.get("out_shardings") is not None else specs
+        return run(jaxpr, {i: NamedSharding(mesh, spec) for i, spec in free.items()})
 
-    def _evaluate(self, jaxpr, tree):
-        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments."""
+    def _evaluate(self, jaxpr, shardings=None, *, tree):
+        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments.
+
+        `shardings`: constraints on some of its results.
+        """
 
         def placed(*args, **kwargs):
             # Static arguments stand among the leaves too: only the traced ones are the jaxpr's.
             leaves = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.core.Tracer)]
-            return jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
+            results = jaxpr_as_fun(jaxpr)(*leaves)
+            for i, sharding in (shardings or {}).items():
+                results[i] = jax.lax.with_sharding_constraint(results[i], sharding)
+            return jax.tree.unflatten(tree, results)
 
         return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
 
 
+@overload
+def jit[**P, R](fun: Callable[P, R], **options: Any) -> Jitted[P, R]: ...
+@overload
+def jit[**P, R](**options: Any) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 def jit(fun: Callable | None = None, **options) -> Any:
     """Jits `fun` as `jax.jit` does, and partitions every RingMoE op in it by the sharding of its operands.
 
     Takes what `jax.jit` takes (static_argnums, static_argnames, donate_argnums, donate_argnames, in_shardings,
     out_shardings, ...) and is called, lowered and compiled like it. Needed on TPU when mesh axes are Auto; never wrong
-    elsewhere. Called inside `grad`, `vmap` or another jit it is a plain nested jit, and the outermost `ringmoe.jit` does
-    the work: write `ringmoe.jit(jax.grad(f))`, not `jax.grad(ringmoe.jit(f))`.
+    elsewhere. `jax.grad(ringmoe.jit(f))` is placed too, forward and backward. Called inside another jit (or `jax.vmap`) it
+    is a plain nested jit, unless it was given `in_shardings`: the arguments' shardings are hidden there. So it should be
+    the outermost transformation: `ringmoe.jit(jax.vmap(f))`, `ringmoe.jit(train_step)`.
 
     Cost: one more lowering and one run of Shardy's propagation for each new set of shapes and shardings.
     Source: Shardy, https://github.com/openxla/shardy.
@@ -113,6 +143,34 @@ def jit(fun: Callable | None = None, **options) -> Any:
     if fun is None:
         return functools.partial(jit, **options)
     return Jitted(fun, options)
+
+
+def _refusing_lost_changes(fun: Callable) -> Callable:
+    """`fun`, refusing to be traced where it changes an object among its arguments and the change would be lost.
+
+    A jitted function gets copies of its arguments: an nnx model that was trained inside comes back untrained. Dicts and
+    lists may be scratch space; the leaves of any other node are state.
+    """
+
+    @functools.wraps(fun)
+    def traced(*args, **kwargs):
+        before = jax.tree.leaves((args, kwargs))
+        results = fun(*args, **kwargs)
+        kept = {id(x) for x in (*before, *jax.tree.leaves(results))}
+        plain = jax.tree_util.DictKey, jax.tree_util.SequenceKey
+        for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+            check(
+                id(leaf) in kept
+                or all(isinstance(key, plain) for key in path)
+                or not isinstance(leaf, jax.core.Tracer),
+                f"{getattr(fun, '__name__', fun)} changes {jax.tree_util.keystr(path[1:])} of its arguments in place and "
+                "doesn't return it, so the change would be lost: a jitted function works on copies. Return the state: "
+                "graphdef, state = nnx.split((model, optimizer)) outside; model, optimizer = nnx.merge(graphdef, state) "
+                "inside, and nnx.state((model, optimizer)) among the results",
+            )
+        return results
+
+    return traced
 
 
 def _static_arguments(fun: Callable, options: dict[str, Any]) -> tuple[frozenset[int], frozenset[str]]:

@@ -6,9 +6,7 @@ from typing import Any
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from ringmoe.primitives.doors import OPS
-
-OPAQUE = ("shard_map",)  # its ops see manual axes: the user placed them
+from ringmoe.primitives.op import OPS
 
 
 def map_ops(jaxpr: Jaxpr, place: Callable[[JaxprEqn], Any], outer=None) -> Jaxpr:
@@ -23,7 +21,7 @@ def map_ops(jaxpr: Jaxpr, place: Callable[[JaxprEqn], Any], outer=None) -> Jaxpr
         if eqn.primitive in OPS:
             eqn = eqn.replace(source_info=source(eqn))
             eqn = eqn.replace(params=eqn.params | {"placement": place(eqn)})
-        elif eqn.primitive.name not in OPAQUE:
+        else:
             inner = {
                 name: _map_param(value, place, source(eqn)) for name, value in eqn.params.items() if _holds_jaxpr(value)
             }

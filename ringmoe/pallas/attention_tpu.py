@@ -89,12 +89,12 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
 def init(spec: AttentionSpec, q: jax.Array) -> State:
     b, n, t, h = q.shape
     row = jnp.zeros((b, n, 1, t), jnp.float32)
-    return _varying_like(State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.INITIAL_MAX, row), q)
+    return _varying_like(State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.initial_max(jnp.float32), row), q)
 
 
-def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array]:
-    o, lse = softmax.finish(state.acc, state.m / LOG2E, state.l)
-    return jnp.swapaxes(o, -1, -2), lse[..., 0, :]
+def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
+    o, lse, tail = softmax.finish(state.acc, state.m / LOG2E, state.l)
+    return jnp.swapaxes(o, -1, -2), lse[..., 0, :], tail[..., 0, :]
 
 
 @jax.named_scope("ringmoe_attention_forward")

@@ -64,12 +64,12 @@ def init(spec: AttentionSpec, q):
     """The state `(acc, m, l)`: unnormalised output [B, N, T, H], running maximum and sum [B, N, T, 1]."""
     dtype = _acc_dtype(q)
     row = jnp.zeros((*q.shape[:-1], 1), dtype)
-    return _same_varying((jnp.zeros(q.shape, dtype), row + softmax.INITIAL_MAX, row), q)[0]
+    return _same_varying((jnp.zeros(q.shape, dtype), row + softmax.initial_max(dtype), row), q)[0]
 
 
 def finish(spec: AttentionSpec, state):
-    o, lse = softmax.finish(*state)
-    return o, lse[..., 0]
+    o, lse, tail = softmax.finish(*state)
+    return o, lse[..., 0], tail[..., 0]
 
 
 def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, config: Config | None = None):
@@ -95,10 +95,10 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
             return walk.at_block(step, carry, tile | {"s": walk.span("s", j)})
 
         carry = tuple(_cut(x, "bkgth", tile) for x in state)
-        carry = lax.fori_loop(*walk.bounds(tile, "s"), keys, carry)
+        carry = _for(walk.bounds(tile, "s"), keys, carry)
         return tuple(_put(x, block, "bkgth", tile) for x, block in zip(state, carry))
 
-    state = lax.fori_loop(jnp.int32(0), walk.num_tiles("t"), rows, state)
+    state = _for((0, walk.num_tiles("t")), rows, state)
     return jax.tree.map(_ungroup, state)
 
 
@@ -154,10 +154,10 @@ def backward(
 
         # Within the loop dk and dv are [b, k, h, s]: the other way round XLA would transpose p and ds, far larger.
         own = grads._replace(dk=_cut(grads.dk, "bksh", tile).mT, dv=_cut(grads.dv, "bksh", tile).mT)
-        own = lax.fori_loop(*walk.bounds(tile, "t"), rows, own)
+        own = _for(walk.bounds(tile, "t"), rows, own)
         return own._replace(dk=_put(grads.dk, own.dk.mT, "bksh", tile), dv=_put(grads.dv, own.dv.mT, "bksh", tile))
 
-    out = lax.fori_loop(jnp.int32(0), walk.num_tiles("s"), keys, Grads(dq, grads.dk, grads.dv, dbias))
+    out = _for((0, walk.num_tiles("s")), keys, Grads(dq, grads.dk, grads.dv, dbias))
     if grads.dbias is not None and out.dbias is not None:
         out = out._replace(dbias=out.dbias.reshape(grads.dbias.shape))
     return out._replace(dq=_ungroup(out.dq))
@@ -218,8 +218,8 @@ class _Walk:
     def num_blocks(self, dim: str) -> int:
         return -(-self.sizes[dim] // getattr(self.config, dim))
 
-    def num_tiles(self, dim: str) -> jax.Array:
-        return jnp.int32(self.num_blocks("b") * self.num_blocks("k") * self.num_blocks(dim))
+    def num_tiles(self, dim: str) -> int:
+        return self.num_blocks("b") * self.num_blocks("k") * self.num_blocks(dim)
 
     def span(self, dim: str, i) -> _Span:
         size = getattr(self.config, dim)
@@ -237,6 +237,8 @@ class _Walk:
 
     def bounds(self, tile, dim: str):
         """First and last (exclusive) block along `dim` that the tile can meet."""
+        if self.spec.differentiable:
+            return 0, self.num_blocks(dim)
         other = "s" if dim == "t" else "t"
         band = self.spec.band if dim == "s" else self.spec.band.transpose()
         start, stop = self.offsets[other] + tile[other].first, self.offsets[other] + tile[other].stop
@@ -282,6 +284,14 @@ class _Walk:
         if self.mask is not None:
             seen = seen & _cut(self.mask, "bkgts", tile)
         return s, seen
+
+
+def _for(bounds, fun, carry):
+    """`fun(i, carry)` for i in the bounds; of a fixed length, and so differentiable, where they are Python ints."""
+    first, last = bounds
+    if isinstance(last, int):
+        return lax.scan(lambda c, i: (fun(i, c), None), carry, jnp.arange(first, last, dtype=jnp.int32))[0]
+    return lax.fori_loop(first, last, fun, carry)
 
 
 def _place(x, dims: str, tile):

@@ -1,18 +1,22 @@
-"""The two attention primitives and the derivative that ties them together."""
+"""The attention primitives and the derivatives that tie them together."""
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad
 
 from ringmoe import pallas, plan
-from ringmoe.interface import AttentionSpec, Extras
-from ringmoe.primitives.doors import Op
+from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
+from ringmoe.primitives.op import Op
 from ringmoe.schedule import attention as schedule
 
 INPUTS = ("query", "key", "value")
+RESULTS = ("output", "lse", "lse_tail")
+SAVED = ("lse", "lse_tail", "output_cotangent", "delta")  # what BACKWARD takes after the inputs
+RESIDUALS = (ATTENTION_OUTPUT, ATTENTION_LSE, ATTENTION_LSE)  # of RESULTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,44 +29,57 @@ class Call:
     axis_name: tuple[str, ...] = ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(call: Call, query, key, value, extras: Extras):
-    """`(output, lse)` of checked operands [*batch, T, N, H], [*batch, S, K, H]; lse [*batch, T, N]. Differentiable."""
-    return _forward(call, query, key, value, extras)[0]
+    """`(output, lse)` of checked operands [*batch, T, N, H], [*batch, S, K, H]; lse [*batch, T, N].
 
-
-def _forward(call: Call, query, key, value, extras: Extras):
-    output, lse = _bind(FORWARD, call, (query, key, value), extras, ("output", "lse"))
-    return (output, lse), (query, key, value, extras, output, lse)
-
-
-def _backward(call: Call, residuals, cotangents):
-    query, key, value, extras, output, lse = residuals
-    do, dlse = cotangents
-    # ds = p (dp - delta) with delta = sum_h do o - dlse: a cotangent of the LSE is one more term of delta.
-    delta = jnp.sum(do.astype(lse.dtype) * output.astype(lse.dtype), -1) - dlse
-    wanted = INPUTS + (("bias",) if extras.bias is not None else ())
-    dq, dk, dv, *dbias = _bind(BACKWARD, call, (query, key, value, lse, do, delta), extras, wanted)
-    return dq, dk, dv, Extras(*dbias)
-
-
-attention.defvjp(_forward, _backward)
-
-
-def _bind(op: Op, call: Call, arrays, extras: Extras, results):
-    names = INPUTS if op is FORWARD else (*INPUTS, "lse", "output_cotangent", "delta")
+    Differentiable to any order: FORWARD's jvp is TANGENT, a linear op; TANGENT's transpose is BACKWARD; the derivatives of
+    those two are left to JAX.
+    """
     present = {name: x for name, x in extras._asdict().items() if x is not None}
-    return op.bind(
-        *arrays,
+    output, lse, _ = FORWARD.bind(
+        query,
+        key,
+        value,
         *present.values(),
-        operands=(*names, *present),
-        results=results,
+        operands=(*INPUTS, *present),
+        results=RESULTS,
         sizes=(),
         axis_name=call.axis_name,
         implementation=call.implementation,
         spec=call.spec,
         exchange=call.exchange,
     )
+    return output, lse
+
+
+def _forward_jvp(primals, tangents, **params):
+    results = FORWARD.primitive.bind(*primals, **params)
+    # Under these names a rematerialised layer may keep what its backward pass needs, and not run the ring again.
+    results = [checkpoint_name(x, name) for x, name in zip(results, RESIDUALS)]
+    names = params["operands"]
+    moving = {f"{name}_tangent": t for name, t in zip(names, tangents) if type(t) is not ad.Zero}
+    operands = (*names, *RESULTS, *moving)
+    output, lse = TANGENT.primitive.bind(
+        *primals, *results, *moving.values(), **params | {"operands": operands, "results": RESULTS[:2]}
+    )
+    return results, [output, lse, ad.Zero(jax.typeof(results[2]).to_tangent_aval())]
+
+
+def _tangent_transpose(cotangents, *arrays, **params):
+    named = dict(zip(params["operands"], arrays))
+    asked = [name for name, x in named.items() if ad.is_undefined_primal(x)]
+    assert all(name.endswith("_tangent") for name in asked), asked
+    do, dlse = (ad.instantiate_zeros(ct) for ct in cotangents)
+    lse, output = named["lse"], named["output"]
+    # ds = p (dp - delta) with delta = sum_h do o - dlse: a cotangent of the LSE is one more term of delta.
+    delta = jnp.sum(do.astype(lse.dtype) * output.astype(lse.dtype), -1) - dlse
+    kept = {n: x for n, x in named.items() if not n.endswith("_tangent") and n not in RESULTS}
+    inputs = {name: kept.pop(name) for name in INPUTS}
+    operands = inputs | dict(zip(SAVED, (lse, named["lse_tail"], do, delta))) | kept
+    wanted = INPUTS + (("bias",) if "bias" in kept else ())
+    grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
+    found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
+    return [found[name] if name in asked else None for name in named]
 
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
@@ -84,7 +101,12 @@ def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
 
 def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras: Extras):
     """The kernel for one device's arrays, and the spec it runs with."""
-    spec = dataclasses.replace(params["spec"], interpret=platform != "tpu")
+    spec = dataclasses.replace(
+        params["spec"],
+        band=plan.band,
+        interpret=platform != "tpu",
+        differentiable=params.get("differentiable", False),
+    )
     head_major = lambda x, length: jax.ShapeDtypeStruct(
         (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype
     )
@@ -105,18 +127,37 @@ def _forward_body(plan: plan.AttentionPlan, platform: str, params):
 
 
 def _backward_body(plan: plan.AttentionPlan, platform: str, params):
-    def run(query, key, value, lse, do, delta, *rest):
-        extras = Extras(**dict(zip(params["operands"][6:], rest)))
+    def run(query, key, value, lse, tail, do, delta, *rest):
+        extras = Extras(**dict(zip(params["operands"][len(INPUTS) + len(SAVED) :], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
-        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, do, delta, extras)
+        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, tail, do, delta, extras)
         return grads if dbias is None else [*grads, dbias]
 
     return run
 
 
+def _tangent_body(plan: plan.AttentionPlan, platform: str, params):
+    """The forward body pushed forward by JAX: plain operations, one walk round the same ring."""
+    names = tuple(n for n in params["operands"] if not n.endswith("_tangent") and n not in RESULTS)
+    forward = _forward_body(plan, platform, params | {"operands": names, "implementation": "xla"})
+
+    def run(*arrays):
+        named = dict(zip(params["operands"], arrays))
+        moving = {n: named[f"{n}_tangent"] for n in names if f"{n}_tangent" in named}
+        of_moving = lambda *xs: forward(*(dict(zip(moving, xs)).get(n, named[n]) for n in names))
+        _, tangents = jax.jvp(of_moving, [named[n] for n in moving], list(moving.values()))
+        return tangents[:2]
+
+    return run
+
+
 def _dtype(result: str, avals):
-    return jnp.promote_types(avals[0].dtype, jnp.float32) if result == "lse" else avals[0].dtype
+    return avals[0].dtype if result == "output" else jnp.promote_types(avals[0].dtype, jnp.float32)
 
 
 FORWARD = Op("attention", "attention", _plan, _forward_body, _dtype)
+TANGENT = Op("attention_tangent", "attention", _plan, _tangent_body, _dtype)
 BACKWARD = Op("attention_backward", "attention", _plan, _backward_body)
+FORWARD.derive(_forward_jvp)
+TANGENT.derive(TANGENT.differentiate_plainly, _tangent_transpose)
+BACKWARD.derive(BACKWARD.differentiate_plainly)

@@ -1,38 +1,37 @@
-"""From a primitive to per-device code: one room, and the doors that find how its operands are sharded.
+"""From a bound op to per-device code: one room, and the doors that find how its operands are sharded.
 
-    bind ─► abstract_eval (Explicit axes: the result's sharding) ─► lowering ─► a door finds factor -> mesh axes
-         ─► op.plan ─► op.body(plan) inside a shard_map whose specs are the plan's factors
+lowering ─► a door finds factor -> mesh axes ─► op.plan ─► arrays padded to what the axes divide
+         ─► op.body(plan) inside a shard_map whose specs are the plan's factors ─► padding cut off
 
-    ringmoe.jit  wrote the factors into the parameter `placement`
-    manual       inside the user's shard_map: `axis_name`
-    types        Explicit axes: the operands' types tell
-    partitioner  Auto axes under plain jax.jit: custom_partitioning asks back when XLA has propagated; not on TPU
-    whole        one device; or the fallback on TPU: XLA's partitioner gathers what it must, with a warning
-
-Every primitive's parameters: `operands`, `results` (names in rules.FAMILIES), `sizes` (factor lengths no shape tells),
-`axis_name` (tuple, inside the user's shard_map), `implementation`, `placement`, and the op's own static `spec`.
+ringmoe.jit  wrote the factors into the parameter `placement`
+manual       inside the user's shard_map: `axis_name`, and the types of axes that are still Explicit there
+types        Explicit axes: the operands' types tell
+partitioner  Auto axes under plain jax.jit: custom_partitioning asks back when XLA has propagated; not on TPU
+whole        one device; or the fallback on TPU: XLA's partitioner gathers what it must, with a warning
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from ringmoe import compat, rules
-from ringmoe.errors import warn_once
+from ringmoe import compat, meshes, rules
+from ringmoe.errors import check, warn_once
+from ringmoe.meshes import Axes
 from ringmoe.plan import Factors
 from ringmoe.primitives import probe
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-BROADCASTING = ("bias", "mask")  # operands whose dims of length 1 stand for any length
+BETTER_DOORS = (
+    "compile with ringmoe.jit as the outermost transformation, as in ringmoe.jit(jax.grad(f)), or make the mesh axes "
+    "Explicit (jax.make_mesh's default)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,188 +42,212 @@ class Placement:
     factors: Factors
 
 
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """One primitive, and what the doors need to know of it."""
+class Found(NamedTuple):
+    """What a door found: the plan on `mesh`, the axes of it that are still to be split, and the door's name."""
 
-    name: str
-    family: str  # in rules.FAMILIES
-    plan: Callable[..., Any]  # (rule, factors, mesh_shape, avals, params) -> plan with .factors
-    body: Callable[[Any, str, dict], Callable]  # (plan, platform, params) -> function of one device's arrays
-    dtype: Callable[[str, Sequence[Any]], Any] = lambda result, avals: avals[0].dtype  # of results no operand names
-
-    @functools.cached_property
-    def primitive(self) -> Primitive:
-        primitive = Primitive(f"ringmoe_{self.name}")
-        primitive.multiple_results = True
-        primitive.def_impl(functools.partial(_impl, self))
-        primitive.def_abstract_eval(functools.partial(_abstract_eval, self))
-        batching.primitive_batchers[primitive] = functools.partial(_batch, self)
-        for platform in PLATFORMS:
-            mlir.register_lowering(primitive, functools.partial(_lower, self, platform), platform=platform)
-        compat.require_devices(primitive)
-        OPS[primitive] = self
-        return primitive
-
-    def bind(self, *arrays, **params) -> list[jax.Array]:
-        return self.primitive.bind(*arrays, placement=None, **params)
-
-    def rule(self, avals, params) -> rules.Rule:
-        operands = tuple((name, tuple(aval.shape)) for name, aval in zip(params["operands"], avals, strict=True))
-        return rules.make(self.family, operands, params["results"], params["sizes"])
-
-
-OPS: dict[Primitive, Op] = {}
+    plan: Any
+    mesh: AbstractMesh
+    free: frozenset[str]
+    door: str
 
 
 def mesh_of(avals) -> AbstractMesh:
     """The mesh in the operands' types. An operand made inside the function may have none, unless the mesh is set."""
-    meshes = [aval.sharding.mesh for aval in avals]
-    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    found = [aval.sharding.mesh for aval in avals]
+    return next((mesh for mesh in found if not mesh.empty), found[0])
 
 
-def factors_in_types(rule: rules.Rule, avals) -> dict[str, rules.Axes] | None:
+def explicit_only(factors: Mapping[str, Axes], mesh: AbstractMesh) -> dict[str, Axes]:
+    """The factors' axes that types may name."""
+    explicit = {a for a, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    return {factor: tuple(a for a in axes if a in explicit) for factor, axes in factors.items()}
+
+
+def factors_in_types(rule: rules.Rule, avals) -> dict[str, Axes] | None:
     """The types' door: each factor's axes, or None where no operand's type tells."""
     mesh = mesh_of(avals)
-    if AxisType.Explicit not in mesh.axis_types or mesh.manual_axes:
+    if AxisType.Explicit not in mesh.axis_types:
         return None
     return rule.factor_axes([rules.axes_of(a.sharding.spec, a.ndim) for a in avals], mesh.shape)
 
 
-def find_plan(op: Op, avals, params):
-    """The plan of a bound op as far as it is known before XLA runs: `(plan, door)`; plan None: the partitioner decides."""
-    rule = op.rule(avals, params)
-    placement, mesh = params["placement"], mesh_of(avals)
-    if params["axis_name"] or mesh.manual_axes:
-        size = math.prod(mesh.shape[a] for a in params["axis_name"])
-        split = rules.MANUAL[op.family] if params["axis_name"] else ()
-        factors = {factor: params["axis_name"] for factor in split}
-        return op.plan(rule.scaled(split, size), factors, dict(mesh.shape), avals, params), "manual"
+def find(op, avals, params) -> Found | None:
+    """The plan of a bound op as far as it is known before XLA runs; None: the partitioner decides."""
+    rule, mesh, placement = op.rule(avals, params), mesh_of(avals), params["placement"]
+    free, known, door = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes), factors_in_types(rule, avals), "types"
     if isinstance(placement, Placement):
-        return op.plan(rule, dict(placement.factors), dict(placement.mesh.shape), avals, params), "ringmoe.jit"
-    factors = factors_in_types(rule, avals)
-    if factors is not None:
-        return op.plan(rule, factors, dict(mesh.shape), avals, params), "types"
-    return None, "partitioner"
+        known, door = dict(placement.factors), "ringmoe.jit"
+        if not mesh.manual_axes:
+            mesh, free = placement.mesh, frozenset(placement.mesh.axis_names)
+    if params["axis_name"] or mesh.manual_axes:
+        # The device's own slices: what `axis_name` splits comes first, then what the axes that are left split of a slice.
+        names = rules.MANUAL[op.family] if params["axis_name"] else ()
+        rule = rule.scaled(names, math.prod(mesh.shape[a] for a in params["axis_name"]))
+        inner = known or {}
+        factors = inner | {f: params["axis_name"] + inner.get(f, ()) for f in names}
+        free, known, door = frozenset() if known is None else free, factors, "manual"
+    if known is None:
+        return None
+    return Found(op.plan(rule, known, dict(mesh.shape), avals, params), mesh, free, door)
 
 
-def _impl(op: Op, *arrays, **params):
-    with jax.disable_jit(False):  # a primitive is compiled even where functions are not
-        return _jitted(op, tuple(params.items()))(*arrays)
-
-
-@functools.cache
-def _jitted(op: Op, params):
-    return jax.jit(functools.partial(op.primitive.bind, **dict(params)))
-
-
-def _abstract_eval(op: Op, *avals, **params):
-    rule = op.rule(avals, params)
-    mesh, factors = mesh_of(avals), None if params["axis_name"] else factors_in_types(rule, avals)
-    plan = None if factors is None else op.plan(rule, factors, dict(mesh.shape), avals, params)
-
-    def result(name, dims):
-        if name in params["operands"]:
-            return avals[params["operands"].index(name)].strip_weak_type()
-        shape = rule.shape(dims)
-        spec = rules.spec_of(dims, dict(plan.factors) if plan else {})
-        dtype = op.dtype(name, avals)
-        return avals[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(mesh, spec))
-
-    return [result(name, dims) for name, dims in zip(params["results"], rule.results)]
-
-
-def _batch(op: Op, arrays, dims, **params):
-    """A mapped axis becomes one more leading batch dim; ops on arrays without batch dims (weights) are looped."""
-    table = rules.FAMILIES[op.family]
-    bare = [name for name, dim in zip(params["operands"], dims) if dim is not None and "..." not in table[name]]
-    if bare or any("..." not in table[name] for name in params["results"]):
-        mapped = [jnp.moveaxis(x, dim, 0) for x, dim in zip(arrays, dims) if dim is not None]
-
-        def one(slices):
-            slices = iter(slices)
-            full = [x if dim is None else next(slices) for x, dim in zip(arrays, dims)]
-            return op.primitive.bind(*full, **params)
-
-        outs = jax.lax.map(one, mapped)
-        return outs, [0] * len(outs)
-    (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
-
-    def lead(name, x, dim):
-        if dim is not None:
-            return jnp.moveaxis(x, dim, 0)
-        if "..." not in table[name]:
-            return x
-        once = name in BROADCASTING and name not in params["results"]
-        return jnp.broadcast_to(x[None], (1 if once else length, *x.shape))
-
-    outs = op.primitive.bind(*map(lead, params["operands"], arrays, dims), **params)
-    return outs, [0] * len(outs)
-
-
-def _lower(op: Op, platform: str, ctx, *operands, **params):
+def lower(op, platform: str, ctx, *operands, **params):
+    """The lowering rule of every op."""
     avals, placement = ctx.avals_in, params["placement"]
     rule = op.rule(avals, params)
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
-    plan, door = find_plan(op, avals, params)
-    if door == "manual":
-        run = op.body(plan, platform, params)
-    elif plan is not None:
-        mesh = placement.mesh if door == "ringmoe.jit" else mesh_of(avals)
-        run = _sharded(op, rule, plan, mesh, platform, params, ctx.avals_out)
+    found = find(op, avals, params)
+    if (
+        found is not None
+        and platform == "tpu"
+        and not found.free
+        and set(found.mesh.axis_names) - set(found.mesh.manual_axes)
+    ):
+        params = params | {"implementation": _left_to_xla(op, platform)}
+    if found is not None:
+        run = _sharded(op, rule, found, platform, params, ctx.avals_out)
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
-        run = op.body(op.plan(rule, {}, {}, avals, params), platform, params)
-    elif platform == "tpu" or mesh_of(avals).empty:
+        run = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+    elif platform == "tpu":
         run = _whole(op, rule, avals, platform, params)
     else:
+        check(not ctx.module_context.lowering_parameters.for_export, _not_serializable(op))
         run = _partitioned(op, rule, avals, platform, params)
+
+    if found is not None:  # the mesh that is set may be another: finer here, or none while lowering
+        run = functools.partial(_in_mesh, found.mesh, run)
     return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
 
-def _sharded(op: Op, rule, plan, mesh: AbstractMesh, platform: str, params, avals_out) -> Callable:
-    """The op as a shard_map over `mesh`; operands are moved to the plan's specs first, results to their types' after."""
-    factors = dict(plan.factors)
-    in_specs = tuple(rules.spec_of(dims, factors) for dims in rule.operands)
+def _in_mesh(mesh: AbstractMesh, run: Callable, *arrays):
+    with jax.sharding.use_abstract_mesh(mesh):
+        return run(*arrays)
+
+
+def plain(op, avals, params) -> Callable:
+    """The op as an ordinary function that JAX can differentiate, called while tracing."""
+    params = params | {"implementation": "xla", "differentiable": True}
+    rule, found = op.rule(avals, params), find(op, avals, params)
+    if found is not None:
+        return _sharded(op, rule, found, "cpu", params, None)
+    return body(op, op.plan(rule, {}, {}, avals, params), "cpu", params)
+
+
+def body(op, plan, platform: str, params) -> Callable:
+    """The function of one device's arrays, mapped as often as the op was."""
+    run = op.body(plan, platform, params)
+    for _ in range(params["mapped"]):
+        run = jax.vmap(run)
+
+    def unprompted(*arrays):
+        with jax.numpy_rank_promotion("allow"):  # what a user asks of user code is nothing to ours
+            return run(*arrays)
+
+    return unprompted
+
+
+def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callable:
+    """The op as a shard_map over the mesh's free axes: operands are brought to the plan's specs, results to their types."""
+    run, mesh = body(op, found.plan, platform, params), found.mesh
+    if not found.free:
+        return run
+    factors = {f: tuple(a for a in axes if a in found.free) for f, axes in found.plan.factors}
+    old, new = dict(rule.sizes), dict(rule.fitted(factors, mesh.shape).sizes)
+    in_specs = [rules.spec_of(dims, factors) for dims in rule.operands]
     out_specs = [rules.spec_of(dims, factors) for dims in rule.results]
-    local = jax.shard_map(
-        op.body(plan, platform, params), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
     explicit = AxisType.Explicit in mesh.axis_types
+    local = jax.shard_map(
+        run, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, axis_names=found.free, check_vma=False
+    )
 
-    def run(*arrays):
-        if not explicit:
-            return local(*arrays)
-        moved = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, in_specs)]
-        placed = zip(local(*moved), avals_out)
-        return [x if aval.sharding.mesh.empty else jax.sharding.reshard(x, aval.sharding) for x, aval in placed]
+    def place(x, spec):
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
 
-    return run
+    def resting(dims):  # a dim is whole while its length changes: no type tells of uneven parts
+        return rules.spec_of([() if rules.changes(dim, old, new) else dim for dim in dims], factors)
+
+    def placed(*arrays):
+        grown = []
+        for x, name, dims, spec in zip(arrays, params["operands"], rule.operands, in_specs):
+            x = rules.grow(place(x, resting(dims)), dims, old, new, rules.FILL.get(name, 0))
+            grown.append(place(x, spec))
+        outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(local(*grown), rule.results)]
+        if avals_out is None:
+            return outs
+        return [x if aval.sharding.mesh.empty else place(x, aval.sharding.spec) for x, aval in zip(outs, avals_out)]
+
+    return placed
 
 
-def _partitioned(op: Op, rule, avals, platform: str, params) -> Callable:
+class _Partition:
+    """What XLA's partitioner calls: the shardings it found -> the op's local program, and the shardings that it wants.
+
+    JAX hands over XLA's own tilings: a mesh axis that is split over two dims has no name in the user's mesh. XLA pads
+    what its tiles don't divide, with anything, so the padding is cleared first.
+    """
+
+    def __init__(self, op, rule, avals, platform: str, params):
+        self.op, self.rule, self.avals, self.platform, self.params = op, rule, avals, platform, params
+
+    def __call__(self, mesh, operands, results):
+        arrays = [*operands, *results]
+        named = dict(mesh.shape) or {"devices": arrays[0].sharding.num_devices}
+        fine, told = meshes.refine(named, self.rule.cut([compat.digits_of(x.sharding, len(x.shape)) for x in arrays]))
+        specs = [((),) * len(x.shape) if spec is None else spec for x, spec in zip(arrays, told)]
+        found = self.rule.factor_axes(specs, fine.shape)
+        kept = {f: axes for f, axes in found.items() if not self.rule.splits_a_compound_unevenly(f, axes, fine.shape)}
+        plan = self.op.plan(self.rule, kept, dict(fine.shape), self.avals, self.params)
+        factors, run = dict(plan.factors), body(self.op, plan, self.platform, self.params)
+        place = lambda arrays: tuple(NamedSharding(fine, rules.spec_of(dims, factors)) for dims in arrays)
+
+        def local(*arrays):
+            return tuple(run(*(self._cleared(i, x, factors) for i, x in enumerate(arrays))))
+
+        return fine, local, place(self.rule.results), place(self.rule.operands)
+
+    def _cleared(self, index: int, x, factors):
+        """One device's part of an operand with zeros (or what its padding holds) where it ends before the part does."""
+        name, dims = self.params["operands"][index], self.rule.operands[index]
+        for axis, (dim, length) in enumerate(zip(dims, self.rule.shape(dims))):
+            axes = tuple(a for f in dim for a in factors.get(f, ()))
+            if axes and length % x.shape[axis]:
+                start = jax.lax.axis_index(axes) * x.shape[axis]
+                inside = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < length
+                x = jnp.where(inside, x, jnp.asarray(rules.FILL.get(name, 0), x.dtype))
+        return x
+
+    def __reduce__(self):
+        raise TypeError(_not_serializable(self.op))
+
+
+def _partitioned(op, rule, avals, platform: str, params) -> Callable:
     """The op as a custom_partitioning call: XLA tells the shardings while it partitions."""
-
-    def partition(mesh, operands, results):
-        specs = [rules.axes_of(x.sharding.spec, len(x.shape)) for x in (*operands, *results)]
-        # XLA's partitioner may split a dim in a way nobody asked for: such a dim is gathered, which is said, not refused.
-        plan = op.plan(rule, rule.factor_axes(specs, mesh.shape, strict=False), dict(mesh.shape), avals, params)
-        factors = dict(plan.factors)
-        place = lambda arrays: tuple(NamedSharding(mesh, rules.spec_of(dims, factors)) for dims in arrays)
-        body = op.body(plan, platform, params)
-        return mesh, lambda *arrays: tuple(body(*arrays)), place(rule.results), place(rule.operands)
-
-    whole = op.body(op.plan(rule, {}, {}, avals, params), platform, params)
+    whole = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
     call = custom_partitioning(lambda *arrays: tuple(whole(*arrays)))
-    call.def_partition(partition=partition, sharding_rule=str(rule), **rule.compound_sizes)
+    partition = _Partition(op, rule, avals, platform, params)
+    call.def_partition(partition=partition, decode_shardings=False, sharding_rule=str(rule), **rule.compound_sizes)
     return call
 
 
-def _whole(op: Op, rule, avals, platform: str, params) -> Callable:
-    """The op left to XLA's partitioner, in plain XLA operations (a Pallas kernel can't be partitioned)."""
+def _not_serializable(op) -> str:
+    return (
+        f"{op.name}: a program with Auto mesh axes under plain jax.jit, which can't be exported or serialized: it holds a "
+        f"callback that XLA asks for this op's partitioning. To get one that can, {BETTER_DOORS}"
+    )
+
+
+def _whole(op, rule, avals, platform: str, params) -> Callable:
+    """The op as one device would run it, in operations that XLA can partition."""
+    params = params | {"implementation": _left_to_xla(op, platform)}
+    return body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+
+
+def _left_to_xla(op, platform: str) -> str:
+    """The implementation in plain XLA operations, which XLA can partition as it can't a Pallas kernel; it warns."""
     warn_once(
         f"{op.name} gathered",
-        f"on {platform} plain jax.jit can't tell this op how its operands are sharded, so XLA partitions it and may gather "
-        "them whole. Compile with ringmoe.jit, or make the mesh axes Explicit (jax.make_mesh's default), to exchange instead",
+        f"on {platform} plain jax.jit can't tell this op how its operands are sharded (nor can a ringmoe.jit that is called "
+        f"inside another jit), so XLA partitions it and may gather them whole. To exchange instead, {BETTER_DOORS}",
     )
-    return op.body(op.plan(rule, {}, {}, avals, params), platform, params | {"implementation": "xla"})
+    return "xla"

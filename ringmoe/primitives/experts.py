@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad
 from jax.sharding import AxisType
 
 from ringmoe import pallas, plan
-from ringmoe.primitives.doors import Op
+from ringmoe.interface import MOE_OUTPUT
+from ringmoe.primitives.op import Op
 from ringmoe.schedule import experts as schedule
 
 WEIGHTS = ("w_in", "w_gate", "w_out")
@@ -27,99 +29,102 @@ class Call:
     axis_name: tuple[str, ...] = ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def experts(call: Call, x, expert, slot, weight, w_in, w_gate, w_out):
-    """y like x: sum over each token's choices of weight * FFN of that expert. x [*batch, T, D]; w_gate may be None."""
-    return _experts_forward(call, x, expert, slot, weight, w_in, w_gate, w_out)[0]
+    """y like x: sum over each token's choices of weight * FFN of that expert. x [*batch, T, D]; w_gate may be None.
 
-
-def _experts_forward(call: Call, *arrays):
-    (y,) = _bind(FORWARD, call, dict(zip(LAYER, arrays)), ("tokens",))
-    return y, arrays
-
-
-def _experts_backward(call: Call, arrays, dy):
-    named = dict(zip(LAYER, arrays))
-    wanted = [name for name in ("tokens", "weight", *WEIGHTS) if named[name] is not None]
-    grads = dict(zip(wanted, _bind(BACKWARD, call, named | {"tokens_cotangent": dy}, tuple(wanted))))
-    return tuple(grads.get(name) for name in LAYER)
-
-
-experts.defvjp(_experts_forward, _experts_backward)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Sharding:
-    """The sharding in an array's type, as a residual: with Explicit axes its gradient must have the same."""
-
-    sharding: Any
-
-    def place(self, grad):
-        mesh = self.sharding.mesh
-        explicit = AxisType.Explicit in mesh.axis_types and not mesh.manual_axes
-        return jax.sharding.reshard(grad, self.sharding) if explicit else grad
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dispatch(call: Call, x, expert, slot):
-    """Rows [E, *batch, G, C, D] of tokens x [*batch, T, D]; zeros where a slot is empty."""
-    return _dispatch(call, x, expert, slot, None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine(call: Call, rows, expert, slot, weight):
-    """Tokens [*batch, T, D] of rows [E, *batch, G, C, D]: sum over each token's choices of weight * row."""
-    return _combine(call, rows, expert, slot, weight)
-
-
-def _dispatch(call, x, expert, slot, weight):
-    return _bind(DISPATCH, call, {"tokens": x, "expert": expert, "slot": slot, "weight": weight}, ("rows",))[0]
-
-
-def _combine(call, rows, expert, slot, weight):
-    return _bind(COMBINE, call, {"rows": rows, "expert": expert, "slot": slot, "weight": weight}, ("tokens",))[0]
-
-
-def _dispatch_forward(call, x, expert, slot):
-    return dispatch(call, x, expert, slot), (_Sharding(jax.typeof(x).sharding), (expert, slot))
-
-
-def _dispatch_backward(call, residuals, drows):
-    like, (expert, slot) = residuals
-    return like.place(_combine(call, drows, expert, slot, None)), None, None
-
-
-def _combine_backward(call, residuals, dy):
-    rows, expert, slot, weight = residuals
-    dweight = [  # one choice at a time: the k rows of a token are never held together
-        jnp.sum(
-            (dy * _combine(call, rows, expert[..., j : j + 1], slot[..., j : j + 1], None)).astype(weight.dtype), -1
-        )
-        for j in range(expert.shape[-1])
-    ]
-    place = lambda grad, like: _Sharding(jax.typeof(like).sharding).place(grad)
-    return place(_dispatch(call, dy, expert, slot, weight), rows), None, None, place(jnp.stack(dweight, -1), weight)
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-combine.defvjp(lambda call, *arrays: (combine(call, *arrays), arrays), _combine_backward)
+    Differentiable to any order: FORWARD's jvp is TANGENT, a linear op; TANGENT's transpose is BACKWARD; the derivatives of
+    those two are left to JAX.
+    """
+    layer = dict(zip(LAYER, (x, expert, slot, weight, w_in, w_gate, w_out)))
+    return _bind(FORWARD, call, layer, ("tokens",))[0]
 
 
 def _bind(op: Op, call: Call, arrays, results):
     present = {name: x for name, x in arrays.items() if x is not None}
     sizes = (("e", call.num_experts), ("i", call.group_size), ("r", call.capacity))
-    if op in (FORWARD, BACKWARD):
-        sizes = (("i", call.group_size),)
     return op.bind(
         *present.values(),
         operands=tuple(present),
         results=results,
-        sizes=sizes,
+        sizes=sizes[1:2] if op is FORWARD else sizes,  # what the operands' shapes don't tell
         axis_name=call.axis_name,
         implementation=call.implementation,
         spec=call,
     )
+
+
+def _layer_jvp(primals, tangents, **params):
+    (y,) = FORWARD.primitive.bind(*primals, **params)
+    names = params["operands"]
+    moving = {f"{name}_tangent": t for name, t in zip(names, tangents) if type(t) is not ad.Zero}
+    moved = params | {"operands": (*names, *moving), "results": ("tokens",)}
+    # A rematerialised layer that keeps y under this name does not send its rows twice.
+    return [checkpoint_name(y, MOE_OUTPUT)], TANGENT.primitive.bind(*primals, *moving.values(), **moved)
+
+
+def _tangent_transpose(cotangents, *arrays, **params):
+    named = dict(zip(params["operands"], arrays))
+    asked = [name for name, x in named.items() if ad.is_undefined_primal(x)]
+    layer = {name: x for name, x in named.items() if not name.endswith("_tangent")}
+    wanted = tuple(name for name in ("tokens", "weight", *WEIGHTS) if name in layer)
+    operands = layer | {"tokens_cotangent": ad.instantiate_zeros(cotangents[0])}
+    grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
+    found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
+    return [found[name] if name in asked else None for name in named]
+
+
+def dispatch(call: Call, x, expert, slot):
+    """Rows [E, *batch, G, C, D] of tokens x [*batch, T, D]; zeros where a slot is empty."""
+    return _bind(DISPATCH, call, {"tokens": x, "expert": expert, "slot": slot}, ("rows",))[0]
+
+
+def combine(call: Call, rows, expert, slot, weight):
+    """Tokens [*batch, T, D] of rows [E, *batch, G, C, D]: sum over each token's choices of weight * row."""
+    return _bind(COMBINE, call, {"rows": rows, "expert": expert, "slot": slot, "weight": weight}, ("tokens",))[0]
+
+
+def _mover_jvp(op: Op, primals, tangents, **params):
+    """Rows and weights are moved linearly: one move for each of them that has a tangent."""
+    moves = []
+    for i, tangent in enumerate(tangents):
+        if type(tangent) is not ad.Zero:
+            moves.append(op.primitive.bind(*primals[:i], tangent, *primals[i + 1 :], **params)[0])
+    return op.primitive.bind(*primals, **params), [functools.reduce(ad.add_tangents, moves)]
+
+
+def _mover_transpose(op: Op, cotangents, *arrays, **params):
+    """Dispatch and combine are each other's transposes; a weight's cotangent is the product of its row and its token."""
+    named = dict(zip(params["operands"], arrays))
+    (asked,) = [name for name, x in named.items() if ad.is_undefined_primal(x)]
+    (cotangent,) = (ad.instantiate_zeros(ct) for ct in cotangents)
+    tokens, rows = (cotangent, named["rows"]) if op is COMBINE else (named["tokens"], cotangent)
+    if asked != "weight":
+        back, moved, result = (DISPATCH, "tokens", "rows") if op is COMBINE else (COMBINE, "rows", "tokens")
+        operands = {moved: cotangent} | {name: named[name] for name in ("expert", "slot", "weight") if name in named}
+        (grad,) = back.primitive.bind(
+            *operands.values(), **params | {"operands": tuple(operands), "results": (result,)}
+        )
+    else:
+        choices = named["expert"].shape[-1]
+        one = lambda x, j: jax.lax.slice_in_dim(x, j, j + 1, axis=-1)
+        grad = []
+        for j in range(choices):  # one choice at a time: the k rows of a token are never held together
+            operands = {"rows": rows, "expert": one(named["expert"], j), "slot": one(named["slot"], j)}
+            (row,) = COMBINE.primitive.bind(
+                *operands.values(), **params | {"operands": tuple(operands), "results": ("tokens",)}
+            )
+            grad.append(jnp.sum((tokens * row).astype(named["weight"].aval.dtype), -1))
+        grad = jnp.stack(grad, -1)
+    grad = _placed_like(grad, named[asked].aval)
+    return [grad if name == asked else None for name in named]
+
+
+def _placed_like(grad, aval):
+    """With Explicit axes a gradient must lie as what it is the gradient of."""
+    mesh = aval.sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types or jax.typeof(grad).sharding == aval.sharding:
+        return grad
+    return jax.sharding.reshard(grad, aval.sharding)
 
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
@@ -163,7 +168,21 @@ def _combine_body(plan, platform, params, named):
     return [schedule.combine(plan, *(named[name] for name in ("rows", "expert", "slot", "weight")))]
 
 
+def _tangent_body(plan, platform, params, named):
+    """The forward body pushed forward by JAX."""
+    layer = {name: named[name] for name in LAYER}
+    moving = {name: named[f"{name}_tangent"] for name in LAYER if f"{name}_tangent" in named}
+    of_moving = lambda xs: _forward_body(plan, platform, params | {"implementation": "xla"}, layer | xs)
+    return jax.jvp(of_moving, ({name: layer[name] for name in moving},), (moving,))[1]
+
+
 FORWARD = Op("experts", "experts", _plan, _body(_forward_body))
+TANGENT = Op("experts_tangent", "experts", _plan, _body(_tangent_body))
 BACKWARD = Op("experts_backward", "experts", _plan, _body(_backward_body))
 DISPATCH = Op("dispatch", "experts", _plan, _body(_dispatch_body))
 COMBINE = Op("combine", "experts", _plan, _body(_combine_body))
+FORWARD.derive(_layer_jvp)
+TANGENT.derive(TANGENT.differentiate_plainly, _tangent_transpose)
+BACKWARD.derive(BACKWARD.differentiate_plainly)
+for mover in (DISPATCH, COMBINE):
+    mover.derive(functools.partial(_mover_jvp, mover), functools.partial(_mover_transpose, mover))

@@ -5,12 +5,15 @@ After propagation each call's result tells a sharding, so the operands' are read
 """
 
 import dataclasses
+import math
 
+import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy, stablehlo
 from jax.interpreters import mlir
 
-from ringmoe.rules import Axes, Dim, Rule
+from ringmoe import meshes
+from ringmoe.rules import Dim, Rule
 
 OPERAND, OP = "ringmoe.operand", "ringmoe.op"
 
@@ -33,9 +36,10 @@ def emit(probe: Probe, rule: Rule, operands, results):
     return _call(f"{probe.number}", OP, marked, result_types, rule.operands, rule.results, sizes)
 
 
-def read(module: ir.Module) -> dict[tuple[int, int], tuple[Axes, ...]]:
-    """(probe number, operand index) -> axes of each dim; results follow the operands, at index -1, -2, ..."""
-    found: dict[tuple[int, int], tuple[Axes, ...]] = {}
+def read(module: ir.Module) -> dict[tuple[int, int], meshes.Digits | None]:
+    """(probe number, operand index) -> digits of each dim; results follow the operands, at index -1, -2, ..."""
+    found: dict[tuple[int, int], meshes.Digits | None] = {}
+    named = _meshes(module)
 
     def visit(op):
         if op.operation.name != "stablehlo.custom_call":
@@ -46,18 +50,61 @@ def read(module: ir.Module) -> dict[tuple[int, int], tuple[Axes, ...]]:
             shardings = sdy.TensorShardingPerValueAttr(op.attributes["sdy.sharding"]).shardings
             for i, sharding in enumerate(shardings):
                 index = int(operand) if target == OPERAND else -1 - i
-                found[int(number), index] = _axes(sdy.TensorShardingAttr(sharding))
+                found[int(number), index] = _digits(sdy.TensorShardingAttr(sharding), named)
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)
     return found
 
 
-def _axes(sharding) -> tuple[Axes, ...]:
-    """Axes of each dim. A part of an axis (Shardy can split one) is left out: no mesh axis of ours stands for it."""
-    dims = (sdy.DimensionShardingAttr(dim) for dim in sharding.dimension_shardings)
-    refs = ([sdy.AxisRefAttr(axis) for axis in dim.axes] for dim in dims)
-    return tuple(tuple(ref.name for ref in axes if ref.sub_axis_info is None) for axes in refs)
+def read_results(module: ir.Module) -> dict[int, meshes.Digits | None]:
+    """Digits of each dim of the main function's results, those that have a sharding, by their number."""
+    main = next(op for op in module.body.operations if "sym_name" in op.attributes and _name(op) == "main")
+    results = (ir.DictAttr(attrs) for attrs in ir.ArrayAttr(main.attributes["res_attrs"]))
+    named, key = _meshes(module), "sdy.sharding"
+    return {i: _digits(sdy.TensorShardingAttr(attrs[key]), named) for i, attrs in enumerate(results) if key in attrs}
+
+
+def _meshes(module: ir.Module):
+    meshes_ = (op for op in module.body.operations if op.operation.name == "sdy.mesh")
+    return {_name(op): sdy.MeshAttr(op.attributes["mesh"]) for op in meshes_}
+
+
+def _name(op) -> str:
+    return ir.StringAttr(op.attributes["sym_name"]).value
+
+
+def _digits(sharding, named) -> meshes.Digits | None:
+    """The digits of each dim: an axis's, or a part's, since Shardy splits an axis where a reshape does."""
+    mesh = sharding.mesh_or_ref
+    mesh = named[ir.FlatSymbolRefAttr(mesh).value] if isinstance(mesh, ir.FlatSymbolRefAttr) else sdy.MeshAttr(mesh)
+    axes = [sdy.MeshAxisAttr(axis) for axis in mesh.axes]
+    sizes = {axis.name: axis.size for axis in axes}
+    if not sizes:  # the empty mesh
+        return ((),) * len(sharding.dimension_shardings)
+    if list(mesh.device_ids) in ([], list(range(math.prod(sizes.values())))):
+        digits = {axis: (digit,) for axis, digit in meshes.of_mesh(sizes).items()}
+    else:
+        tiles = meshes.of_tiles(np.array(mesh.device_ids).reshape(list(sizes.values())))
+        if tiles is None:
+            return None
+        digits = dict(zip(sizes, tiles))
+
+    def of_axis(ref) -> tuple[meshes.Digit, ...] | None:
+        if ref.sub_axis_info is None:
+            return digits[ref.name]
+        if len(digits[ref.name]) != 1:
+            return None
+        ((size, stride),), part = digits[ref.name], sdy.SubAxisInfoAttr(ref.sub_axis_info)
+        return ((part.size, stride * size // (part.pre_size * part.size)),)
+
+    told = []
+    for dim in sharding.dimension_shardings:
+        parts = [of_axis(sdy.AxisRefAttr(axis)) for axis in sdy.DimensionShardingAttr(dim).axes]
+        if None in parts:
+            return None
+        told.append(tuple(digit for part in parts if part for digit in part if digit[0] > 1))
+    return tuple(told)
 
 
 def _call(name, target, operands, result_types, operand_dims, result_dims, sizes: dict[str, int]):

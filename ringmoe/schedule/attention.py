@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan import AttentionPlan
-from ringmoe.schedule.ring import ring
+from ringmoe.schedule.ring import walk
 from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
-    """Returns output like query and the LSE [*batch, t, N] in the accumulator's dtype."""
+    """Returns output like query, and in the accumulator's dtype the LSE [*batch, t, N] and its tail: see softmax.finish."""
     q, k, v = (_head_major(x) for x in (query, key, value))
     blocks = _Blocks(plan, query, q, k, extras)
 
@@ -25,19 +25,32 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
         k, v = block
         return kernel.forward(spec, state, q, k, v, blocks.extras(owner), blocks.offsets(owner)), ()
 
-    state, _ = ring(step, plan.axes, plan.ring_size, plan.hops, kernel.init(spec, q), blocks.gather((k, v)))
-    output, lse = kernel.finish(spec, state)
-    lse = lse.swapaxes(1, 2).reshape(*query.shape[:-1])
-    return _public(output, query), lse
+    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.gather((k, v)))
+    output, lse, tail = kernel.finish(spec, state)
+    per_row = lambda x: x.swapaxes(1, 2).reshape(*query.shape[:-1])
+    return _public(output, query), per_row(lse), per_row(tail)
 
 
 def backward(
-    plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, lse, do, delta, extras: Extras
+    plan: AttentionPlan,
+    kernel: ModuleType,
+    spec: AttentionSpec,
+    query,
+    key,
+    value,
+    lse,
+    tail,
+    do,
+    delta,
+    extras: Extras,
 ):
     """Returns dq, dk, dv in the dtypes of query, key and value, and dbias or None.
 
     `lse` and `delta` (sum(do * output) - dlse) are those of the whole softmax: each hop's share is then final.
     """
+    # p = exp(s - lse - tail), and all gradients are linear in p do and p delta: the tail's factor goes to do and delta.
+    factor = jnp.exp(-tail)
+    do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
     q, k, v, do_ = (_head_major(x) for x in (query, key, value, do))
     lse_, delta_ = (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta))
     blocks = _Blocks(plan, query, q, k, extras)
@@ -53,7 +66,7 @@ def backward(
         return (grads.dq, blocks.add_columns(dbias, grads.dbias, owner)), (grads.dk, grads.dv)
 
     dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
-    (dq, dbias), dkv = ring(step, plan.axes, plan.ring_size, plan.hops, (acc(q), dbias), (k, v), (acc(k), acc(v)))
+    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), (k, v), (acc(k), acc(v)))
     dk, dv = blocks.reduce(dkv)
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     return _public(dq, query), _public(dk, key), _public(dv, value), dbias

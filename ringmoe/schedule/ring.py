@@ -10,15 +10,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ringmoe.plan import Ring
 
-def ring(step: Callable, axes: tuple[str, ...], size: int, hops: int, state, block, owed=()):
+
+def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
     """Walks `hops` blocks past every device.
 
     Args:
       step: `(state, block, owner) -> (state, share)`: the work on one block; `owner` is the int32 index of the device whose
         block it is, `share` a pytree like `owed` that is summed at the owner.
-      axes, size: mesh axes of the ring, major to minor, and the number of devices on them.
-      hops: blocks each device meets, 1 <= hops <= size, its own first and then those of its predecessors.
+      ring: the devices in the order in which blocks pass them.
+      hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors.
       state: stays on its device. block: this device's own block, a pytree. owed: zeros, a pytree; () when nothing is owed.
 
     Returns:
@@ -26,11 +28,12 @@ def ring(step: Callable, axes: tuple[str, ...], size: int, hops: int, state, blo
 
     Per hop and device, `block` goes over the wire once, `owed` once from the second hop on and once at the end.
     """
-    me = jax.lax.axis_index(axes) if size > 1 else jnp.int32(0)
+    size, devices = ring.size, ring.devices
+    me = jax.lax.axis_index(ring.axes) if size > 1 else jnp.int32(0)
 
     def send(tree, distance=1):
-        pairs = [(i, (i + distance) % size) for i in range(size)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, pairs), tree)
+        pairs = [(devices[i], devices[(i + distance) % size]) for i in range(size)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
 
     def hop(carry, h, first=False, last=False):
         state, block, owed, share = carry
