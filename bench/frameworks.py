@@ -80,7 +80,7 @@ def around(mesh: Mesh):
 def run(module, axis_type: AxisType):
     """`(state, loss)` after one step on eight devices, as numpy arrays."""
     mesh = jax.make_mesh((2, 4), AXES, axis_types=(axis_type,) * 2)
-    state = module.init(jax.random.key(0))
+    state = jax.jit(module.init)(jax.random.key(0))
     state = jax.device_put(state, module.shardings(state, mesh))
     text = jax.random.randint(jax.random.key(1), (BATCH, CPU_LENGTH + 1), 0, module.VOCABULARY)
     tokens, targets = jax.device_put((text[:, :-1], text[:, 1:]), NamedSharding(mesh, P(*AXES)))

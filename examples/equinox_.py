@@ -24,11 +24,6 @@ VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS = 256, 256, 2, 256, 8
 optimizer = optax.sgd(0.1, momentum=0.9)
 
 
-def each_token(layer):
-    """The layer of one vector, on [B, T, D]."""
-    return jax.vmap(jax.vmap(layer))
-
-
 class Block(eqx.Module):
     norm1: eqx.nn.LayerNorm
     norm2: eqx.nn.LayerNorm
@@ -48,15 +43,15 @@ class Block(eqx.Module):
         self.experts_out = 0.06 * jax.random.normal(keys[4], (EXPERTS, HIDDEN, DIM))
 
     def __call__(self, x):
-        """A batch of sequences [B, T, D]."""
-        qkv = each_token(self.qkv)(each_token(self.norm1)(x))
-        q, k, v = (y.reshape(*y.shape[:2], HEADS, DIM // HEADS) for y in jnp.split(qkv, 3, -1))
+        """One sequence [T, D]."""
+        qkv = jax.vmap(self.qkv)(jax.vmap(self.norm1)(x))
+        q, k, v = (y.reshape(-1, HEADS, DIM // HEADS) for y in jnp.split(qkv, 3, -1))
         # [ringmoe]
         # was: attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         attended = ringmoe.dot_product_attention(q, k, v, is_causal=True)
         # [/ringmoe]
-        x = x + each_token(self.out)(attended.reshape(x.shape))
-        y = each_token(self.norm2)(x)
+        x = x + jax.vmap(self.out)(attended.reshape(x.shape))
+        y = jax.vmap(self.norm2)(x)
         weights = self.router, self.experts_in, self.experts_out
         # [ringmoe]
         # was: y = experts(y, *weights)
@@ -79,9 +74,9 @@ class Model(eqx.Module):
         self.logits = eqx.nn.Linear(DIM, VOCABULARY, use_bias=False, key=keys[2])
 
     def __call__(self, tokens):
-        """A batch of sequences [B, T]."""
-        x = self.block(each_token(self.embed)(jax.nn.one_hot(tokens, VOCABULARY)))
-        return each_token(self.logits)(each_token(self.norm)(x))
+        """One sequence [T]."""
+        x = self.block(jax.vmap(self.embed)(jax.nn.one_hot(tokens, VOCABULARY)))
+        return jax.vmap(self.logits)(jax.vmap(self.norm)(x))
 
 
 def init(key):
@@ -100,7 +95,7 @@ def step(state, tokens, targets):
 
     @eqx.filter_value_and_grad
     def loss_fn(model):
-        return optax.softmax_cross_entropy_with_integer_labels(model(tokens), targets).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(tokens), targets).mean()
 
     loss, grads = loss_fn(model)
     updates, opt_state = optimizer.update(grads, opt_state)
@@ -115,7 +110,7 @@ def shardings(state, mesh):
 
 def main():
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
-    state = init(jax.random.key(0))
+    state = jax.jit(init)(jax.random.key(0))
     state = jax.device_put(state, shardings(state, mesh))
     text = jax.random.randint(jax.random.key(1), (4, 129), 0, VOCABULARY)
     tokens, targets = jax.device_put((text[:, :-1], text[:, 1:]), NamedSharding(mesh, P("data", "seq")))

@@ -86,7 +86,7 @@ def shardings(state, mesh):
 
 def main():
     mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
-    state = init(jax.random.key(0))
+    state = jax.jit(init)(jax.random.key(0))
     state = jax.device_put(state, shardings(state, mesh))
     text = jax.random.randint(jax.random.key(1), (4, 129), 0, VOCABULARY)
     tokens, targets = jax.device_put((text[:, :-1], text[:, 1:]), NamedSharding(mesh, P("data", "seq")))
