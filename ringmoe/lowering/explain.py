@@ -2,15 +2,20 @@
 
 import collections
 import dataclasses
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.core
 from rich.console import Console
 from rich.table import Table
 
-from ringmoe.lowering.jit import jit
+from ringmoe.lowering.jit import Jitted, jit
 from ringmoe.lowering.rows import Row, read
+
+JITTED = (Jitted, type(jax.jit(lambda: None)))  # they trace by themselves, as they will when called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +40,35 @@ def explain(fun: Callable, *args, **kwargs) -> Explanation:
     """Tells what was found in `fun` and how each op is partitioned, without compiling it.
 
     Args:
-      fun: a function, `jax.jit(fun)` or `ringmoe.jit(fun)`. A plain function is taken as `ringmoe.jit(fun)`.
-      args, kwargs: as for a call; arrays or `jax.ShapeDtypeStruct`s with shardings.
+      fun: a function, `jax.jit(fun)`, `ringmoe.jit(fun)`, or what another library's jit made of it (Flax's `nnx.jit`,
+        Equinox's `eqx.filter_jit`). A plain function is taken as `ringmoe.jit(fun)`.
+      args, kwargs: as for a call; arrays or `jax.ShapeDtypeStruct`s with shardings. Models that are pytrees (of Flax NNX,
+        Equinox) may hold leaves of any type, which stay as they are, unless jax.jit or ringmoe.jit would refuse the call.
 
     Returns:
       An `Explanation`; print it. Under `jax.jit` with Auto axes the rows say "partitioner": XLA decides while it compiles.
 
     Raises what tracing `fun` raises.
     """
-    jitted: Any = fun if hasattr(fun, "trace") else jit(fun)
-    return Explanation(read(jitted.trace(*args, **kwargs).jaxpr))
+    while isinstance(fun, functools.partial):
+        fun, args, kwargs = fun.func, (*fun.args, *args), {**fun.keywords, **kwargs}
+    traced = fun.trace(*args, **kwargs) if isinstance(fun, JITTED) else _trace_arrays(fun, args, kwargs)
+    return Explanation(read(traced.jaxpr))
+
+
+def _trace_arrays(fun: Any, args, kwargs) -> jax.stages.Traced:
+    """Traces `fun` over the array leaves of itself and its arguments; other leaves are closed over."""
+    leaves, tree = jax.tree.flatten((fun, args, kwargs))
+    is_array = lambda leaf: hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+    def of_arrays(*arrays):
+        remaining = iter(arrays)
+        fun, args, kwargs = tree.unflatten(next(remaining) if is_array(leaf) else leaf for leaf in leaves)
+        out = fun(*args, **kwargs)
+        # What the call changed in place (a Flax NNX model) is a result too: the ops that made it would be dead code.
+        changed = [x for x in jax.tree.leaves((fun, args, kwargs)) if not any(x is array for array in arrays)]
+        return [x for x in jax.tree.leaves(out) + changed if isinstance(x, jax.core.Tracer)]
+
+    # What can be lowered is compiled by its library's jit, which is jax.jit underneath: its ops are placed as there.
+    wrap = jax.jit if hasattr(fun, "lower") else jit
+    return wrap(of_arrays).trace(*filter(is_array, leaves))

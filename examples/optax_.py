@@ -1,0 +1,96 @@
+"""Plain functions and optax: a byte model with experts, its sequence sharded over a mesh.
+
+Lines between `# [ringmoe]` and `# [/ringmoe]` are RingMoE's; `# was:` tells the line of the ordinary program.
+With Explicit axes (`jax.make_mesh`'s default, and `jax.set_mesh`) `jax.jit` stays.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/optax_.py
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# [ringmoe]
+# was: from dense import experts
+import ringmoe
+
+# [/ringmoe]
+
+VOCABULARY, DIM, HEADS, HIDDEN, EXPERTS = 256, 256, 2, 256, 8
+optimizer = optax.sgd(0.1, momentum=0.9)
+
+
+def init(key):
+    """Parameters and the optimiser's state."""
+    shapes = {
+        "embed": (VOCABULARY, DIM),
+        "qkv": (3, DIM, HEADS, DIM // HEADS),
+        "out": (HEADS, DIM // HEADS, DIM),
+        "router": (DIM, EXPERTS),
+        "experts": {"in": (EXPERTS, DIM, HIDDEN), "out": (EXPERTS, HIDDEN, DIM)},
+        "logits": (DIM, VOCABULARY),
+    }
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(leaves))
+    params = tree.unflatten(0.06 * jax.random.normal(k, shape) for k, shape in zip(keys, leaves))
+    return params, optimizer.init(params)
+
+
+def norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def forward(params, tokens):
+    x = jax.nn.one_hot(tokens, VOCABULARY) @ params["embed"]
+    q, k, v = (jnp.einsum("btd,dnh->btnh", norm(x), w) for w in params["qkv"])
+    # [ringmoe]
+    # was: attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    attended = ringmoe.dot_product_attention(q, k, v, is_causal=True)
+    # [/ringmoe]
+    x = x + jnp.einsum("btnh,nhd->btd", attended, params["out"])
+    y = norm(x)
+    weights = params["router"], params["experts"]["in"], params["experts"]["out"]
+    # [ringmoe]
+    # was: y = experts(y, *weights)
+    y, _ = ringmoe.moe_ffn(y, *weights, config=ringmoe.RouterConfig(EXPERTS, capacity_factor=None, group_size=32))
+    # [/ringmoe]
+    return norm(x + y) @ params["logits"]
+
+
+# [ringmoe]
+# was: @jax.jit
+@ringmoe.jit
+# [/ringmoe]
+def step(state, tokens, targets):
+    """One step of training: `(state, loss)`."""
+    params, opt_state = state
+
+    def loss_fn(params):
+        return optax.softmax_cross_entropy_with_integer_labels(forward(params, tokens), targets).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+
+def shardings(state, mesh):
+    """Experts over the devices of a sequence; all else on every device."""
+    spec = lambda path: P("seq") if "experts" in jax.tree_util.keystr(path) else P()
+    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, spec(path)), state)
+
+
+def main():
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
+    state = jax.jit(init)(jax.random.key(0))
+    state = jax.device_put(state, shardings(state, mesh))
+    text = jax.random.randint(jax.random.key(1), (4, 129), 0, VOCABULARY)
+    tokens, targets = jax.device_put((text[:, :-1], text[:, 1:]), NamedSharding(mesh, P("data", "seq")))
+    for _ in range(3):
+        state, loss = step(state, tokens, targets)
+        print(loss)
+
+
+if __name__ == "__main__":
+    main()
