@@ -1,21 +1,13 @@
 """The only module that touches JAX's private parts, each with the reason; tests/test_compat.py tells when one moves."""
 
+import dataclasses
+
 import jax
 import jax.core
 import numpy as np
-from jax._src import dispatch
-from jax.extend.core import Primitive
 
 from ringmoe import meshes
 from ringmoe.errors import check
-
-
-def require_devices(primitive: Primitive) -> None:
-    """Has JAX hand the device assignment to this primitive's lowering rule.
-
-    `custom_partitioning` needs it there, and JAX gives it only to jaxprs that hold a primitive of this private set.
-    """
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def vary_alike(tree):
@@ -60,6 +52,18 @@ def digits_of(sharding, ndim: int) -> meshes.Digits | None:
     tiles = np.array(tiling.tile_assignment_devices()).reshape(tiling.tile_assignment_dimensions())
     digits = meshes.of_tiles(tiles)
     return None if digits is None else digits[:ndim]
+
+
+def with_device_assignment(ctx):
+    """A lowering context in which `custom_partitioning` finds as many devices as the program runs on.
+
+    JAX tells a lowering rule the devices only for jaxprs with a primitive of a private set, and refuses such jaxprs operands
+    on two meshes. Undecoded shardings ask the devices nothing, so any will do.
+    """
+    axes = ctx.module_context.axis_context
+    devices = (jax.local_devices(backend="cpu")[0],) * axes.num_devices
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
 
 
 def concrete(x):

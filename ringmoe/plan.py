@@ -243,8 +243,9 @@ def experts(
     if sizes.get("z", 1) > given.get("z", 1):
         warn_once(
             "groups padded",
-            f"{given.get('z', 1)} groups of {given['i']} tokens over mesh axes {split['z']}, and no group is cut: some devices hold "
-            f"nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one device",
+            f"{given.get('z', 1)} groups of {given['i']} tokens over mesh axes {split['z']}, and no group is cut: some "
+            f"devices hold nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one "
+            "device",
         )
     why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts"] * bool(exchange)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)

@@ -176,8 +176,8 @@ class Rule:
         what = {"k": "key heads", "g": "query heads of a key head", "z": "groups of tokens"}[factor]
         warn_once(
             "gathered",
-            f"{parts} devices on {axes} don't divide the {sizes.get(factor, 1)} {what}, which plain jax.jit gathers; ringmoe.jit "
-            "pads them, and a number that the devices divide costs nothing",
+            f"{parts} devices on {axes} don't divide the {sizes.get(factor, 1)} {what}, which plain jax.jit gathers; "
+            "ringmoe.jit pads them, and a number that the devices divide costs nothing",
         )
         return True
 

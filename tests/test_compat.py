@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir, passmanager
 from jax.extend.mlir.dialects import sdy
@@ -13,39 +14,53 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ringmoe import compat
+from ringmoe import compat, meshes
 from tests.helpers import make_mesh
 
 pytestmark = pytest.mark.oldest
 
 
-def test_the_private_set_of_primitives_that_need_devices_is_where_it_was():
-    from jax._src import dispatch
-
-    assert isinstance(dispatch.prim_requires_devices_during_lowering, set)
-    primitive = Primitive("ringmoe_compat_test")
-    compat.require_devices(primitive)
-    try:
-        assert primitive in dispatch.prim_requires_devices_during_lowering
-    finally:
-        dispatch.prim_requires_devices_during_lowering.discard(primitive)
-
-
-def test_a_primitive_that_requires_devices_gets_them_while_lowering():
+@pytest.mark.parametrize("spec", [P(), P("b"), P(None, ("b", "a"))], ids=str)
+def test_the_partitioner_is_asked_with_shardings_that_can_be_read(spec):
+    """In a lowering rule: a device assignment of the right size, and what custom_partitioning hands over undecoded."""
     seen = []
+    call = custom_partitioning(lambda x: x)
+
+    def partition(mesh, operands, result):
+        (x,) = operands
+        seen.append((x.sharding.num_devices, compat.digits_of(x.sharding, 2)))
+        fine, (axes,) = meshes.refine({"n": 8}, [seen[-1][1]])
+        place = jax.NamedSharding(fine, P(*(a or None for a in axes)))
+        return fine, lambda x: x + 1, place, (place,)
+
+    call.def_partition(partition=partition, decode_shardings=False, sharding_rule="i j -> i j")
     primitive = Primitive("ringmoe_compat_devices")
     primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(
+        primitive, lambda ctx, x: mlir.lower_fun(call, multiple_results=False)(compat.with_device_assignment(ctx), x)
+    )
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    x = jax.device_put(jnp.zeros((8, 8)), jax.NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(jax.jit(primitive.bind)(x), np.ones((8, 8)))
+    digits = {P(): ((), ()), P("b"): (((4, 1),), ()), P(None, ("b", "a")): ((), ((4, 1), (2, 4)))}
+    assert seen[-1] == (8, digits[spec])
 
-    def lower(ctx, x):
-        seen.append(ctx.module_context.axis_context.num_devices)
-        return [x]
 
-    mlir.register_lowering(primitive, lower)
-    compat.require_devices(primitive)
-    mesh = make_mesh((8,), AxisType.Auto)
-    x = jax.device_put(jnp.zeros(8), jax.NamedSharding(mesh, P("a")))
-    jax.jit(primitive.bind).lower(x)
-    assert seen == [8]
+def test_the_array_behind_an_eager_gradients_tracer():
+    seen = []
+
+    def fun(x):
+        seen.append(compat.concrete(x))
+        return jnp.sum(x * x)
+
+    x = jax.device_put(jnp.arange(8.0), jax.NamedSharding(make_mesh((8,), AxisType.Auto), P("a")))
+    jax.grad(fun)(x)
+    jax.jvp(fun, (x,), (x,))
+    assert [y.sharding for y in seen] == [x.sharding] * 2
+    jax.jit(jax.grad(fun))(x)
+    jax.vmap(fun)(x[None])
+    assert seen[2:] == [None, None]
+    assert compat.concrete(x) is x
 
 
 def varying(x):

@@ -113,7 +113,7 @@ def lower(op, platform: str, ctx, *operands, **params):
         run = _whole(op, rule, avals, platform, params)
     else:
         check(not ctx.module_context.lowering_parameters.for_export, _not_serializable(op))
-        run = _partitioned(op, rule, avals, platform, params)
+        run, ctx = _partitioned(op, rule, avals, platform, params), compat.with_device_assignment(ctx)
 
     if found is not None:  # the mesh that is set may be another: finer here, or none while lowering
         run = functools.partial(_in_mesh, found.mesh, run)
@@ -188,9 +188,10 @@ class _Partition:
     def __init__(self, op, rule, avals, platform: str, params):
         self.op, self.rule, self.avals, self.platform, self.params = op, rule, avals, platform, params
 
-    def __call__(self, mesh, operands, results):
+    def __call__(self, _, operands, results):
         arrays = [*operands, *results]
-        named = dict(mesh.shape) or {"devices": arrays[0].sharding.num_devices}
+        named, size = mesh_of(self.avals).shape, arrays[0].sharding.num_devices
+        named = named if math.prod(named.values()) == size else {"devices": size}
         fine, told = meshes.refine(named, self.rule.cut([compat.digits_of(x.sharding, len(x.shape)) for x in arrays]))
         specs = [((),) * len(x.shape) if spec is None else spec for x, spec in zip(arrays, told)]
         found = self.rule.factor_axes(specs, fine.shape)
