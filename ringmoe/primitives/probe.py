@@ -26,14 +26,17 @@ class Probe:
 
 
 def emit(probe: Probe, rule: Rule, operands, results):
-    """The custom calls of one op: identity on each operand, then the op itself. `results`: abstract values."""
-    sizes = dict(rule.sizes)
-    marked = [
-        _call(f"{probe.number}.{i}", OPERAND, [x], [x.type], (dims,), (dims,), sizes)[0]
-        for i, (x, dims) in enumerate(zip(operands, rule.operands))
-    ]
+    """The custom calls of one op: identity on each operand, then the op itself. `results`: abstract values.
+
+    To the identities every dim is one factor: through a compound one Shardy carries no axis that its factors can't share.
+    """
+    marked = []
+    for i, (x, dims) in enumerate(zip(operands, rule.operands)):
+        plain = tuple((f"d{j}",) for j in range(len(dims)))
+        lengths = {name: length for (name,), length in zip(plain, rule.shape(dims))}
+        marked += _call(f"{probe.number}.{i}", OPERAND, [x], [x.type], (plain,), (plain,), lengths)
     result_types = [ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in results]
-    return _call(f"{probe.number}", OP, marked, result_types, rule.operands, rule.results, sizes)
+    return _call(f"{probe.number}", OP, marked, result_types, rule.operands, rule.results, dict(rule.sizes))
 
 
 def read(module: ir.Module) -> dict[tuple[int, int], meshes.Digits | None]:
