@@ -23,7 +23,7 @@ import numpy as np
 
 import tests.conftest  # noqa: F401  eight devices
 from ringmoe import errors
-from tests import fuzz_cases, fuzz_programs
+from tests import fuzz_cases, fuzz_programs, fuzz_shrink
 from tests.fuzz_cases import Case, Operand
 from tests.helpers import TOLERANCE
 
@@ -180,11 +180,23 @@ def report(case: Case, verdict: Verdict) -> str:
     )
 
 
+def one_case(case: Case, simplify: bool) -> int:
+    """Runs a case here."""
+    verdict = examine(case)
+    if simplify and verdict.outcome != AGREES:
+        alike = lambda other: (other.outcome, other.kind.split(" ")[0]) == (verdict.outcome, verdict.kind.split(" ")[0])
+        case = fuzz_shrink.shrink(case, lambda smaller: alike(examine(smaller)))
+        verdict = examine(case)
+    print(report(case, verdict))
+    return int(verdict.outcome in FAILURES)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("number", nargs="?", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help="run this one here, with its traceback")
+    parser.add_argument("--shrink", action="store_true", help="with --case: look for a simpler one that fails alike")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -192,9 +204,7 @@ def main() -> int:
         work()
         return 0
     if options.case:
-        verdict = examine(read_case(options.case))
-        print(report(read_case(options.case), verdict), verdict)
-        return verdict.outcome in FAILURES
+        return one_case(read_case(options.case), options.shrink)
     from rich.console import Console
     from rich.progress import track
 

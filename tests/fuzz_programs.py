@@ -228,7 +228,8 @@ def wave(shape, phase: float):
 def loss(results):
     """Every result counts, the LSE where it is finite."""
     total = 0
-    for i, x in enumerate(results.values()):
+    for i, name in enumerate(sorted(results)):
+        x = results[name]
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         total += jnp.sum(jnp.where(jnp.isneginf(x), 0, x) * wave(x.shape, i).astype(x.dtype))
     return total
