@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -35,6 +36,7 @@ WRONG = "wrong numbers"
 REFUSED = "refused where the plain op runs"
 DIED = "the process died"
 HUNG = "no end"
+BOTH_DIE = "the process dies with the plain op too"
 FAILURES = (WRONG, REFUSED, DIED, HUNG)
 SECONDS = 240  # after which a case hangs
 CASES_OF_A_PROCESS = 60  # compiled programs stay in memory
@@ -95,13 +97,21 @@ def refusal(case: Case, error: Exception) -> Verdict:
     frames = "".join(traceback.format_exception(error)[-8:])
     if "whole groups of" in text:
         return Verdict(GROUPS, kind, text)
-    for outcome, ops in ((NO_PROGRAM, fuzz_programs.NOTHING), (BOTH, fuzz_programs.PLAIN)):
-        try:
-            fuzz_programs.run(case, ops)
-        except Exception as other:
-            theirs = f"\n-- and without ours: {type(other).__name__}: {str(other)[:300]}"
-            return Verdict(outcome, kind, frames[-3000:] + theirs)
-    return Verdict(REFUSED, kind, frames[-4000:])
+    plain = refuses(case, fuzz_programs.PLAIN)
+    if not plain:
+        return Verdict(REFUSED, kind, frames[-4000:])
+    around = refuses(case, fuzz_programs.NOTHING)
+    theirs = f"\n-- the plain op: {plain}\n-- no op: {around or 'runs'}"
+    return Verdict(NO_PROGRAM if around else BOTH, kind, frames[-3000:] + theirs)
+
+
+def refuses(case: Case, ops) -> str:
+    """Why the case with these ops doesn't run; nothing if it does."""
+    try:
+        fuzz_programs.run(case, ops)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return ""
 
 
 def pattern(text: str) -> str:
@@ -135,43 +145,60 @@ def read_case(text: str) -> Case:
 
 
 def work() -> None:
-    """The worker: a case a line in, a verdict a line out."""
+    """The worker: a case a line in, a verdict a line out; `plain` before a case asks for the plain op alone."""
     for i, line in enumerate(sys.stdin):
-        verdict = examine(read_case(line))
+        asked, case = line.split(" ", 1)
+        if asked == "plain":
+            verdict = Verdict(AGREES, refuses(read_case(case), fuzz_programs.PLAIN))
+        else:
+            verdict = examine(read_case(case))
         print(json.dumps(dataclasses.asdict(verdict)), flush=True)
         if i % 10 == 9:
             jax.clear_caches()
 
 
-def verdicts(cases):
-    """Each case's verdict, from workers that may die."""
-    worker, served = None, 0
-    for case in cases:
-        if worker is None or served == CASES_OF_A_PROCESS:
-            if worker:
-                worker.kill()
+class Worker:
+    """Another process, which may die."""
+
+    def __init__(self):
+        self.process, self.served = None, 0
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+        self.process, self.served = None, 0
+
+    def ask(self, question: str) -> Verdict:
+        if self.served == CASES_OF_A_PROCESS:
+            self.close()
+        if self.process is None:
             command = [sys.executable, "-m", "tests.fuzz", "--worker"]
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-            served = 0
-        served += 1
-        alarm = threading.Timer(SECONDS, worker.kill)
+            pipe = subprocess.PIPE
+            self.log = tempfile.TemporaryFile("w+")
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+        self.served += 1
+        started, alarm = time.monotonic(), threading.Timer(SECONDS, self.process.kill)
         alarm.start()
-        started = time.monotonic()
-        print(repr(case), file=worker.stdin, flush=True)
-        line = worker.stdout.readline()
+        print(question, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
         alarm.cancel()
         if line:
             fields = json.loads(line)
-            yield case, Verdict(**(fields | {"warnings": tuple(fields["warnings"])}))
-        else:
-            code = worker.wait()
-            long = time.monotonic() - started >= SECONDS
-            yield case, Verdict(HUNG if long else DIED, f"exit code {code}", seconds=time.monotonic() - started)
-            worker = None
-    if worker:
-        worker.kill()
+            return Verdict(**(fields | {"warnings": tuple(fields["warnings"])}))
+        code, seconds = self.process.wait(), time.monotonic() - started
+        self.log.seek(0)
+        said = [x for x in self.log.read().splitlines() if re.match(r"F\d+ |Fatal|.*Error", x)]
+        self.close()
+        last = pattern(said[0].split("] ", 1)[-1]) if said else ""
+        return Verdict(HUNG if seconds >= SECONDS else DIED, f"exit code {code} {last}", seconds=seconds)
+
+    def verdict(self, case: Case) -> Verdict:
+        """`examine`, or that the process died, where it doesn't with the plain op."""
+        verdict = self.ask(f"ours {case!r}")
+        if verdict.outcome in (DIED, HUNG) and self.ask(f"plain {case!r}").outcome in (DIED, HUNG):
+            return dataclasses.replace(verdict, outcome=BOTH_DIE)
+        return verdict
 
 
 def report(case: Case, verdict: Verdict) -> str:
@@ -181,12 +208,14 @@ def report(case: Case, verdict: Verdict) -> str:
 
 
 def one_case(case: Case, simplify: bool) -> int:
-    """Runs a case here."""
-    verdict = examine(case)
+    """Runs a case again."""
+    worker = Worker()
+    verdict = worker.verdict(case)
     if simplify and verdict.outcome != AGREES:
         alike = lambda other: (other.outcome, other.kind.split(" ")[0]) == (verdict.outcome, verdict.kind.split(" ")[0])
-        case = fuzz_shrink.shrink(case, lambda smaller: alike(examine(smaller)))
-        verdict = examine(case)
+        case = fuzz_shrink.shrink(case, lambda smaller: alike(worker.verdict(smaller)))
+        verdict = worker.verdict(case)
+    worker.close()
     print(report(case, verdict))
     return int(verdict.outcome in FAILURES)
 
@@ -212,10 +241,11 @@ def main() -> int:
     kinds: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     options.out.mkdir(exist_ok=True)
     failed, others = (options.out / f"fuzz-{options.seed}{name}.txt" for name in ("", "-refused"))
-    seconds = 0.0
+    worker, seconds = Worker(), 0.0
     with failed.open("w") as failures, others.open("w") as refusals:
         cases = draw(options.number, options.seed)
-        for case, verdict in track(verdicts(cases), total=len(cases), console=console, description="cases"):
+        for case in track(cases, console=console, description="cases"):
+            verdict = worker.verdict(case)
             counts[verdict.outcome] += 1
             kinds[verdict.outcome][verdict.kind] += verdict.outcome != AGREES
             warned.update(verdict.warnings)
@@ -223,6 +253,7 @@ def main() -> int:
             if verdict.outcome != AGREES:
                 file = failures if verdict.outcome in FAILURES else refusals
                 print(report(case, verdict), file=file, flush=True)
+    worker.close()
     console.print(f"{len(cases)} cases of seed {options.seed}, {seconds / max(1, len(cases)):.1f} s each")
     for outcome, count in counts.most_common():
         console.print(f"{count:6}  {outcome}")
