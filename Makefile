@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+N ?= 100
+SEED ?= 0
 export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 export ALLOW_MULTIPLE_LIBTPU_LOAD ?= 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench fuzz clean
 
 demo: .venv/demo
 	$(BIN)/ringmoe demo
@@ -40,6 +42,9 @@ bench: .venv/all
 .venv/all: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,bench,lint,docs,targets]'
 	@touch $@ .venv/demo
+
+fuzz: .venv/all
+	$(BIN)/python -m tests.fuzz $(N) --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-oldest out .pytest_cache .ruff_cache .hypothesis .benchmarks
