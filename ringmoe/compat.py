@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.core
 import numpy as np
+from jax._src.mesh import get_concrete_mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ringmoe import meshes
 from ringmoe.errors import check
@@ -64,6 +66,18 @@ def with_device_assignment(ctx):
     devices = (jax.local_devices(backend="cpu")[0],) * axes.num_devices
     axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+
+
+def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:
+    """`mesh`, made of the devices of the mesh that `jax.set_mesh` set, if that is one of other axes.
+
+    A shard_map over an abstract mesh is lowered with the axes of the concrete mesh that is set, and finds a finer mesh's
+    axes unbound. What is set can't be asked for inside a trace.
+    """
+    outer = get_concrete_mesh()
+    if outer.empty or outer.shape == mesh.shape or outer.size != mesh.size:
+        return mesh
+    return Mesh(outer.devices.reshape(mesh.axis_sizes), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def concrete(x):

@@ -69,6 +69,7 @@ def moe_ffn(
     pallas.check_implementation("experts", implementation)
     acc = jnp.promote_types(x.dtype, jnp.float32)
     with jax.named_scope("router"):
+        token_mask = router.lie_alike(token_mask, x)
         # A masked token may hold anything: it must not reach the router weight's gradient.
         seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
         logits = _logits(seen.astype(acc), router_weight.astype(acc))

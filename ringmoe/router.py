@@ -149,7 +149,8 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     _check_route(logits, config, token_mask)
     group_size = config.group(logits.shape[-2])
     capacity = config.capacity(group_size)
-    logits, token_mask = _whole_groups(logits, token_mask, group_size)
+    logits = _whole_groups(logits, group_size)
+    token_mask = lie_alike(token_mask, logits)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if token_mask is not None:
         logits = jnp.where(token_mask[..., None], logits, 0)
@@ -171,20 +172,17 @@ def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | No
     return Routing(expert, slot, weight, scores, active, config.num_experts, capacity, group_size)
 
 
-def _whole_groups(logits, token_mask, group_size):
-    """With Explicit axes that cut groups, logits and mask moved to devices that hold whole ones; else as they are."""
+def _whole_groups(logits, group_size):
+    """With Explicit axes that cut groups, the logits moved to devices that hold whole ones; else as they are."""
     mesh = jax.typeof(logits).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return logits, token_mask
+        return logits
     groups = (*logits.shape[:-2], logits.shape[-2] // group_size, logits.shape[-1])
     spec = jax.typeof(logits).sharding.spec
     held = rules.dividing(spec, groups, mesh.shape)
     if rules.axes_of(held, logits.ndim) == rules.axes_of(spec, logits.ndim):
-        return logits, token_mask
-    tokens = NamedSharding(mesh, PartitionSpec(*held[:-1]))
-    return jax.sharding.reshard(logits, NamedSharding(mesh, held)), (
-        None if token_mask is None else jax.sharding.reshard(token_mask, tokens)
-    )
+        return logits
+    return jax.sharding.reshard(logits, NamedSharding(mesh, held))
 
 
 def _check_route(logits, config, token_mask):
@@ -194,6 +192,14 @@ def _check_route(logits, config, token_mask):
         f"logits of shape {logits.shape} with num_experts={config.num_experts}, expected [..., T, num_experts]",
     )
     check_mask(token_mask, logits.shape[:-1])
+
+
+def lie_alike(token_mask, tokens):
+    """With Explicit axes the mask must lie as the tokens [..., T, D] (or their logits) that it masks."""
+    mesh = jax.typeof(tokens).sharding.mesh
+    if token_mask is None or AxisType.Explicit not in mesh.axis_types:
+        return token_mask
+    return jax.sharding.reshard(token_mask, NamedSharding(mesh, PartitionSpec(*jax.typeof(tokens).sharding.spec[:-1])))
 
 
 def check_mask(token_mask, tokens: tuple[int, ...]) -> None:

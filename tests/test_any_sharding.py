@@ -109,6 +109,7 @@ def pairs(cases):
     return [pytest.param(case, door, id=f"{name}, {door}") for name, case in cases.items() for door in case.doors]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("case", "door"), pairs(ATTENTION))
 def test_attention(case, door):
     with no_cost_warnings():

@@ -46,6 +46,15 @@ def test_the_partitioner_is_asked_with_shardings_that_can_be_read(spec):
     assert seen[-1] == (8, digits[spec])
 
 
+def test_jax_refuses_to_permute_over_axes_in_another_order_than_the_meshs():
+    """On every JAX we support it raises, rather than permute along the wrong circle: so a ring sorts its axes (plan.Ring)."""
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    turn = lambda x: jax.lax.ppermute(x, ("b", "a"), [(i, (i + 1) % 8) for i in range(8)])
+    turned = jax.shard_map(turn, mesh=mesh, in_specs=P(("b", "a")), out_specs=P(("b", "a")))
+    with pytest.raises(RuntimeError, match="same order as the axis_names declared on the mesh"):
+        jax.jit(turned).lower(jnp.arange(8.0))
+
+
 def test_the_array_behind_an_eager_gradients_tracer():
     seen = []
 

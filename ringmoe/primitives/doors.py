@@ -158,7 +158,12 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
     out_specs = [rules.spec_of(dims, factors) for dims in rule.results]
     explicit = AxisType.Explicit in mesh.axis_types
     local = jax.shard_map(
-        run, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, axis_names=found.free, check_vma=False
+        run,
+        mesh=compat.in_the_mesh_that_is_set(mesh),
+        in_specs=tuple(in_specs),
+        out_specs=out_specs,
+        axis_names=found.free,
+        check_vma=False,
     )
 
     def place(x, spec):
