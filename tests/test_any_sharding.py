@@ -151,6 +151,24 @@ def test_on_tpu_it_is_a_ring_of_kernels(name):
     assert not collectives(text) & {"all-gather", "all-to-all"}
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_cut_axis_under_a_mesh_that_is_set(outside):
+    """jax.set_mesh names the user's axes; an op placed along a part of one brings its own."""
+    case = ATTENTION["a batch cut out of the sequence"]
+    loss = lambda *arrays: jnp.sum(jnp.sin(case.program(ringmoe.dot_product_attention)(*arrays)))
+    want = jax.grad(loss, (0, 1, 2))(*case.arrays)
+    mesh = make_mesh(case.mesh, AxisType.Auto)
+    arrays = put(mesh, case.arrays, case.specs)
+    with jax.set_mesh(mesh), no_cost_warnings():
+        got = (
+            jax.grad(ringmoe.jit(loss), (0, 1, 2))(*arrays)
+            if outside
+            else ringmoe.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+        )
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, 1e-5)
+
+
 def layer(b=2, t=16, d=8, e=8, f=8):
     return draw(b, t, d), draw(d, e), draw(e, d, f) / 3, draw(e, f, d) / 3
 

@@ -37,10 +37,12 @@ class Jitted[**P, R]:
         self._placed: dict[Any, Any] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        known = self._known(args, kwargs)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        known = self._known(args, kwargs) if traced else (args, kwargs)
         if known is None or jax.config.jax_disable_jit:
             return self._plain(*args, **kwargs)  # inside another jit: the outermost ringmoe.jit places the ops
-        return self._for(*known)(*args, **kwargs)
+        # A gradient taken outside keeps values of the forward pass: results whose shardings JAX has to name.
+        return self._for(*known, parts=not traced)(*args, **kwargs)
 
     def _known(self, args, kwargs):
         """`(args, kwargs)` with something that has a sharding in place of tracers; None where an outer jit hides it.
@@ -49,8 +51,6 @@ class Jitted[**P, R]:
         op's derivatives are placed as it is. With `in_shardings` the arguments need not tell.
         """
         leaves, tree = jax.tree.flatten((args, kwargs))
-        if not any(isinstance(x, jax.core.Tracer) for x in leaves):
-            return args, kwargs
         leaves = [x if (array := compat.concrete(x)) is None else array for x in leaves]
         if self._options.get("in_shardings") is not None:
             bare = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type)
@@ -75,7 +75,7 @@ class Jitted[**P, R]:
         self._placed.clear()
         self._plain.clear_cache()
 
-    def _for(self, args, kwargs):
+    def _for(self, args, kwargs, parts=True):
         """The jitted function for arguments of these shapes and shardings."""
         numbers, names = self._static
         static = [args[i] for i in numbers if i < len(args)], [kwargs[n] for n in names if n in kwargs]
@@ -85,10 +85,10 @@ class Jitted[**P, R]:
         )
         leaves, tree = jax.tree.flatten(dynamic)
         context = jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name) for name in CONTEXT)
-        key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context
+        key = tree, tuple(map(_signature, leaves)), *map(tuple, static), context, parts
         try:
             if key not in self._placed:
-                self._placed[key] = self._place(leaves, args, kwargs)
+                self._placed[key] = self._place(leaves, args, kwargs, parts)
                 rows.log(self._placed[key], args, kwargs)
             return self._placed[key]
         except TypeError as error:
@@ -96,14 +96,14 @@ class Jitted[**P, R]:
                 raise
             return self._plain  # jax.jit says which argument can't be hashed
 
-    def _place(self, leaves, args, kwargs):
+    def _place(self, leaves, args, kwargs, parts):
         traced = self._plain.trace(*args, **kwargs)
         mesh = _mesh_of(leaves, self._options)
         if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
             return self._plain
         run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
-        jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower)
+        jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower, parts)
         free = {} if self._options.get("out_shardings") is not None else specs
         return run(jaxpr, {i: NamedSharding(mesh, spec) for i, spec in free.items()})
 

@@ -20,12 +20,13 @@ from ringmoe.primitives.op import OPS
 PIPELINE = "builtin.module(sdy-propagation-pipeline)"
 
 
-def propagate(jaxpr, mesh: AbstractMesh, lower: Callable) -> tuple[Any, dict[int, PartitionSpec]]:
+def propagate(jaxpr, mesh: AbstractMesh, lower: Callable, parts: bool = True) -> tuple[Any, dict[int, PartitionSpec]]:
     """`(jaxpr, specs)`: `jaxpr` with a `Placement` in every op that needs one, and specs for its results.
 
     There are specs only where an op is placed along a part of a mesh axis: JAX can't name the sharding of a result that
     would lie so, and it gets one of whole axes. `lower(jaxpr)` lowers a jaxpr as the caller will at last: same shardings
-    of arguments and results. Ops whose operand types tell their sharding (Explicit axes) keep `placement=None`.
+    of arguments and results. Ops whose operand types tell their sharding (Explicit axes) keep `placement=None`. Without
+    `parts` no op is placed along a part of an axis: what the program hands on is not only its results.
     """
     numbers = itertools.count()
     module = lower(map_ops(jaxpr, lambda eqn: None if _typed(eqn) else probe.Probe(next(numbers)))).compiler_ir(
@@ -37,7 +38,7 @@ def propagate(jaxpr, mesh: AbstractMesh, lower: Callable) -> tuple[Any, dict[int
     numbers = itertools.count()
 
     def place(eqn):
-        return None if _typed(eqn) else _placement(eqn, next(numbers), mesh, found)
+        return None if _typed(eqn) else _placement(eqn, next(numbers), mesh, found, parts)
 
     jaxpr = map_ops(jaxpr, place)
     placed = (eqn.params["placement"] for eqn in ops(jaxpr))
@@ -66,16 +67,17 @@ def _typed(eqn) -> bool:
     return factors_in_types(OPS[eqn.primitive].rule(avals, eqn.params), avals) is not None
 
 
-def _placement(eqn, number: int, mesh: AbstractMesh, found) -> Placement:
+def _placement(eqn, number: int, mesh: AbstractMesh, found, parts: bool) -> Placement:
     op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
     outs = [var.aval for var in eqn.outvars]
     nowhere = lambda aval: ((),) * aval.ndim
     digits = [found.get((number, i), nowhere(aval)) for i, aval in enumerate(avals)]
     digits += [found.get((number, -1 - i), nowhere(aval)) for i, aval in enumerate(outs)]
     own, rule = mesh_of(avals), op.rule(avals, eqn.params)
-    fine, told = meshes.refine((own if own.manual_axes else mesh).shape, rule.cut(digits))
+    mesh = own if own.manual_axes else mesh  # inside the user's shard_map the mesh is theirs, whole axes alone
+    fine, told = meshes.refine(mesh.shape, rule.cut(digits))
     specs = [nowhere(aval) if spec is None else spec for aval, spec in zip((*avals, *outs), told)]
-    if own.manual_axes:  # inside the user's shard_map the mesh is theirs: a part of an axis can't be had
-        free = set(own.axis_names) - set(own.manual_axes)
-        fine, specs = own, [tuple(tuple(a for a in axes if a in free) for axes in spec) for spec in specs]
+    if own.manual_axes or not parts:
+        free = set(mesh.axis_names) - set(mesh.manual_axes)
+        fine, specs = mesh, [tuple(tuple(a for a in axes if a in free) for axes in spec) for spec in specs]
     return Placement(fine, freeze(rule.factor_axes(specs, fine.shape)))

@@ -121,7 +121,7 @@ def lower(op, platform: str, ctx, *operands, **params):
 
 
 def _in_mesh(mesh: AbstractMesh, run: Callable, *arrays):
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(compat.in_the_mesh_that_is_set(mesh).abstract_mesh):
         return run(*arrays)
 
 
@@ -178,6 +178,7 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
             x = rules.grow(place(x, resting(dims)), dims, old, new, rules.FILL.get(name, 0))
             grown.append(place(x, spec))
         outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(local(*grown), rule.results)]
+        outs, _ = compat.vary_alike((outs, arrays))  # inside a shard_map of the user's that checks it
         return [x if aval.sharding.mesh.empty else place(x, aval.sharding.spec) for x, aval in zip(outs, avals_out)]
 
     return placed
