@@ -41,6 +41,11 @@ def check_axis_name(axis_name) -> tuple[str, ...]:
     return axes
 
 
+def varies(tree) -> bool:
+    """Whether any array is marked as varying over some axis: inside a shard_map that checks it."""
+    return any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
+
+
 def digits_of(sharding, ndim: int) -> meshes.Digits | None:
     """A sharding of XLA's as digits of the device number, by dim; None where no digits tell.
 

@@ -157,14 +157,10 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
     in_specs = [rules.spec_of(dims, factors) for dims in rule.operands]
     out_specs = [rules.spec_of(dims, factors) for dims in rule.results]
     explicit = AxisType.Explicit in mesh.axis_types
-    local = jax.shard_map(
-        run,
-        mesh=compat.in_the_mesh_that_is_set(mesh),
-        in_specs=tuple(in_specs),
-        out_specs=out_specs,
+    local = functools.partial(
+        jax.shard_map, run, mesh=compat.in_the_mesh_that_is_set(mesh), in_specs=tuple(in_specs), out_specs=out_specs,
         axis_names=found.free,
-        check_vma=False,
-    )
+    )  # fmt: skip
 
     def place(x, spec):
         return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
@@ -177,8 +173,9 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
         for x, name, dims, spec in zip(arrays, params["operands"], rule.operands, in_specs):
             x = rules.grow(place(x, resting(dims)), dims, old, new, rules.FILL.get(name, 0))
             grown.append(place(x, spec))
-        outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(local(*grown), rule.results)]
-        outs, _ = compat.vary_alike((outs, arrays))  # inside a shard_map of the user's that checks it
+        # Inside a shard_map of the user's that checks what varies, so must this one, or it has no transpose.
+        results = local(check_vma=compat.varies(arrays))(*grown)
+        outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(results, rule.results)]
         return [x if aval.sharding.mesh.empty else place(x, aval.sharding.spec) for x, aval in zip(outs, avals_out)]
 
     return placed
