@@ -1,6 +1,7 @@
 """A share of what `make fuzz` runs: the same cases each time. And that the fuzzer sees what it looks for."""
 
 
+import jax
 import pytest
 
 from tests import fuzz, fuzz_cases
@@ -51,8 +52,6 @@ def test_wrong_numbers_are_seen(monkeypatch):
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
-    import jax
-
     stopped = lambda x: x + 1e-3 * (x - jax.lax.stop_gradient(x))
     broken(monkeypatch, lambda results: {"output": stopped(results["output"])})
     verdict = fuzz.examine(simple())
