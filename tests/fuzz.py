@@ -33,6 +33,7 @@ from tests.helpers import TOLERANCE
 
 AGREES = "agrees"
 GROUPS = "refused by design: groups"  # a group of tokens split between devices
+RING = "refused by design: a ring that was asked for"  # where queries and keys lie over unlike axes
 NO_PROGRAM = "no program without the op either"  # JAX refuses what stands around it
 BOTH = "both refuse"
 WRONG = "wrong numbers"
@@ -101,6 +102,8 @@ def refusal(case: Case, error: Exception) -> Verdict:
     frames = "".join(traceback.format_exception(error)[-8:])
     if "whole groups of" in text:
         return Verdict(GROUPS, kind, text)
+    if "exchange='ring' was asked for" in text:
+        return Verdict(RING, kind, text)
     plain = refuses(case, fuzz_programs.PLAIN)
     if not plain:
         return Verdict(REFUSED, kind, frames[-4000:])
@@ -144,6 +147,10 @@ def draw(number: int, seed: int, strategy=None) -> list[Case]:
 
 def read_case(text: str) -> Case:
     return eval(text, {"Case": Case, "Operand": Operand})
+
+
+def read_cases(path: pathlib.Path) -> list[Case]:
+    return [read_case(line) for line in path.read_text().splitlines() if line.startswith("Case(")]
 
 
 def work() -> None:
@@ -230,6 +237,7 @@ def main() -> int:
     parser.add_argument("number", nargs="?", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help="run this one here, with its traceback")
+    parser.add_argument("--again", type=pathlib.Path, help="run the cases of a file of this fuzzer")
     parser.add_argument("--shrink", action="store_true", help="with --case: look for a simpler one that fails alike")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -242,10 +250,11 @@ def main() -> int:
     console, counts, warned = Console(), collections.Counter(), collections.Counter()
     kinds: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     options.out.mkdir(exist_ok=True)
-    failed, others = (options.out / f"fuzz-{options.seed}{name}.txt" for name in ("", "-refused"))
+    stem = "fuzz-again" if options.again else f"fuzz-{options.seed}"
+    failed, others = (options.out / f"{stem}{name}.txt" for name in ("", "-refused"))
     worker, seconds = Worker(), 0.0
     with failed.open("w") as failures, others.open("w") as refusals:
-        cases = draw(options.number, options.seed)
+        cases = read_cases(options.again) if options.again else draw(options.number, options.seed)
         for case in track(cases, console=console, description="cases"):
             verdict = worker.verdict(case)
             counts[verdict.outcome] += 1
@@ -256,7 +265,7 @@ def main() -> int:
                 file = failures if verdict.outcome in FAILURES else refusals
                 print(report(case, verdict), file=file, flush=True)
     worker.close()
-    console.print(f"{len(cases)} cases of seed {options.seed}, {seconds / max(1, len(cases)):.1f} s each")
+    console.print(f"{len(cases)} cases of {options.again or f'seed {options.seed}'}, {seconds / max(1, len(cases)):.1f} s each")
     for outcome, count in counts.most_common():
         console.print(f"{count:6}  {outcome}")
         for kind, share in kinds[outcome].most_common():
