@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from tests import fuzz, fuzz_cases, fuzz_programs, fuzz_shrink
@@ -52,8 +53,6 @@ def test_wrong_numbers_are_seen(monkeypatch):
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
-    import jax
-
     stopped = lambda x: x + 1e-3 * (x - jax.lax.stop_gradient(x))
     broken(monkeypatch, lambda results: {"output": stopped(results["output"])})
     verdict = fuzz.examine(simple())
