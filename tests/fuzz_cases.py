@@ -6,6 +6,7 @@ and the op, and a sharding constraint after it. What shapes, doors and transform
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 
@@ -87,8 +88,7 @@ def chance(draw, percent: int) -> bool:
 class Layout:
     """What the operands of one case have in common while they are drawn."""
 
-    draw: object
-    door: str
+    draw: Callable
     mesh: dict[str, int]
     explicit: bool
     roles: dict[str, str]  # axis -> letter that most operands follow
@@ -212,7 +212,7 @@ def operand(lay: Layout, name: str, letters: str, shape) -> Operand:
     )
 
 
-def layout(draw, letters: str, manual_letters, transform: str, names, floats):
+def layout(draw, letters: str, manual_letters, transform: str, names):
     """The mesh, the door and the roles of the axes: keyword arguments of the case, and the layout."""
     door = draw(st.sampled_from((*FOUND, *DOORS)))  # those that find shardings twice as often
     shape = () if door == "one device" else draw(st.sampled_from(MESHES[1:] if door == "partly manual" else MESHES))
@@ -231,18 +231,21 @@ def layout(draw, letters: str, manual_letters, transform: str, names, floats):
         if "vmap" in transform and free and chance(draw, 30):
             mapped_axis = draw(st.sampled_from(free))
     lay = Layout(
-        draw, door, dict(zip(axes, shape)), explicit,
+        draw, dict(zip(axes, shape)), explicit,
         {a: draw(st.sampled_from(letters)) for a in axes if a not in manual}, manual,
         tuple(draw(st.permutations(axes))), frozenset(mapped), "scan" in transform, mapped_axis,
     )  # fmt: skip
     # Rounding between two layers, or of derivatives of derivatives, has no bound in bf16 that would show a mistake.
     bf16 = transform not in ("scan", "scan grad", "hvp", "hvp by jvp") and chance(draw, 15)
-    return lay, dict(
-        door=door, mesh=shape, devices=tuple(draw(st.permutations(range(math.prod(shape))))), explicit=explicit, jit=jit,
-        transform=transform, manual=inside, check_vma=draw(st.booleans()) if manual else False,
-        # JAX asks for the mesh where the gradient of a jitted function of Explicit axes is taken outside.
-        set_mesh=bool(shape) and ((explicit and transform == "grad outside") or chance(draw, 30)), dtype="bfloat16" if bf16 else "float32", seed=draw(st.integers(0, 99)),
-    )  # fmt: skip
+    # JAX asks for the mesh where the gradient of a jitted function of Explicit axes is taken outside.
+    needs_mesh = explicit and transform == "grad outside"
+    return lay, {
+        "door": door, "mesh": shape, "devices": tuple(draw(st.permutations(range(math.prod(shape))))),
+        "explicit": explicit, "jit": jit, "transform": transform, "manual": inside,
+        "check_vma": draw(st.booleans()) if manual else False,
+        "set_mesh": bool(shape) and (needs_mesh or chance(draw, 30)),
+        "dtype": "bfloat16" if bf16 else "float32", "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
 
 
 def multiple(lay: Layout, n: int, letter: str) -> int:
@@ -258,7 +261,7 @@ def attention_cases(draw) -> Case:
     names = ["query", "key", "value", *[n for n in ("bias", "mask") if has[n]]]
     names += [f"{n}_lengths" for n in ("query", "key") if has[f"{n}_lengths"]]
     names += ["query_segments", "key_segments"] * has["segments"]
-    lay, common = layout(draw, "bbtttkk h", ("t", "t", "t", "b", "k", ""), transform, tuple(names), ())
+    lay, common = layout(draw, "bbtttkk h", ("t", "t", "t", "b", "k", ""), transform, tuple(names))
     lengths = st.sampled_from((1, 2, 3, 4, 5, 6, 7, 8, 8, 12, 16, 16, 24))
     b, t = multiple(lay, draw(st.sampled_from((1, 2, 2, 3, 4))), "b"), multiple(lay, draw(lengths), "t")
     s = t if chance(draw, 60) else multiple(lay, draw(lengths), "t")
@@ -290,17 +293,30 @@ def whole_keys(op: Operand, lay: Layout) -> Operand:
     return dataclasses.replace(op, manual=bare(op.manual), constraint=bare(op.constraint))
 
 
+def group_size(lay: Layout, x: Operand, num_tokens: int) -> int | None:
+    """Mostly one with which every device holds whole groups."""
+    spec = x.constraint or (x.spec if x.mapped is None and not x.steps else ((), (), ()))
+    axes = [a for a, role in lay.manual.items() if role == "t"] if lay.manual else spec[1]
+    local = num_tokens // lay.parts(axes) if num_tokens % lay.parts(axes) == 0 else 1
+    sizes = [i for i in range(1, local + 1) if local % i == 0]
+    if not lay.manual and chance(lay.draw, 15):
+        sizes = [None, *(i for i in range(1, num_tokens + 1) if num_tokens % i == 0)]
+    return lay.draw(st.sampled_from(sizes))
+
+
 @st.composite
 def expert_cases(draw) -> Case:
     transform = draw(st.sampled_from(TRANSFORMS))
-    names = ["x", "router_weight", "w_in", "w_out"] + ["w_gate"] * draw(st.booleans()) + ["token_mask"] * chance(draw, 25)
-    lay, common = layout(draw, "bbtttteee dff", ("t", "t", "b", ""), transform, tuple(names), ())
+    names = ["x", "router_weight", "w_in", "w_out"] + ["w_gate"] * draw(st.booleans())
+    names += ["token_mask"] * chance(draw, 25)
+    lay, common = layout(draw, "bbtttteee dff", ("t", "t", "b", ""), transform, tuple(names))
     axis_name = tuple(a for a in lay.order if lay.manual.get(a) in ("t", "b") and chance(draw, 80))
     lengths = st.sampled_from((1, 2, 3, 4, 6, 7, 8, 8, 12, 16, 16, 24))
     b, t = multiple(lay, draw(st.sampled_from((1, 2, 2, 3, 4))), "b"), multiple(lay, draw(lengths), "t")
     parts = lay.parts(axis_name)
     e = -(-draw(st.sampled_from((2, 3, 4, 4, 6, 8, 8))) // parts) * parts
-    sizes = {"b": b, "t": t, "e": max(e, 2), "d": draw(st.sampled_from((2, 4, 8))), "f": draw(st.sampled_from((3, 4, 8)))}
+    d, f = draw(st.sampled_from((2, 4, 8))), draw(st.sampled_from((3, 4, 8)))
+    sizes = {"b": b, "t": t, "e": max(e, 2), "d": d, "f": f}
     letters = {
         "x": "btd", "router_weight": "de", "w_in": "edf", "w_gate": "edf", "w_out": "efd", "token_mask": "bt",
     }  # fmt: skip
@@ -312,18 +328,9 @@ def expert_cases(draw) -> Case:
             if lay.explicit:
                 one = dataclasses.replace(one, constraint=one.manual)
         operands.append(one)
-    x = operands[0]
-    axes = (x.constraint or (x.spec if not x.steps else ((), (), ())))[1] if x.mapped is None or x.constraint else ()
-    local = t // lay.parts(axes) if t % lay.parts(axes) == 0 else 1
-    if lay.manual:
-        local = t // lay.parts(a for a, role in lay.manual.items() if role == "t")
-    divisors = lambda n: [i for i in range(1, n + 1) if n % i == 0]
-    group = draw(st.sampled_from(divisors(local)))
-    if not lay.manual and chance(draw, 15):
-        group = draw(st.sampled_from((None, *divisors(t))))
     config = {
         "top_k": draw(st.integers(1, 2)), "capacity_factor": draw(st.sampled_from((None, 0.5, 1.0, 1.25, 2.0))),
-        "group_size": group, "renormalize": draw(st.booleans()),
+        "group_size": group_size(lay, operands[0], t), "renormalize": draw(st.booleans()),
     }  # fmt: skip
     return Case("experts", operands=tuple(operands), options=tuple(config.items()), axis_name=axis_name, **common)
 

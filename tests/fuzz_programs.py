@@ -17,7 +17,6 @@ from tests.fuzz_cases import Case, Operand
 from tests.helpers import AXES, double
 
 CARRY = {"attention": "query", "experts": "x"}
-INTEGERS = {"query_lengths": "query", "key_lengths": "key", "query_segments": None, "key_segments": None}
 
 
 def partition_spec(spec) -> P:
@@ -273,7 +272,7 @@ def make_arrays(case: Case):
         if name.endswith("mask"):
             arrays[name] = rng.random(shape) < 0.7
         elif name.endswith("lengths"):
-            longest = next(o.shape[1] for o in case.operands if o.name == INTEGERS[name])
+            longest = next(o.shape[1] for o in case.operands if f"{o.name}_lengths" == name)
             arrays[name] = rng.integers(0, longest + 1, shape).astype(np.int32)
         elif name.endswith("segments"):
             arrays[name] = rng.integers(0, 3, shape).astype(np.int32)

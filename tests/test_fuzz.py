@@ -1,9 +1,11 @@
 """A share of what `make fuzz` runs: the same cases each time. And that the fuzzer sees what it looks for."""
 
+import dataclasses
 
+import jax
 import pytest
 
-from tests import fuzz, fuzz_cases
+from tests import fuzz, fuzz_cases, fuzz_programs, fuzz_shrink
 
 ATTENTION = fuzz.draw(25, 0, fuzz_cases.attention_cases())
 EXPERTS = fuzz.draw(15, 0, fuzz_cases.expert_cases())
@@ -13,7 +15,88 @@ def name_of(case):
     return f"{case.op} {case.door} {'x'.join(map(str, case.mesh))} {case.transform}"
 
 
+@pytest.fixture(scope="module")
+def worker():
+    """A process of its own: a case that hangs or kills it fails alone."""
+    worker = fuzz.Worker()
+    yield worker
+    worker.close()
+
+
 @pytest.mark.parametrize("case", ATTENTION + EXPERTS, ids=name_of)
-def test_a_program_of_any_shardings(case):
-    verdict = fuzz.examine(case)
+def test_a_program_of_any_shardings(worker, case):
+    verdict = worker.verdict(case)
     assert verdict.outcome not in fuzz.FAILURES, fuzz.report(case, verdict)
+
+
+def simple(**fields):
+    shapes = {"query": (2, 8, 2, 4), "key": (2, 8, 2, 4), "value": (2, 8, 2, 4)}
+    operands = tuple(fuzz_cases.Operand(name, shape, ((), ("a",), (), ())) for name, shape in shapes.items())
+    options = {"is_causal": False, "local_window_size": None, "return_residual": False, "exchange": "auto"}
+    case = fuzz_cases.Case(
+        "attention", "partitioner", (8,), tuple(range(8)), False, "jax.jit", operands, "grad", tuple(options.items())
+    )
+    return dataclasses.replace(case, **fields)
+
+
+def broken(monkeypatch, change):
+    """Our attention with its results changed."""
+    ours = fuzz_programs.our_attention
+    monkeypatch.setitem(fuzz_programs.OURS, "attention", lambda *args: change(ours(*args)))
+
+
+def test_wrong_numbers_are_seen(monkeypatch):
+    assert fuzz.examine(simple()).outcome == fuzz.AGREES
+    broken(monkeypatch, lambda results: {"output": results["output"] * 1.001})
+    verdict = fuzz.examine(simple())
+    assert (verdict.outcome, verdict.kind) == (fuzz.WRONG, "output")
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch):
+    stopped = lambda x: x + 1e-3 * (x - jax.lax.stop_gradient(x))
+    broken(monkeypatch, lambda results: {"output": stopped(results["output"])})
+    verdict = fuzz.examine(simple())
+    assert verdict.outcome == fuzz.WRONG and verdict.kind.startswith("gradient of")
+
+
+def test_refusals_are_told_apart(monkeypatch):
+    def refuse(results):
+        raise ValueError("no")
+
+    broken(monkeypatch, refuse)
+    assert fuzz.examine(simple()).outcome == fuzz.REFUSED
+    explicit = simple(explicit=True, door="types")  # jax.nn doesn't take a sharded sequence there
+    assert fuzz.examine(explicit).outcome == fuzz.BOTH
+    query, *rest = simple().operands
+    nowhere = dataclasses.replace(query, shape=(2, 8, 2, 2), steps=(("split", 2, 2, 4),))
+    assert fuzz.examine(simple(operands=(nowhere, *rest))).outcome == fuzz.NO_PROGRAM
+
+
+def test_a_dead_process_is_a_result():
+    worker = fuzz.Worker()
+    try:
+        case = simple(transform="forward")
+        assert worker.verdict(case).outcome == fuzz.AGREES
+        worker.process.kill()
+        assert worker.ask(f"ours {case!r}").outcome == fuzz.DIED
+        assert worker.verdict(case).outcome == fuzz.AGREES
+    finally:
+        worker.close()
+
+
+def test_a_case_is_what_its_repr_says():
+    for case in ATTENTION + EXPERTS:
+        assert fuzz.read_case(repr(case)) == case
+
+
+def test_a_seed_gives_the_same_cases_and_they_differ():
+    again = fuzz.draw(25, 0, fuzz_cases.attention_cases())
+    assert again == ATTENTION and len(set(map(repr, again))) == 25
+    assert {case.door for case in fuzz.draw(60, 0)} == set(fuzz_cases.DOORS)
+
+
+def test_a_failing_case_gets_simpler():
+    case = next(case for case in ATTENTION if case.mesh and any(o.steps for o in case.operands))
+    smallest = fuzz_shrink.shrink(case, lambda other: other.seed == case.seed)
+    assert not any(operand.steps or any(operand.spec) for operand in smallest.operands)
+    assert smallest.seed == case.seed and smallest.mesh == case.mesh
