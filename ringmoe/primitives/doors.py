@@ -202,16 +202,16 @@ class _Partition:
         place = lambda arrays: tuple(NamedSharding(fine, rules.spec_of(dims, factors)) for dims in arrays)
 
         def local(*arrays):
-            return tuple(run(*(self._cleared(i, x, factors) for i, x in enumerate(arrays))))
+            return tuple(run(*(self._cleared(i, x, factors, fine.shape) for i, x in enumerate(arrays))))
 
         return fine, local, place(self.rule.results), place(self.rule.operands)
 
-    def _cleared(self, index: int, x, factors):
+    def _cleared(self, index: int, x, factors, mesh_shape):
         """One device's part of an operand with zeros (or what its padding holds) where it ends before the part does."""
         name, dims = self.params["operands"][index], self.rule.operands[index]
         for axis, (dim, length) in enumerate(zip(dims, self.rule.shape(dims))):
             axes = tuple(a for f in dim for a in factors.get(f, ()))
-            if axes and length % x.shape[axis]:
+            if x.shape[axis] * math.prod(mesh_shape[a] for a in axes) > length:
                 start = jax.lax.axis_index(axes) * x.shape[axis]
                 inside = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < length
                 x = jnp.where(inside, x, jnp.asarray(rules.FILL.get(name, 0), x.dtype))
