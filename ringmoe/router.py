@@ -194,7 +194,7 @@ def _check_route(logits, config, token_mask):
     check_mask(token_mask, logits.shape[:-1])
 
 
-def lie_alike(token_mask, tokens):
+def lie_alike(token_mask: jax.Array | None, tokens: jax.Array) -> jax.Array | None:
     """With Explicit axes the mask must lie as the tokens [..., T, D] (or their logits) that it masks."""
     mesh = jax.typeof(tokens).sharding.mesh
     if token_mask is None or AxisType.Explicit not in mesh.axis_types:

@@ -164,6 +164,18 @@ class Rule:
         sizes |= {f: _ceil(sizes.get(f, 1), n) * n for f, n in parts.items()}
         return dataclasses.replace(self, sizes=tuple(sorted(sizes.items())))
 
+    def evenly(
+        self, names: Sequence[str], factors: Mapping[str, Axes], mesh_shape: Mapping[str, int]
+    ) -> dict[str, Axes]:
+        """`factors` without those of `names` that the axes don't divide.
+
+        Inside the user's shard_map an array is one slice of the whole: padding at its end would stand amid the sequence, or
+        amid the experts. Queries may be cut like keys, so keys are cut only where both divide.
+        """
+        sizes = dict(self.sizes)
+        uneven = lambda f, axes: f in names and sizes.get(f, 1) % math.prod(mesh_shape[a] for a in axes)
+        return {f: axes for f, axes in factors.items() if not uneven(f, axes) and not (f == "s" and uneven("t", axes))}
+
     def splits_a_compound_unevenly(self, factor: str, axes: Axes, mesh_shape: Mapping[str, int]) -> bool:
         """Whether the axes leave uneven parts of a factor that shares a dim with others; said, because it is gathered.
 

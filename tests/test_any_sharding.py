@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
-from ringmoe import reference, reference_moe
+from ringmoe import reference, reference_moe, rules
+from ringmoe.primitives import doors
 from tests.helpers import (
     PARTITIONER,
     RINGMOE_JIT,
@@ -149,6 +150,21 @@ def test_on_tpu_it_is_a_ring_of_kernels(name):
         text = ringmoe.jit(jax.grad(loss, (0, 1, 2))).lower(*map(big, case.arrays, case.specs)).compile().as_text()
     assert "collective-permute" in collectives(text) and "tpu_custom_call" in text
     assert not collectives(text) & {"all-gather", "all-to-all"}
+
+
+@pytest.mark.parametrize(
+    ("length", "local", "device", "kept"), [(3, 1, 2, 1), (3, 1, 3, 0), (9, 2, 4, 1), (16, 2, 7, 2)]
+)
+def test_what_xla_pads_with_is_cleared(length, local, device, kept):
+    """Under the partitioner a device past the end, or the last one, holds anything there: zeros reach the kernel."""
+    rule = rules.make("attention", tuple((n, (1, length, 2, 4)) for n in ("query", "key", "value")), ("output",))
+    partition = doors._Partition(None, rule, (), "cpu", {"operands": ("query", "key", "value")})
+    clear = lambda x: partition._cleared(0, x, {"t": ("a",)}, {"a": 8})
+    garbage = np.full((1, 8 * local, 2, 4), np.nan, np.float32)
+    mesh = make_mesh((8,), AxisType.Auto)
+    out = jax.shard_map(clear, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))(garbage)
+    mine = np.asarray(out)[0, device * local : (device + 1) * local, 0, 0]
+    assert np.isnan(mine[:kept]).all() and (mine[kept:] == 0).all()
 
 
 @pytest.mark.parametrize("outside", [False, True])

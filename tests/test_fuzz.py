@@ -1,10 +1,11 @@
 """A share of what `make fuzz` runs: the same cases each time. And that the fuzzer sees what it looks for."""
 
+import dataclasses
 
 import jax
 import pytest
 
-from tests import fuzz, fuzz_cases
+from tests import fuzz, fuzz_cases, fuzz_programs, fuzz_shrink
 
 ATTENTION = fuzz.draw(25, 0, fuzz_cases.attention_cases())
 EXPERTS = fuzz.draw(15, 0, fuzz_cases.expert_cases())

@@ -191,6 +191,18 @@ def test_the_rule_of_the_whole_call_from_one_devices_shapes():
     assert dict(rule.sizes)["z"] == 32 and dict(rule.sizes)["e"] == 8 and dict(rule.sizes)["d"] == 4
 
 
+def test_one_devices_slice_is_cut_evenly_or_not_at_all():
+    rule, mesh = attention(), {"b": 4, "c": 5}
+    evenly = lambda **factors: rule.evenly(("t", "s"), {f: (axis,) for f, axis in factors.items()}, mesh)
+    assert evenly(t="b", s="b", b0="c") == {
+        "t": ("b",),
+        "s": ("b",),
+        "b0": ("c",),
+    }  # 16 and 24 tokens; batches are padded
+    assert evenly(t="c", s="b") == {"s": ("b",)}
+    assert rule.evenly(("t", "s"), {"s": ("d",)}, {"d": 3}) == {}  # 24 keys, but 16 queries would be cut like them
+
+
 @pytest.mark.parametrize(("spec", "axes"), [
     (P(), ((), (), ())), (P("a"), (("a",), (), ())), (P(None, ("a", "b")), ((), ("a", "b"), ())),
     (P(P.UNCONSTRAINED, None, "c"), ((), (), ("c",))),

@@ -50,6 +50,11 @@ class Found(NamedTuple):
     free: frozenset[str]
     door: str
 
+    @property
+    def xla_knows_more(self) -> bool:
+        """Whether there are Auto axes left, inside the user's shard_map, of which only XLA will know what they split."""
+        return not self.free and set(self.mesh.axis_names) > set(self.mesh.manual_axes)
+
 
 def mesh_of(avals) -> AbstractMesh:
     """The mesh in the operands' types. An operand made inside the function may have none, unless the mesh is set."""
@@ -82,8 +87,8 @@ def find(op, avals, params) -> Found | None:
     if params["axis_name"] or mesh.manual_axes:
         # The device's own slices: what `axis_name` splits comes first, then what the axes that are left split of a slice.
         names = rules.MANUAL[op.family] if params["axis_name"] else ()
+        inner = rule.evenly(names, known or {}, mesh.shape)
         rule = rule.scaled(names, math.prod(mesh.shape[a] for a in params["axis_name"]))
-        inner = known or {}
         factors = inner | {f: params["axis_name"] + inner.get(f, ()) for f in names}
         free, known, door = frozenset() if known is None else free, factors, "manual"
     if known is None:
@@ -98,15 +103,11 @@ def lower(op, platform: str, ctx, *operands, **params):
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
     found = find(op, avals, params)
-    if (
-        found is not None
-        and platform == "tpu"
-        and not found.free
-        and set(found.mesh.axis_names) - set(found.mesh.manual_axes)
-    ):
-        params = params | {"implementation": _left_to_xla(op, platform)}
     if found is not None:
-        run = _sharded(op, rule, found, platform, params, ctx.avals_out)
+        if found.xla_knows_more and platform == "tpu":
+            params = params | {"implementation": _left_to_xla(op, platform)}
+        # The mesh that is set may be another: a coarser one, or none while lowering.
+        run = functools.partial(_in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out))
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
         run = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
     elif platform == "tpu":
@@ -114,9 +115,6 @@ def lower(op, platform: str, ctx, *operands, **params):
     else:
         check(not ctx.module_context.lowering_parameters.for_export, _not_serializable(op))
         run, ctx = _partitioned(op, rule, avals, platform, params), compat.with_device_assignment(ctx)
-
-    if found is not None:  # the mesh that is set may be another: finer here, or none while lowering
-        run = functools.partial(_in_mesh, found.mesh, run)
     return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
 
@@ -204,16 +202,16 @@ class _Partition:
         place = lambda arrays: tuple(NamedSharding(fine, rules.spec_of(dims, factors)) for dims in arrays)
 
         def local(*arrays):
-            return tuple(run(*(self._cleared(i, x, factors) for i, x in enumerate(arrays))))
+            return tuple(run(*(self._cleared(i, x, factors, fine.shape) for i, x in enumerate(arrays))))
 
         return fine, local, place(self.rule.results), place(self.rule.operands)
 
-    def _cleared(self, index: int, x, factors):
+    def _cleared(self, index: int, x, factors, mesh_shape):
         """One device's part of an operand with zeros (or what its padding holds) where it ends before the part does."""
         name, dims = self.params["operands"][index], self.rule.operands[index]
         for axis, (dim, length) in enumerate(zip(dims, self.rule.shape(dims))):
             axes = tuple(a for f in dim for a in factors.get(f, ()))
-            if axes and length % x.shape[axis]:
+            if x.shape[axis] * math.prod(mesh_shape[a] for a in axes) > length:
                 start = jax.lax.axis_index(axes) * x.shape[axis]
                 inside = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < length
                 x = jnp.where(inside, x, jnp.asarray(rules.FILL.get(name, 0), x.dtype))

@@ -112,20 +112,20 @@ def _abstract_eval(op: Op, *avals, **params):
 
 
 def _batch(op: Op, arrays, dims, **params):
-    """A mapped axis becomes one more leading batch dim; where an array has no batch dims (weights), one dim of all."""
+    """A mapped axis becomes one more batch dim; or, where an array has none (weights), one dim in front of every array."""
     words = lambda name: rules.text(op.family, name)
     bare = [name for name, dim in zip(params["operands"], dims) if dim is not None and "..." not in words(name)]
-    loop = params["mapped"] > 0 or bare or any("..." not in words(name) for name in params["results"])
+    in_front = params["mapped"] > 0 or bare or any("..." not in words(name) for name in params["results"])
     (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
 
     def lead(name, x, dim):
         if dim is not None:
             return jnp.moveaxis(x, dim, 0)
-        if not loop and "..." not in words(name):
+        if not in_front and "..." not in words(name):
             return x
-        once = not loop and name in BROADCASTING and name not in params["results"]
+        once = not in_front and name in BROADCASTING and name not in params["results"]
         return jnp.broadcast_to(x[None], (1 if once else length, *x.shape))
 
-    params |= {"mapped": params["mapped"] + bool(loop)}
+    params |= {"mapped": params["mapped"] + bool(in_front)}
     outs = op.primitive.bind(*map(lead, params["operands"], arrays, dims), **params)
     return outs, [0] * len(outs)
