@@ -7,7 +7,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -186,10 +185,7 @@ class Worker:
             command = [sys.executable, "-m", "tests.fuzz", "--worker"]
             pipe = subprocess.PIPE
             self.log = tempfile.TemporaryFile("w+")
-            flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"  # a quarter of the time is LLVM's
-            self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=os.environ | {"XLA_FLAGS": flags}
-            )
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
         self.served += 1
         started, alarm = time.monotonic(), threading.Timer(SECONDS, self.process.kill)
         alarm.start()
