@@ -151,8 +151,9 @@ def dense_experts(options, x, axis_name):
 
 def nothing(options, x, axis_name):
     """No op at all: what stands around it."""
-    first, *rest = x.values()
-    for other in rest:
+    name = next(name for name in CARRY.values() if name in x)
+    first = x[name]
+    for other in (other for n, other in x.items() if n != name):
         first = first * (1 + jnp.sum(other.astype(first.dtype) ** 2))
     return {"first": first}
 
@@ -200,11 +201,12 @@ def two_layers(case: Case, mesh, op, arrays):
     def body(x, layer):
         rest = {n: prepared(case, mesh, operands[n], a) for n, a in (whole | layer).items()}
         results = call(case, mesh, op, {carry: x, **rest})
-        first, *others = results.items()
-        following = (x + first[1] if case.op == "experts" else first[1]).astype(x.dtype)
+        found = next(name for name in ("output", "y", "first") if name in results)
+        following = results.pop(found)
+        following = (x + following if case.op == "experts" else following).astype(x.dtype)
         if mesh is not None and case.explicit and not jax.typeof(x).sharding.mesh.empty:
             following = jax.sharding.reshard(following, jax.typeof(x).sharding)
-        return following, dict(others)
+        return following, results
 
     last, others = jax.lax.scan(body, prepared(case, mesh, operands[carry], arrays[carry]), layers)
     return {"last": last, **others}
