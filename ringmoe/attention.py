@@ -115,7 +115,7 @@ def dot_product_attention(
 
     Raises:
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
-      NotImplementedError: the implementation that was asked for lacks something.
+      ExceptionGroup: of NotImplementedErrors, where the implementation that was asked for lacks something.
 
     Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward; (P - 1) / P of K and V
     sent forward, three to five times that backward (fp32 dK, dV travel too); memory beyond the operands: the next K and V

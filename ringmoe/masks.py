@@ -35,6 +35,8 @@ class Band:
             (left is None or left >= 0) and (right is None or right >= 0),
             f"{local_window_size=}, expected how many keys to the left and to the right are seen, both >= 0",
         )
+        # Nothing is longer than 2 ** 30: such a side is open, and no position plus a window leaves int32.
+        left, right = (None if side is None or side >= 2**30 else side for side in (left, right))
         return cls(left, 0 if is_causal else right)
 
     @property

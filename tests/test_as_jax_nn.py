@@ -77,6 +77,27 @@ def test_a_finite_bias_is_a_number_however_low(low, implementation):
     assert_close(fun(0 * q, k, v, bias), np.broadcast_to(uniform, q.shape), 1e-6)
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, (2**31 - 1, 0), (0, 2**31 - 1), (2**40, 2**40), (2**30, 3)])
+def test_a_window_longer_than_any_sequence_is_open(window):
+    left, right = (window, window) if isinstance(window, int) else window
+    small = tuple(min(side, 100) for side in (left, right))
+    fun = lambda window: lambda *args: ringmoe.dot_product_attention(*args, local_window_size=window)
+    assert_all_close(
+        value_and_gradients(fun(window), QKV, (0, 1, 2)), value_and_gradients(fun(small), QKV, (0, 1, 2)), 1e-6
+    )
+
+
+def test_debug_nans_finds_a_nan_and_does_not_run_for_ever():
+    q, k, v = QKV
+    with jax.debug_nans(True):
+        assert np.isfinite(ringmoe.dot_product_attention(q, k, v)).all()
+        with pytest.raises(FloatingPointError):
+            jnp.sum(ringmoe.dot_product_attention(np.full_like(q, np.nan), k, v))
+    with jax.debug_infs(True):
+        seen = ringmoe.dot_product_attention(q, k, v, key_value_seq_lengths=np.array([0, T], np.int32))
+    assert (np.asarray(seen)[0] == 0).all()
+
+
 @pytest.mark.parametrize("low", [LOWEST, -1e9])
 def test_a_low_bias_beside_an_ordinary_one_is_a_mask(low):
     q, k, v = QKV

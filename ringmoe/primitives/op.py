@@ -85,7 +85,9 @@ OPS: dict[Primitive, Op] = {}
 
 
 def _impl(op: Op, *arrays, **params):
-    with jax.disable_jit(False):  # a primitive is compiled even where functions are not
+    # A primitive is compiled even where functions are not. jax_debug_nans would run it again without jit, which ends here:
+    # what is not finite is seen in the next operation (an LSE of -inf, of a row without keys, is no mistake).
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _jitted(op, tuple(params.items()))(*arrays)
 
 

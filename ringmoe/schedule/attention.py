@@ -81,7 +81,9 @@ class _Blocks:
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
         self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else jnp.int32(0)
         self.batch = query.shape[:-3]
-        self.whole = Extras(*(None if x is None else self._flat(x) for x in extras))
+        whole = Extras(*(None if x is None else self._flat(x) for x in extras))
+        cut = {name: self._padded(getattr(whole, name)) for name in ("bias", "mask", "key_segments")}
+        self.whole = whole._replace(**cut)
 
     def offsets(self, owner) -> Offsets:
         return Offsets(self.query_offset, owner * self.keys)
@@ -113,6 +115,13 @@ class _Blocks:
         cut = {name: self._columns(getattr(whole, name), owner) for name in ("bias", "mask", "key_segments")}
         return whole._replace(**cut)
 
+    def _padded(self, x):
+        """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
+        columns = self.keys * self.plan.ring.size
+        if x is None or not 1 < x.shape[-1] < columns:
+            return x
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
+
     def _columns(self, x, owner):
         if x is None or x.shape[-1] in (1, self.keys):
             return x
@@ -135,6 +144,7 @@ class _Blocks:
 
     def bias_gradient(self, dbias, bias):
         """`dbias` of the flattened bias, in the bias's own shape: summed over what the bias broadcasts over."""
+        dbias = dbias[..., : bias.shape[-1]]
         if dbias.shape[0] > 1:
             dbias = dbias.reshape(*self.batch, *dbias.shape[1:])
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
