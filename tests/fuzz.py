@@ -68,6 +68,8 @@ def compare(case: Case, got, want) -> str:
         expected = want[name]
         actual, expected = got[name].astype(np.float64), expected.astype(np.float64)
         tolerance = gradient if " of " in name else forward
+        if np.isnan(expected).any():
+            return f"the oracle's own {name}: NaN"
         if actual.shape != expected.shape:
             return f"{name}: shape {actual.shape}, expected {expected.shape}"
         finite = np.abs(expected[np.isfinite(expected)])
@@ -265,7 +267,9 @@ def main() -> int:
                 file = failures if verdict.outcome in FAILURES else refusals
                 print(report(case, verdict), file=file, flush=True)
     worker.close()
-    console.print(f"{len(cases)} cases of {options.again or f'seed {options.seed}'}, {seconds / max(1, len(cases)):.1f} s each")
+    console.print(
+        f"{len(cases)} cases of {options.again or f'seed {options.seed}'}, {seconds / max(1, len(cases)):.1f} s each"
+    )
     for outcome, count in counts.most_common():
         console.print(f"{count:6}  {outcome}")
         for kind, share in kinds[outcome].most_common():
