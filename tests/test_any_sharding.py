@@ -152,6 +152,33 @@ def test_on_tpu_it_is_a_ring_of_kernels(name):
     assert not collectives(text) & {"all-gather", "all-to-all"}
 
 
+@pytest.mark.parametrize("door", [RINGMOE_JIT, PARTITIONER], ids=str)
+@pytest.mark.parametrize("keys", [15, 11, 3])
+@pytest.mark.parametrize("extra", ["bias", "mask", "segments"])
+def test_columns_that_belong_to_padded_keys(extra, keys, door):
+    """What stays whole along the keys (bias, mask, segments) is cut to each hop's keys, the last, padded block included."""
+    q, k, v = qkv(t=16)
+    bias = draw(1, 4, 16, 16)
+    mask = (RNG.random((1, 1, 16, 16)) < 0.7) | (np.arange(16) == 0)
+    ids = np.repeat(np.arange(8), 2)[None].repeat(2, 0).astype(np.int32)
+
+    def program(op):
+        def run(q, k, v, bias):
+            k, v = k[:, :keys], v[:, :keys]
+            if extra == "bias":
+                return op(q, k, v, bias[..., :keys])
+            if extra == "mask":
+                return op(q, k, v, mask=mask[..., :keys])
+            return op(q, k, v, query_segment_ids=ids, key_value_segment_ids=ids[:, :keys])
+
+        return run
+
+    case = Case((q, k, v, bias), (*SEQUENCE, P()), program)
+    assert_case(
+        case, door, ringmoe.dot_product_attention, lambda *a, **kw: reference.dot_product_attention(*a, **kw)[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("length", "local", "device", "kept"), [(3, 1, 2, 1), (3, 1, 3, 0), (9, 2, 4, 1), (16, 2, 7, 2)]
 )
