@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.plan import ExpertPlan
-from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slot_table
+from ringmoe.schedule.rows import Slots, combine_local, combine_scalars, dispatch_local, dispatch_scalars, slots_of
 from ringmoe.schedule.sums import sum_over
 
 
@@ -29,15 +29,14 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_o
     an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D].
     """
     with jax.named_scope("dispatch"):
-        expert, slot, num_visible = _visible(plan, expert, slot)
-        table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
-        rows = dispatch_local(x, table, expert.shape[-1])
+        slots = _visible_slots(plan, expert, slot)
+        rows = dispatch_local(x, slots)
     rows = _to_experts(plan, rows)
     with jax.named_scope("experts"):
         out = kernel.forward(rows, w_in, w_gate, w_out)
     out = _to_tokens(plan, out, x.dtype)
     with jax.named_scope("combine"):
-        y = combine_local(out, expert, slot, weight, plan.capacity, plan.group_size)
+        y = combine_local(out, slots, weight)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
 
 
@@ -51,19 +50,18 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
     sum_axes, and of the weight gradients in float32 over weight_sum_axes.
     """
     with jax.named_scope("dispatch"):
-        expert, slot, num_visible = _visible(plan, expert, slot)
-        table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
-        rows = dispatch_local(x, table, expert.shape[-1])
-        dy_rows = dispatch_local(dy.astype(x.dtype), table, expert.shape[-1])
-        row_weight = dispatch_scalars(weight, table)
+        slots = _visible_slots(plan, expert, slot)
+        rows = dispatch_local(x, slots)
+        dy_rows = dispatch_local(dy.astype(x.dtype), slots)
+        row_weight = dispatch_scalars(weight, slots)
     rows, dy_rows, row_weight = (_to_experts(plan, a) for a in (rows, dy_rows, row_weight))
     with jax.named_scope("experts"):
         grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows)
     drows = _to_tokens(plan, grads.drows, x.dtype)
     drow_weight = _to_tokens(plan, grads.dweight, grads.dweight.dtype)
     with jax.named_scope("combine"):
-        dx = combine_local(drows, expert, slot, None, plan.capacity, plan.group_size)
-        dweight = combine_scalars(drow_weight, expert, slot, plan.capacity, plan.group_size)
+        dx = combine_local(drows, slots, None)
+        dweight = combine_scalars(drow_weight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
         dw = sum_over((grads.dw_in, grads.dw_gate, grads.dw_out), plan.weight_sum_axes)
     dw = (None if d is None else d.astype(w.dtype) for d, w in zip(dw, (w_in, w_gate, w_out), strict=True))
@@ -72,25 +70,23 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
 
 def dispatch(plan: ExpertPlan, x, expert, slot, weight) -> jax.Array:
     """Rows [e, *b, g, C, D] of this device's experts for its g groups; times `weight` of their assignment unless None."""
-    expert, slot, num_visible = _visible(plan, expert, slot)
-    table = slot_table(expert, slot, num_visible, plan.capacity, plan.group_size)
-    rows = dispatch_local(x, table, expert.shape[-1])
+    slots = _visible_slots(plan, expert, slot)
+    rows = dispatch_local(x, slots)
     if weight is not None:
-        rows = (rows * dispatch_scalars(weight, table)[..., None]).astype(x.dtype)
+        rows = (rows * dispatch_scalars(weight, slots)[..., None]).astype(x.dtype)
     groups = (*x.shape[:-2], x.shape[-2] // plan.group_size, plan.capacity)
-    return rows.reshape(num_visible, *groups, x.shape[-1])
+    return rows.reshape(rows.shape[0], *groups, x.shape[-1])
 
 
 def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
     """The transpose: tokens [*b, t, D] in the dtype of `rows`, summed over the devices that hold other experts."""
-    expert, slot, _ = _visible(plan, expert, slot)
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    y = combine_local(flat, expert, slot, weight, plan.capacity, plan.group_size)
+    y = combine_local(flat, _visible_slots(plan, expert, slot), weight)
     return sum_over(y, plan.sum_axes).astype(rows.dtype)
 
 
-def _visible(plan, expert, slot):
-    """(expert, slot, v): choices renumbered over the experts that this device's rows can reach; slot -1 for the others.
+def _visible_slots(plan, expert, slot) -> Slots:
+    """The slots of the v experts that this device's rows can reach; choices of the others have none.
 
     An expert's number is its coordinates on expert_axes, major to minor, then its place e on a device. Coordinates on
     exchange axes stay (rows can travel there); on the other axes only this device's own coordinate is reachable.
@@ -105,7 +101,8 @@ def _visible(plan, expert, slot):
         else:
             mine = mine & (coordinate == lax.axis_index(axis))
     index = index * stride + lax.rem(expert, jnp.int32(stride))
-    return index, jnp.where(mine, slot, -1), plan.num_exchange * stride
+    num_visible = plan.num_exchange * stride
+    return slots_of(index, jnp.where(mine, slot, -1), num_visible, plan.capacity, plan.group_size)
 
 
 def _to_experts(plan, rows):

@@ -1,83 +1,78 @@
-"""Row movers: tokens to expert slots and back, on one device's arrays, by gathers alone.
+"""Row movers: tokens to expert slots and back, on one device's arrays, by gathers alone, to any order of derivative.
 
 The two are each other's transposes and undo each other when weights sum to one and nothing is dropped.
 Layout of rows: [E, R, D], R = groups * C; row (e, g * C + c) is slot c of expert e in group g. All groups are local.
 x is [*B, T, D]; expert, slot, weight are [*B, T, k] as in `router.Routing`; slot -1 means no row.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringmoe.schedule.gather import sum_of_rows, take
 
-def slot_table(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int, group_size: int) -> jax.Array:
-    """The inverse of (expert, slot): which assignment fills each slot, [E, R] int32; n (their number) where none does.
 
-    Assignments are counted flat over [*B, T, k]. The slots taken of one (group, expert) are 0, 1, 2, ... without gaps, so
-    after one sort by (expert, slot) the filled slots of an expert are neighbours and a start offset finds them: no scatter.
+class Slots(NamedTuple):
+    """Which assignment has which slot, and the inverse. Assignments are counted flat over [*B, T, k], slots over [E, R]."""
+
+    assignment: jax.Array  # [E, R] int32: what fills each slot; the number of assignments where nothing does
+    place: jax.Array  # [*B, T, k] int32: where each assignment's row lies; the number of slots where it has none
+
+
+def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int, group_size: int) -> Slots:
+    """Both sides of (expert, slot), over `num_experts` experts.
+
+    The slots taken of one (group, expert) are 0, 1, 2, ... without gaps, so after one sort by (expert, slot) the filled
+    slots of an expert are neighbours and a start offset finds them: no scatter.
     """
     assert expert.shape[-2] % group_size == 0, f"{expert.shape}: groups of {group_size} tokens would straddle sequences"
-    per_group = group_size * expert.shape[-1]
+    shape, per_group = expert.shape, group_size * expert.shape[-1]
     expert, slot = expert.reshape(-1, per_group), slot.reshape(-1, per_group)
     num_groups, num_slots = expert.shape[0], num_experts * capacity
     key = jnp.where(slot >= 0, expert * capacity + slot, num_slots)
     _, order = lax.sort((key, lax.broadcasted_iota(jnp.int32, key.shape, 1)), num_keys=1)
     kept = (slot >= 0)[:, None, :] & (expert[:, None, :] == lax.broadcasted_iota(jnp.int32, (1, num_experts, 1), 1))
     count = jnp.sum(kept, axis=-1, dtype=jnp.int32).T  # [E, G]
-    first = (
-        jnp.cumsum(count, axis=0, dtype=jnp.int32)
-        - count
-        + lax.broadcasted_iota(jnp.int32, (1, num_groups), 1) * per_group
-    )
-    place = lax.broadcasted_iota(jnp.int32, (1, 1, capacity), 2)
-    filled = place < count[..., None]
-    order = order + lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) * per_group
-    table = _take(order.reshape(-1), jnp.where(filled, first[..., None] + place, order.size))
-    return jnp.where(filled, table, order.size).reshape(num_experts, num_groups * capacity)
+    group = lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0)
+    first = jnp.cumsum(count, axis=0, dtype=jnp.int32) - count + group.T * per_group
+    number = lax.broadcasted_iota(jnp.int32, (1, 1, capacity), 2)
+    filled = number < count[..., None]
+    order = (order + group * per_group).reshape(-1)
+    assignment = jnp.where(filled, take(order, jnp.where(filled, first[..., None] + number, order.size)), order.size)
+    place = jnp.where(slot >= 0, (expert * num_groups + group) * capacity + slot, num_groups * num_slots)
+    return Slots(assignment.reshape(num_experts, num_groups * capacity), place.reshape(shape))
 
 
-def dispatch_local(x: jax.Array, table: jax.Array, num_choices: int) -> jax.Array:
-    """Rows by slot: out[e, r] = x[token of table[e, r]], 0 where the slot is empty; [E, R, D] in x's dtype."""
-    return _take(x.reshape(-1, x.shape[-1]), lax.div(table, jnp.int32(num_choices)))
+def dispatch_local(x: jax.Array, slots: Slots) -> jax.Array:
+    """Rows by slot: out[e, r] = x[token of assignment[e, r]], 0 where the slot is empty; [E, R, D] in x's dtype."""
+    num_choices = slots.place.shape[-1]
+    return sum_of_rows(x, lax.div(slots.assignment, jnp.int32(num_choices))[..., None], slots.place)
 
 
-def dispatch_scalars(values: jax.Array, table: jax.Array) -> jax.Array:
+def dispatch_scalars(values: jax.Array, slots: Slots) -> jax.Array:
     """One number per assignment [*B, T, k] to its slot: [E, R], 0 where the slot is empty."""
-    return _take(values.reshape(-1), table)
+    return sum_of_rows(values, slots.assignment[..., None], slots.place[..., None])
 
 
-def combine_local(
-    rows: jax.Array, expert: jax.Array, slot: jax.Array, weight: jax.Array | None, capacity: int, group_size: int
-) -> jax.Array:
-    """y[t] = sum over j = 0..k-1, in that order, of weight[t, j] * rows[slot of (t, j)]; [*B, T, D], float32 or float64.
+def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None) -> jax.Array:
+    """y[t] = sum over j = 0..k-1, in that order, of weight[t, j] * rows[place of (t, j)]; [*B, T, D], float32 or float64.
 
     A choice without a slot adds exactly 0, unless its weight is NaN: then the token's output is NaN, and only its own.
     `weight=None` is 1 for every choice, which makes it the transpose of `dispatch_local`.
     """
     acc = jnp.promote_types(rows.dtype, jnp.float32)
-    flat, index = rows.reshape(-1, rows.shape[-1]), _row_index(rows, expert, slot, capacity, group_size)
+    num_choices = jnp.int32(slots.place.shape[-1])
+    token, choice = lax.div(slots.assignment, num_choices), lax.rem(slots.assignment, num_choices)
     y = jnp.zeros((), acc)
-    for j in range(expert.shape[-1]):
-        row = _take(flat, index[..., j]).astype(acc)
+    for j in range(slots.place.shape[-1]):
+        back = jnp.where(choice == j, token, slots.place.size)
+        row = sum_of_rows(rows, slots.place[..., j, None], back[..., None]).astype(acc)
         y = y + (row if weight is None else row * weight[..., j, None].astype(acc))
     return y
 
 
-def combine_scalars(values: jax.Array, expert: jax.Array, slot: jax.Array, capacity: int, group_size: int) -> jax.Array:
+def combine_scalars(values: jax.Array, slots: Slots) -> jax.Array:
     """One number per slot [E, R] back to its assignment: [*B, T, k], 0 where it has no slot."""
-    return _take(values.reshape(-1), _row_index(values, expert, slot, capacity, group_size))
-
-
-def _row_index(rows, expert, slot, capacity, group_size):
-    """[*B, T, k] int32: where each choice's row lies in `rows` flattened; past the end without a slot."""
-    num_rows = rows.shape[1]
-    num_choices = expert.shape[-1]
-    groups = (expert.size // num_choices // group_size, group_size)
-    group = lax.broadcasted_iota(jnp.int32, groups, 0).reshape(*expert.shape[:-1], 1)
-    index = expert * num_rows + group * capacity + slot
-    return jnp.where(slot >= 0, index, rows.shape[0] * num_rows)
-
-
-def _take(x, index):
-    """x[index] along the first dim; 0 where the index is past the end."""
-    return x.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return sum_of_rows(values, slots.place[..., None], slots.assignment[..., None])
