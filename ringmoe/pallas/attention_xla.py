@@ -237,7 +237,7 @@ class _Walk:
 
     def bounds(self, tile, dim: str):
         """First and last (exclusive) block along `dim` that the tile can meet."""
-        if self.spec.differentiable:
+        if self.spec.uniform:
             return 0, self.num_blocks(dim)
         other = "s" if dim == "t" else "t"
         band = self.spec.band if dim == "s" else self.spec.band.transpose()
@@ -259,6 +259,8 @@ class _Walk:
         even = all(self.sizes[dim] % getattr(self.config, dim) == 0 for dim in "ts")
         if even and self.spec.band.is_full and not self.lengths:
             return fun(carry, tile, False)
+        if self.spec.uniform:
+            return fun(carry, tile, True)
         positions = [x + self.offsets[dim] for dim in "ts" for x in (tile[dim].first, tile[dim].stop)]
         full = self.spec.band.is_full_block(*positions) & (t.start == t.first) & (s.start == s.first)
         for side, lengths in self.lengths.items():

@@ -105,7 +105,7 @@ def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras:
         params["spec"],
         band=plan.band,
         interpret=platform != "tpu",
-        differentiable=params.get("differentiable", False),
+        uniform=params.get("uniform", False),
     )
     head_major = lambda x, length: jax.ShapeDtypeStruct(
         (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype

@@ -104,8 +104,9 @@ def lower(op, platform: str, ctx, *operands, **params):
         return probe.emit(placement, rule, operands, ctx.avals_out)
     found = find(op, avals, params)
     if found is not None:
-        if found.xla_knows_more and platform == "tpu":
-            params = params | {"implementation": _left_to_xla(op, platform)}
+        if found.xla_knows_more:
+            # What XLA inserts to partition the body must run on every device: a branch that some skip would wait for ever.
+            params = params | {"implementation": _left_to_xla(op, platform), "uniform": True}
         # The mesh that is set may be another: a coarser one, or none while lowering.
         run = functools.partial(_in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out))
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
@@ -125,7 +126,7 @@ def _in_mesh(mesh: AbstractMesh, run: Callable, *arrays):
 
 def plain(op, avals, params, avals_out) -> Callable:
     """The op as an ordinary function that JAX can differentiate, called while tracing."""
-    params = params | {"implementation": "xla", "differentiable": True}
+    params = params | {"implementation": "xla", "uniform": True}
     rule, found = op.rule(avals, params), find(op, avals, params)
     if found is not None:
         return _sharded(op, rule, found, "cpu", params, avals_out)
