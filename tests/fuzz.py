@@ -4,6 +4,7 @@ Each case runs in a process of its own kind, so that a crash of XLA is a result 
 """
 
 import argparse
+import ast
 import collections
 import dataclasses
 import json
@@ -148,7 +149,15 @@ def draw(number: int, seed: int, strategy=None) -> list[Case]:
 
 
 def read_case(text: str) -> Case:
-    return eval(text, {"Case": Case, "Operand": Operand})
+    return _build(ast.parse(text.strip(), mode="eval").body)
+
+
+def _build(node):
+    """What `repr` wrote of a case: calls of the two classes, tuples and literals, and nothing else."""
+    if isinstance(node, ast.Call):
+        kind = {"Case": Case, "Operand": Operand}[ast.unparse(node.func)]
+        return kind(**{str(keyword.arg): _build(keyword.value) for keyword in node.keywords})
+    return tuple(map(_build, node.elts)) if isinstance(node, ast.Tuple) else ast.literal_eval(node)
 
 
 def read_cases(path: pathlib.Path) -> list[Case]:
@@ -156,11 +165,12 @@ def read_cases(path: pathlib.Path) -> list[Case]:
 
 
 def work() -> None:
-    """The worker: a case a line in, a verdict a line out; `plain` before a case asks for the plain op alone."""
+    """The worker: a case a line in, a verdict a line out; `plain` or `nothing` before a case asks for that op."""
     for i, line in enumerate(sys.stdin):
         asked, case = line.split(" ", 1)
-        if asked == "plain":
-            verdict = Verdict(AGREES, refuses(read_case(case), fuzz_programs.PLAIN))
+        if asked != "ours":
+            ops = {"plain": fuzz_programs.PLAIN, "nothing": fuzz_programs.NOTHING}[asked]
+            verdict = Verdict(AGREES, refuses(read_case(case), ops))
         else:
             verdict = examine(read_case(case))
         print(json.dumps(dataclasses.asdict(verdict)), flush=True)
@@ -208,10 +218,12 @@ class Worker:
         return Verdict(HUNG if seconds >= SECONDS else DIED, f"exit code {code} {last}", seconds=seconds)
 
     def verdict(self, case: Case) -> Verdict:
-        """`examine`, or that the process died, where it doesn't with the plain op."""
+        """`examine`, or that the process died, where it doesn't with the plain op or without any."""
         verdict = self.ask(f"ours {case!r}")
-        if verdict.outcome in (DIED, HUNG) and self.ask(f"plain {case!r}").outcome in (DIED, HUNG):
-            return dataclasses.replace(verdict, outcome=BOTH_DIE)
+        if verdict.outcome in (DIED, HUNG):
+            others = (self.ask(f"{asked} {case!r}").outcome for asked in ("plain", "nothing"))
+            if any(outcome in (DIED, HUNG) for outcome in others):
+                return dataclasses.replace(verdict, outcome=BOTH_DIE)
         return verdict
 
 
