@@ -10,7 +10,7 @@ from tests import fuzz, fuzz_cases, fuzz_programs, fuzz_shrink
 ATTENTION = fuzz.draw(25, 0, fuzz_cases.attention_cases())
 EXPERTS = fuzz.draw(15, 0, fuzz_cases.expert_cases())
 
-# Cases that were wrong, or had no end, once.
+# Cases that once were wrong, had no end, or killed the process.
 FOUND = (
     # Second derivatives in plain operations: XLA computed a scatter with unevenly sharded indices wrongly.
     "Case(op='experts', door='ringmoe.jit', mesh=(2, 2, 2), devices=(3, 0, 7, 2, 5, 6, 4, 1), explicit=False, "
@@ -33,6 +33,16 @@ FOUND = (
     "shape=(2,), spec=(('a',),), steps=(), constraint=None, manual=((),), mapped=None)), transform='forward', "
     "options=(('is_causal', False), ('local_window_size', None), ('return_residual', False), ('exchange', 'auto')), "
     "manual=('a',), axis_name=('a',), check_vma=False, set_mesh=True, dtype='float32', seed=53)",
+    # XLA died of a gather whose rows are split by an Auto axis inside a partly manual shard_map.
+    "Case(op='experts', door='partly manual', mesh=(2, 2, 2), devices=(7, 5, 3, 6, 0, 1, 2, 4), explicit=False, "
+    "jit='jax.jit', operands=(Operand(name='x', shape=(2, 4, 2), spec=(('c',), ('a',), ()), steps=(), "
+    "constraint=None, manual=(('c',), (), ()), mapped=None), Operand(name='router_weight', shape=(2, 4), spec=((), "
+    "('b',), ('a',)), steps=(), constraint=((), ('a', 'b')), manual=((), ()), mapped=0), Operand(name='w_in', "
+    "shape=(4, 2, 8), spec=((), ('b', 'a'), (), ('c',)), steps=(), constraint=(('a', 'b'), (), ()), manual=(('c',), "
+    "(), ()), mapped=0), Operand(name='w_out', shape=(4, 8, 2), spec=((), ('a', 'b'), ()), steps=(('split', 1, 8, "
+    "2),), constraint=None, manual=(('c',), (), ()), mapped=0)), transform='scan grad', options=(('top_k', 1), "
+    "('capacity_factor', 2.0), ('group_size', 2), ('renormalize', False)), manual=('c',), axis_name=('c',), "
+    "check_vma=True, set_mesh=False, dtype='float32', seed=41)",
 )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ringmoe import compat
 
@@ -24,7 +25,7 @@ def sum_of_rows(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index] along the first dim; 0 where the index is past the end."""
-    return x.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return _whole_rows(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _evaluate(x, index, back, *, mapped):
@@ -39,6 +40,15 @@ def _evaluate(x, index, back, *, mapped):
     for _ in range(mapped):
         run = jax.vmap(run)
     return run(x, index, back)
+
+
+def _whole_rows(x):
+    """`x` unsplit along its first dim by axes that are left to XLA inside a shard_map: XLA 0.12 dies of a gather there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes or AxisType.Auto not in mesh.axis_types:
+        return x
+    spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _abstract_eval(x, index, back, *, mapped):
