@@ -56,10 +56,8 @@ def _abstract_eval(x, index, back, *, mapped):
 
 
 def _jvp(primals, tangents, **params):
-    tangent, *places = tangents[0], *primals[1:]
-    moved = tangent if type(tangent) is ad.Zero else PRIMITIVE.bind(tangent, *places, **params)
-    out = PRIMITIVE.bind(*primals, **params)
-    return out, ad.Zero.from_primal_value(out) if type(moved) is ad.Zero else moved
+    moved = PRIMITIVE.bind(ad.instantiate_zeros(tangents[0]), *primals[1:], **params)
+    return PRIMITIVE.bind(*primals, **params), moved
 
 
 def _transpose(cotangent, x, index, back, **params):
