@@ -105,8 +105,7 @@ def lower(op, platform: str, ctx, *operands, **params):
     found = find(op, avals, params)
     if found is not None:
         if found.xla_knows_more:
-            # What XLA inserts to partition the body must run on every device: a branch that some skip would wait for ever.
-            params = params | {"implementation": _left_to_xla(op, platform), "uniform": True}
+            params = params | _for_xla_inside(op, found.plan, platform)
         # The mesh that is set may be another: a coarser one, or none while lowering.
         run = functools.partial(_in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out))
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
@@ -242,6 +241,22 @@ def _whole(op, rule, avals, platform: str, params) -> Callable:
     """The op as one device would run it, in operations that XLA can partition."""
     params = params | {"implementation": _left_to_xla(op, platform)}
     return body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+
+
+def _for_xla_inside(op, plan, platform: str) -> dict:
+    """The parameters of a body that XLA partitions further, inside a shard_map over some of the mesh's axes.
+
+    What XLA inserts must run on every device: in a branch that some devices skip, the others would wait for ever.
+    """
+    if platform == "tpu":
+        return {"implementation": _left_to_xla(op, platform), "uniform": True}
+    if hasattr(plan, "band") and not plan.band.is_full:
+        warn_once(
+            f"{op.name} left to XLA",
+            "inside a shard_map over some of the mesh's axes XLA may split the work along the others, so pairs that no query "
+            f"sees are computed and masked where they would be skipped. To skip them, {BETTER_DOORS}",
+        )
+    return {"uniform": True}
 
 
 def _left_to_xla(op, platform: str) -> str:
