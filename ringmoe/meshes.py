@@ -6,10 +6,13 @@ by the digits (2, 4) and (4, 1). `refine` names the digits: a mesh of the same d
 fine enough to tell every array's sharding. An axis `a` that is cut in two becomes `a.0` and `a.1`, major to minor.
 """
 
+import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
@@ -99,3 +102,19 @@ def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit
         for i, part in enumerate(parts):
             pieces[axis if len(parts) == 1 else f"{axis}.{i}"] = part
     return pieces
+
+
+def in_the_mesh_of_its_operand(fun):
+    """`fun(x, ...)` with the Explicit mesh of x's type set, where the user set none.
+
+    Without it jax.numpy's jitted functions lose, under vmap along a sharded dim, the mesh of arrays made inside.
+    """
+
+    @functools.wraps(fun)
+    def wrapped(x, *args, **kwargs):
+        mesh = jax.typeof(x).sharding.mesh
+        unset = jax.sharding.get_abstract_mesh().empty and AxisType.Explicit in mesh.axis_types
+        with jax.sharding.use_abstract_mesh(mesh) if unset else contextlib.nullcontext():
+            return fun(x, *args, **kwargs)
+
+    return wrapped

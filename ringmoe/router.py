@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ringmoe import rules
+from ringmoe import meshes, rules
 from ringmoe.errors import check
 
 MAX_DEFAULT_GROUP = 256
@@ -117,6 +117,7 @@ class Routing:
     group_size: int = dataclasses.field(metadata={"static": True})
 
 
+@meshes.in_the_mesh_of_its_operand
 def route(logits: jax.Array, config: RouterConfig, *, token_mask: jax.Array | None = None) -> Routing:
     """Chooses k experts per token and gives every choice a slot, or drops it.
 
