@@ -140,9 +140,8 @@ def test_derivatives_equal_those_of_the_loops_matrix(drawn):
     to_rows = one_hot.reshape(len(assignment), -1, routing.expert.shape[-1])  # [slots, tokens, k]
 
     def dense(x, weight):
-        flat = lambda a, *shape: a.reshape(*shape)
-        rows = jnp.sin(jnp.einsum("rtk,td->rd", to_rows, flat(x, -1, D)))
-        y = jnp.einsum("rtk,rd,tk->td", to_rows, rows, flat(weight, -1, routing.expert.shape[-1]))
+        rows = jnp.sin(jnp.einsum("rtk,td->rd", to_rows, x.reshape(-1, D)))
+        y = jnp.einsum("rtk,rd,tk->td", to_rows, rows, weight.reshape(to_rows.shape[1:]))
         return jnp.sum(jnp.cos(y + 1))
 
     def ours(x, weight):

@@ -248,15 +248,16 @@ def _for_xla_inside(op, plan, platform: str) -> dict:
 
     What XLA inserts must run on every device: in a branch that some devices skip, the others would wait for ever.
     """
+    uniform = {"uniform": True}
     if platform == "tpu":
-        return {"implementation": _left_to_xla(op, platform), "uniform": True}
+        return uniform | {"implementation": _left_to_xla(op, platform)}
     if hasattr(plan, "band") and not plan.band.is_full:
         warn_once(
             f"{op.name} left to XLA",
             "inside a shard_map over some of the mesh's axes XLA may split the work along the others, so pairs that no query "
             f"sees are computed and masked where they would be skipped. To skip them, {BETTER_DOORS}",
         )
-    return {"uniform": True}
+    return uniform
 
 
 def _left_to_xla(op, platform: str) -> str:

@@ -81,9 +81,7 @@ class _Blocks:
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
         self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else jnp.int32(0)
         self.batch = query.shape[:-3]
-        whole = Extras(*(None if x is None else self._flat(x) for x in extras))
-        cut = {name: self._padded(getattr(whole, name)) for name in ("bias", "mask", "key_segments")}
-        self.whole = whole._replace(**cut)
+        self.whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
 
     def offsets(self, owner) -> Offsets:
         return Offsets(self.query_offset, owner * self.keys)
@@ -111,19 +109,17 @@ class _Blocks:
 
     def extras(self, owner) -> Extras:
         """The extras cut to the columns of `owner`'s keys."""
-        whole = self.whole
-        cut = {name: self._columns(getattr(whole, name), owner) for name in ("bias", "mask", "key_segments")}
-        return whole._replace(**cut)
+        return _along_keys(functools.partial(self._columns, owner), self.whole)
 
     def _padded(self, x):
         """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
         columns = self.keys * self.plan.ring.size
-        if x is None or not 1 < x.shape[-1] < columns:
+        if not 1 < x.shape[-1] < columns:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
-    def _columns(self, x, owner):
-        if x is None or x.shape[-1] in (1, self.keys):
+    def _columns(self, owner, x):
+        if x.shape[-1] in (1, self.keys):
             return x
         return jax.lax.dynamic_slice_in_dim(x, owner * self.keys, self.keys, axis=-1)
 
@@ -150,6 +146,12 @@ class _Blocks:
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
             dbias = dbias.sum(broadcast, keepdims=True)
         return sum_over(dbias.reshape(bias.shape), self.plan.bias_sum_axes).astype(bias.dtype)
+
+
+def _along_keys(change, extras: Extras) -> Extras:
+    """`extras` with `change` made to those that are there and whose last dim is the keys."""
+    found = {name: getattr(extras, name) for name in ("bias", "mask", "key_segments")}
+    return extras._replace(**{name: change(x) for name, x in found.items() if x is not None})
 
 
 def _head_major(x):

@@ -1,5 +1,5 @@
 """Sums of rows at given places, whose derivatives of every order are again such sums: the transpose of JAX's own gather is
-a scatter, which is slow on TPUs, and which XLA's partitioner (0.11, 0.12) computes wrongly where it pads the indices.
+a scatter, which is slow on TPUs, and which XLA's partitioner (jaxlib 0.11, 0.12) computes wrongly where it pads the indices.
 """
 
 import functools
@@ -43,7 +43,7 @@ def _evaluate(x, index, back, *, mapped):
 
 
 def _whole_rows(x):
-    """`x` unsplit along its first dim by axes that are left to XLA inside a shard_map: XLA 0.12 dies of a gather there."""
+    """`x` unsplit along its first dim by axes that are left to XLA inside a shard_map: jaxlib 0.12 dies of a gather there."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes or AxisType.Auto not in mesh.axis_types:
         return x
