@@ -6,13 +6,13 @@ by the digits (2, 4) and (4, 1). `refine` names the digits: a mesh of the same d
 fine enough to tell every array's sharding. An axis `a` that is cut in two becomes `a.0` and `a.1`, major to minor.
 """
 
-import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.core
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
@@ -105,16 +105,24 @@ def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit
 
 
 def in_the_mesh_of_its_operand(fun):
-    """`fun(x, ...)` with the Explicit mesh of x's type set, where the user set none.
+    """`fun(x, ...)` with the Explicit mesh of x's type set, where the user set none and x is being traced.
 
-    Without it jax.numpy's jitted functions lose, under vmap along a sharded dim, the mesh of arrays made inside.
+    Without it jax.numpy's jitted functions lose, under vmap along a sharded dim, the mesh of arrays made inside. It is
+    set inside a jit: outside, operations that run one by one would have to compile for a mesh without devices.
     """
 
     @functools.wraps(fun)
     def wrapped(x, *args, **kwargs):
         mesh = jax.typeof(x).sharding.mesh
         unset = jax.sharding.get_abstract_mesh().empty and AxisType.Explicit in mesh.axis_types
-        with jax.sharding.use_abstract_mesh(mesh) if unset else contextlib.nullcontext():
+        if not (unset and isinstance(x, jax.core.Tracer)):
             return fun(x, *args, **kwargs)
+
+        @jax.jit
+        def inside(x):
+            with jax.sharding.use_abstract_mesh(mesh):
+                return fun(x, *args, **kwargs)
+
+        return inside(x)
 
     return wrapped
