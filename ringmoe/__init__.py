@@ -5,17 +5,17 @@ import pathlib
 from jax.extend import source_info_util
 
 from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.inspector import OverlapReport as OverlapReport
+from ringmoe.inspector import inspect as inspect
+from ringmoe.inspector.machines import Target as Target
+from ringmoe.inspector.machines import target as target
+from ringmoe.inspector.machines import targets as targets
 from ringmoe.interface import RESIDUAL_NAMES as RESIDUAL_NAMES
 from ringmoe.lowering import explain as explain
 from ringmoe.lowering import jit as jit
-from ringmoe.machines import Target as Target
-from ringmoe.machines import target as target
-from ringmoe.machines import targets as targets
 from ringmoe.moe import combine as combine
 from ringmoe.moe import dispatch as dispatch
 from ringmoe.moe import moe_ffn as moe_ffn
-from ringmoe.overlap import OverlapReport as OverlapReport
-from ringmoe.overlap import inspect as inspect
 from ringmoe.router import MoeMetrics as MoeMetrics
 from ringmoe.router import RouterConfig as RouterConfig
 from ringmoe.router import Routing as Routing

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from ringmoe import inspect_cli
+from ringmoe.inspector import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("inspect", "compile a function for a machine and show what of its communication is exposed"),
         ("targets", "list the machines that inspect knows"),
     ):
-        inspect_cli.add_arguments(commands.add_parser(name, help=what), name)
+        command.add_arguments(commands.add_parser(name, help=what), name)
     args, rest = parser.parse_known_args(argv)
     if args.verbose:
         logging.set_verbosity(1)
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return inspect_cli.main(args)
+    return command.main(args)
 
 
 def _demo(argv: Sequence[str]) -> int:

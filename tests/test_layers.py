@@ -15,18 +15,21 @@ ROOT = pathlib.Path(__file__).parents[1] / "ringmoe"
 # What each part of ringmoe/ may import of the others. A new file must be given a place here.
 FLOOR = ("errors", "reference", "reference_moe", "masks", "interface")
 ORDER = (FLOOR, ("meshes",), ("rules", "compat"), ("pallas",), ("plan",), ("schedule",), ("primitives",),
-         ("attention", "router", "moe"), ("lowering",), ("demo", "inspect_cli"), ("cli",))  # fmt: skip
+         ("attention", "router", "moe"), ("lowering",), ("demo",), ("cli",))  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # `router` is plain jnp and needs only `errors`; among equals these edges exist and none leads back.
 AMONG_EQUALS = {("interface", "masks"), ("masks", "errors"), ("moe", "router")}
 FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
-ALONE = ("overlap", "machines", "chips")  # import nothing of ringmoe but each other, downwards
+ALONE = ("inspector",)  # imports nothing of ringmoe
+# Its rooms, lowest first.
+ROOMS = ("__init__", "chips", "machines", "reader", "loops", "flops", "collectives", "wire", "estimate", "timeline", "clock",
+         "kernels", "html", "report", "inspect", "command")  # fmt: skip
 PUBLIC = ("__init__",)  # imports the public parts
 
 # (file, imported module): why it is imported inside a function.
 INSIDE_FUNCTIONS = {
     ("cli.py", "ringmoe.demo"): "the demo needs the extra `examples` and sets XLA's flags before jax starts",
-    ("inspect_cli.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
+    ("inspector/command.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
 }
 
 
@@ -64,7 +67,7 @@ def test_imports_point_one_way(path):
     here, tree = part(path), ast.parse(path.read_text())
     found = internal(tree) - {here}
     if here in ALONE:
-        assert found <= set(ALONE[ALONE.index(here) + 1 :])
+        assert not found
     elif here == "demo":
         assert all(name in vars(ringmoe) for name in found), f"the demo imports {found}, expected ringmoe's public face"
     elif here in LEVEL:
@@ -72,6 +75,20 @@ def test_imports_point_one_way(path):
             assert (here, other) not in FORBIDDEN, f"{here} may not import {other}"
             below = other in LEVEL and LEVEL[other] < LEVEL[here]
             assert below or other in ALONE or (here, other) in AMONG_EQUALS, f"{here} may not import {other}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "inspector").glob("*.py")), ids=lambda path: path.stem)
+def test_rooms_of_the_inspector_stand_on_lower_ones(path):
+    names = set(imported_rooms(path))
+    assert path.stem == "__init__" or names <= set(ROOMS[: ROOMS.index(path.stem)])
+
+
+def imported_rooms(path):
+    """Names of the rooms that a file imports, or imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ringmoe.inspector"):
+            room = node.module.split(".")[2:]
+            yield from room or (alias.name for alias in node.names)
 
 
 def test_imports_among_equals_have_no_cycle():
@@ -107,7 +124,7 @@ def test_every_package_that_is_imported_is_declared():
     for path in files():
         packages = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
         found = packages - sys.stdlib_module_names - {"ringmoe"} - declared
-        assert found <= (extra if part(path) in ("demo", "inspect_cli") else set()), f"{path}: {found}"
+        assert found <= (extra if part(path) in ("demo", "inspector") else set()), f"{path}: {found}"
 
 
 def test_kernels_do_not_communicate():

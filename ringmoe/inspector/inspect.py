@@ -11,13 +11,12 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ringmoe import machines
-from ringmoe.overlap import hlo
-from ringmoe.overlap import kernels as kernel_costs
-from ringmoe.overlap.estimate import Roofline
-from ringmoe.overlap.report import OverlapReport
-from ringmoe.overlap.schedule import Schedule
-from ringmoe.overlap.wire import Wire
+from ringmoe.inspector import kernels as kernel_costs
+from ringmoe.inspector import machines, reader
+from ringmoe.inspector.clock import Schedule
+from ringmoe.inspector.estimate import Roofline
+from ringmoe.inspector.report import OverlapReport
+from ringmoe.inspector.wire import Wire
 
 
 def inspect(
@@ -96,7 +95,7 @@ def _check(program: Any, num_arguments: int) -> None:
 
 def _pallas_tpu_kernels(text: str) -> list[str]:
     """HLO names of the Pallas kernels in the text."""
-    computations = hlo.parse(text).computations.values()
+    computations = reader.parse(text).computations.values()
     return [
         i.name
         for c in computations
@@ -109,7 +108,7 @@ def _report(
     text: str, machine: machines.Target, grid: Mesh | None, compiled: Any, seconds: float | None
 ) -> OverlapReport:
     """Reads and times a schedule."""
-    module = hlo.parse(text)
+    module = reader.parse(text)
     if module.num_devices > machine.num_devices:
         raise ValueError(
             f"the program is for {module.num_devices} devices, target {machine.name!r} has "

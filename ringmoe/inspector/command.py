@@ -24,8 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from ringmoe import machines, overlap
-from ringmoe.overlap import kernels
+from ringmoe import inspector
+from ringmoe.inspector import kernels, machines
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def plot(reports: list[overlap.OverlapReport], path: str) -> None:
+def plot(reports: list[inspector.OverlapReport], path: str) -> None:
     """Writes a picture of how time and memory change over the reports' targets."""
     from matplotlib.figure import Figure  # a second to load, for a picture only
 
@@ -156,7 +156,7 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 132)
 
 
-def _inspect_all(args: argparse.Namespace, console: Console) -> list[overlap.OverlapReport]:
+def _inspect_all(args: argparse.Namespace, console: Console) -> list[inspector.OverlapReport]:
     if args.kernels:
         kernels.request()
     if args.target and not jax.config.jax_platforms and "JAX_PLATFORMS" not in os.environ:
@@ -172,7 +172,7 @@ def _inspect_all(args: argparse.Namespace, console: Console) -> list[overlap.Ove
                 mesh = machine.mesh(axes)
                 program, *values = _load(args.program, args.arg, mesh)
             reports.append(
-                overlap.inspect(
+                inspector.inspect(
                     program,
                     *values,
                     target=machine.name,

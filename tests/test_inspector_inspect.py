@@ -9,19 +9,20 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ringmoe import machines, overlap
-from tests import overlap_programs as programs
+from ringmoe import inspector
+from ringmoe.inspector import machines
+from tests import inspector_programs as programs
 
 RING, RING_32 = {"seq": 8}, {"seq": 32}
 
 
 @pytest.fixture(scope="module")
 def hidden_ring():
-    return overlap.inspect(*programs.ring(RING, merge="inside", tokens=8192), target="v5p:2x2x2", mesh=RING)
+    return inspector.inspect(*programs.ring(RING, merge="inside", tokens=8192), target="v5p:2x2x2", mesh=RING)
 
 
 def test_a_ring_merged_outside_its_kernel_is_exposed_on_v5p():
-    report = overlap.inspect(*programs.splash_ring(RING), target="v5p:2x2x2", mesh=RING)
+    report = inspector.inspect(*programs.splash_ring(RING), target="v5p:2x2x2", mesh=RING)
     assert [(c.kind, c.asynchronous, c.trip_count, c.route) for c in report.collectives] == [
         ("collective-permute", True, 8, "neighbours")
     ] * 2
@@ -40,7 +41,7 @@ def test_a_ring_merged_inside_its_kernel_is_hidden_on_v5p(hidden_ring):
 
 
 def test_on_a_large_v5e_slice_the_ring_is_synchronous():
-    report = overlap.inspect(*programs.splash_ring(RING_32), target="v5e:4x8", mesh=RING_32)
+    report = inspector.inspect(*programs.splash_ring(RING_32), target="v5e:4x8", mesh=RING_32)
     assert [(c.asynchronous, c.trip_count) for c in report.collectives] == [(False, 32)] * 2
     assert report.exposed_fraction == pytest.approx(1) and report.exposed_us == pytest.approx(
         32 * 2 * 8 * 2**20 / 50e9 * 1e6
@@ -50,13 +51,13 @@ def test_on_a_large_v5e_slice_the_ring_is_synchronous():
 @pytest.mark.parametrize("target", ["v5e:2x4", "h200x8"])
 def test_experts_by_all_to_all_are_synchronous(target):
     axes = {"expert": 8}
-    report = overlap.inspect(*programs.experts(axes, tokens=1024, width=1024), target=target, mesh=axes)
+    report = inspector.inspect(*programs.experts(axes, tokens=1024, width=1024), target=target, mesh=axes)
     assert [(c.kind, c.asynchronous) for c in report.collectives] == [("all-to-all", False)] * 2
     assert report.exposed_us == pytest.approx(report.wire_us) and report.exposed_us > 0
 
 
 def test_a_kernel_that_moves_data_itself():
-    report = overlap.inspect(*programs.remote_copy(RING), target="v5p:2x2x2", mesh=RING)
+    report = inspector.inspect(*programs.remote_copy(RING), target="v5p:2x2x2", mesh=RING)
     (found,) = report.collectives
     assert (found.kind, found.wire_bytes, found.asynchronous) == (
         "remote-dma",
@@ -68,14 +69,14 @@ def test_a_kernel_that_moves_data_itself():
 
 
 def test_a_kernel_that_does_not_say_what_it_moves_is_named():
-    report = overlap.inspect(*programs.remote_copy(RING, cost=False), target="v5p:2x2x2", mesh=RING)
+    report = inspector.inspect(*programs.remote_copy(RING, cost=False), target="v5p:2x2x2", mesh=RING)
     (reason,) = report.unestimated.values()
     assert "no remote_bytes_transferred" in reason and report.collectives[0].wire_bytes == 0
 
 
 def test_train_step_on_a_small_slice():
     axes = {"data": 2, "seq": 4}
-    report = overlap.inspect(
+    report = inspector.inspect(
         *programs.train_step(axes, layers=2, width=256, heads=2, hidden=512, tokens=256),
         target="v5p:2x2x2",
         mesh=axes,
@@ -100,16 +101,16 @@ def test_every_face_gives_the_same_report(tmp_path):
     compiled = lowered.compile()
     file = tmp_path / "program.txt"
     file.write_text(compiled.as_text())
-    whole = overlap.inspect(function, x, target="v5p:2x2x2", mesh=RING)
+    whole = inspector.inspect(function, x, target="v5p:2x2x2", mesh=RING)
     assert whole.mesh == RING and whole.collectives and whole.compile_seconds > 0
     for report in (
-        overlap.inspect(jax.jit(function), x, target="v5p:2x2x2"),  # the mesh of the argument has that size
-        overlap.inspect(function, placed),  # the devices of the argument are the target
-        overlap.inspect(function, placed, mesh=mesh),
-        overlap.inspect(function, x, target="v5p:2x2x2", mesh=mesh),
-        overlap.inspect(lowered),
-        overlap.inspect(compiled),
-        overlap.inspect(compiled, target="v5p:2x2x2"),
+        inspector.inspect(jax.jit(function), x, target="v5p:2x2x2"),  # the mesh of the argument has that size
+        inspector.inspect(function, placed),  # the devices of the argument are the target
+        inspector.inspect(function, placed, mesh=mesh),
+        inspector.inspect(function, x, target="v5p:2x2x2", mesh=mesh),
+        inspector.inspect(lowered),
+        inspector.inspect(compiled),
+        inspector.inspect(compiled, target="v5p:2x2x2"),
     ):
         assert (report.us, report.peak_bytes, report.target) == (
             whole.us,
@@ -117,18 +118,18 @@ def test_every_face_gives_the_same_report(tmp_path):
             "v5p:2x2x2",
         )
     for text in (compiled.as_text(), file, str(file)):
-        report = overlap.inspect(text, target="v5p:2x2x2", mesh=RING)
+        report = inspector.inspect(text, target="v5p:2x2x2", mesh=RING)
         assert report.us == whole.us and report.peak_bytes is report.fits is report.compile_seconds is None
         assert "memory not known" in str(report) and json.loads(report.to_json())["fits"] is None
 
 
 def test_keyword_arguments_and_arrays():
-    report = overlap.inspect(lambda a, *, b: a @ b, jnp.ones((256, 256)), b=jnp.ones((256, 128)), target="v5e:2x2")
+    report = inspector.inspect(lambda a, *, b: a @ b, jnp.ones((256, 256)), b=jnp.ones((256, 128)), target="v5e:2x2")
     assert report.mesh == {"devices": 4} and report.compute_us > 0 and report.collectives == ()
 
 
 def test_what_is_present_is_inspected_as_itself():
-    report = overlap.inspect(lambda a: a @ a, jnp.ones((256, 256)))
+    report = inspector.inspect(lambda a: a @ a, jnp.ones((256, 256)))
     assert report.target == "cpux8" and report.collectives == ()
 
 
@@ -137,15 +138,15 @@ def test_axis_types_are_kept():
     mesh = jax.sharding.AbstractMesh((8,), ("seq",), axis_types=(AxisType.Explicit,))
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.NamedSharding(mesh, P("seq")))
     seen = []
-    overlap.inspect(lambda a: seen.append(jax.typeof(a).sharding.spec) or a * 2, x, target="v5e:2x4", mesh=axes)
+    inspector.inspect(lambda a: seen.append(jax.typeof(a).sharding.spec) or a * 2, x, target="v5e:2x4", mesh=axes)
     assert seen == [P("seq", None)]
 
 
 def test_memory_that_does_not_fit():
     x = programs.spec((8, 2**30), jnp.bfloat16, {"devices": 1})
-    report = overlap.inspect(lambda a: a + 1, x, target="v5p:1x1x1")
+    report = inspector.inspect(lambda a: a + 1, x, target="v5p:1x1x1")
     assert report.fits and report.peak_bytes == sum(report.memory.values()) and report.memory["arguments"] == 2**34
-    compiled_for_more = overlap.inspect(
+    compiled_for_more = inspector.inspect(
         lambda a: a + 1, programs.spec((2**34,), jnp.bfloat16, {"devices": 1}), target="cpu"
     )
     assert compiled_for_more.fits is False and "DOES NOT FIT" in str(compiled_for_more)
@@ -178,13 +179,13 @@ def test_names_cannot_break_out_of_the_page():
         "  ROOT %<img> = f32[9] all-reduce(%p), replica_groups={}, "
         'metadata={op_name="</script>"}\n}\n'
     )
-    page = overlap.inspect(text, target="h200x8").to_html()
+    page = inspector.inspect(text, target="h200x8").to_html()
     assert page.count("</script>") == 1 and "<img>" not in page
 
 
 def raises(match, *args, error=ValueError, **kwargs):
     with pytest.raises(error, match=match) as info:
-        overlap.inspect(*args, **kwargs)
+        inspector.inspect(*args, **kwargs)
     return info.value
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringmoe import machines, overlap
-from ringmoe.overlap import estimate, flops, hlo, loops
-from tests import overlap_programs as programs
+from ringmoe import inspector
+from ringmoe.inspector import estimate, flops, loops, machines, reader
+from tests import inspector_programs as programs
 
 ONE = {"devices": 1}
 
@@ -44,7 +44,7 @@ KNOWN = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_programs_within_15_percent(name):
     function, args, by_hand = KNOWN[name]
-    report = overlap.inspect(function, *args, target="v5p:1x1x1", mesh=ONE)
+    report = inspector.inspect(function, *args, target="v5p:1x1x1", mesh=ONE)
     assert report.compute_us == pytest.approx(by_hand, rel=0.15)
     assert report.xla_optimal_us and f"{report.once_us:.3g}"[:2] and "optimal_seconds" in str(report)
     assert report.unestimated == {} and report.exposed_fraction == 0
@@ -52,7 +52,7 @@ def test_known_programs_within_15_percent(name):
 
 def test_h200_takes_its_own_rates():
     function, args, _ = KNOWN["matmul"]
-    report = overlap.inspect(function, *args, target="h200", mesh=ONE)
+    report = inspector.inspect(function, *args, target="h200", mesh=ONE)
     assert report.compute_us == pytest.approx(2 * 8192**3 / 989.4e12 * 1e6, rel=0.15)
 
 
@@ -72,7 +72,7 @@ def matmul_flops(function, *args, target="v5p:1x1x1"):
     machine = machines.target(target)
     mesh = machine.mesh(ONE)
     args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, programs.P())) for a in args]
-    module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
+    module = reader.parse(jax.jit(function).lower(*args).compile().as_text())
     roofline = estimate.Roofline(module, machine)
     return sum(sum(roofline.work(i, module.entry).flops.values()) for i in module.entry.instructions)
 
@@ -126,7 +126,7 @@ def work(line, *others):
         "s32[] parameter(2)\n"
         f"  %u = f32[1,1024] parameter(3)\n  {line}\n  ROOT %e = f32[] constant(0)\n}}\n"
     )
-    module = hlo.parse(text)
+    module = reader.parse(text)
     roofline = estimate.Roofline(module, machines.target("v5p:1x1x1"))
     return roofline.work(module.entry.by_name["r"], module.entry), roofline
 
@@ -236,7 +236,7 @@ def test_trip_counts_of_compiled_loops(target, first, last, step):
 
     mesh = machines.target(target).mesh(ONE)
     x = jax.ShapeDtypeStruct((128, 128), np.float32, sharding=jax.NamedSharding(mesh, programs.P()))
-    module = hlo.parse(jax.jit(function).lower(x).compile().as_text())
+    module = reader.parse(jax.jit(function).lower(x).compile().as_text())
     found = [
         loops.trip_count(module, i, c)
         for c in module.computations.values()

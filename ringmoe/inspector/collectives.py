@@ -1,6 +1,6 @@
 """Which instructions communicate, and which computations run as part of the schedule."""
 
-from ringmoe.overlap.hlo import COLLECTIVES, Computation, Instruction, Module
+from ringmoe.inspector.reader import COLLECTIVES, Computation, Instruction, Module
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
-from ringmoe import inspect_cli, machines, overlap
-from ringmoe.overlap import kernels
-from tests import overlap_programs as programs
+from ringmoe import inspector
+from ringmoe.inspector import command, kernels, machines
+from tests import inspector_programs as programs
 
 CASES = """
 import sys
 sys.path.insert(0, {tests!r})
-from tests import overlap_programs as programs
+from tests import inspector_programs as programs
 
 def ring(mesh):
     return programs.ring(dict(mesh.shape), merge="inside")
@@ -52,10 +52,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words, command="inspect"):
+def run(*words, name="inspect"):
     parser = argparse.ArgumentParser()
-    inspect_cli.add_arguments(parser, command)
-    return inspect_cli.main(parser.parse_args(words))
+    command.add_arguments(parser, name)
+    return command.main(parser.parse_args(words))
 
 
 def test_writes_what_it_is_asked_for(here, capsys):
@@ -105,7 +105,7 @@ def test_gate(here, capsys):
 
 def test_text_file_and_devices_that_are_present(here):
     function, x = (lambda a: a + 1), programs.spec((64,), "float32", {"devices": 8})
-    report = overlap.inspect(function, x)
+    report = inspector.inspect(function, x)
     assert report.target == "cpux8"
     (here / "p.txt").write_text(
         "HloModule t, is_scheduled=true\n\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}\n"
@@ -143,23 +143,23 @@ def test_a_failing_compilation_names_the_target(here, capsys):
 @pytest.mark.parametrize("text", ["7", "-1%", "101%"])
 def test_thresholds_out_of_range(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected a part of the wire time"):
-        inspect_cli._percent(text)
+        command._percent(text)
 
 
 def test_targets_are_listed(capsys):
-    assert run(command="targets") == 0
+    assert run(name="targets") == 0
     out = capsys.readouterr().out
     assert all(name in out.split() for name in machines.targets()) and "459 T" in out and "data sheet" in out
 
 
 def test_kernels_of_a_tpu_program(here):
     """In a process of its own, for libtpu has to be asked before JAX starts."""
-    root = str(pathlib.Path(inspect_cli.__file__).parent.parent)
+    root = str(pathlib.Path(command.__file__).parents[2])
     done = subprocess.run(
         [
             sys.executable,
             "-m",
-            "ringmoe.inspect_cli",
+            "ringmoe.inspector.command",
             "inspect",
             "cases:ring",
             "--target",
@@ -184,7 +184,7 @@ def test_kernels_of_a_tpu_program(here):
 def test_kernels_of_a_gpu_program():
     x = programs.spec((1, 1024, 8, 128), jnp.float16, {"devices": 1})
     tuning = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
-    report = overlap.inspect(
+    report = inspector.inspect(
         lambda q, k, v: attention_mgpu.attention(q, k, v, tuning),
         x,
         x,

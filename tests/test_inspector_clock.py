@@ -6,7 +6,7 @@ bf16 takes WIRE us.
 
 import pytest
 
-from ringmoe import overlap
+from ringmoe import inspector
 
 DOT = 2 * 1024 * 4096 * 4096 / 989.4e12 * 1e6
 WIRE = 4096 * 4096 * 2 / 450e9 * 1e6
@@ -41,7 +41,7 @@ def done(name="p"):
 
 
 def inspect(text):
-    report = overlap.inspect(text, target="h200x8")
+    report = inspector.inspect(text, target="h200x8")
     assert report.us == pytest.approx(report.compute_us + report.exposed_us)
     assert 0 <= report.exposed_us <= report.wire_us * (1 + 1e-9)
     return report
@@ -109,7 +109,7 @@ def test_opposite_ways_round_a_ring_do_not_share():
     back = "source_target_pairs={{1,0},{2,1},{3,2},{0,3}}"
     forth = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
     text = program(start("p", pairs=forth), start("q", pairs=back), done("p"), done("q"))
-    report = overlap.inspect(text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1")
+    report = inspector.inspect(text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1")
     assert report.exposed_us == pytest.approx(max(c.wire_us for c in report.collectives))
 
 
@@ -192,7 +192,7 @@ def test_a_transfer_that_crosses_iterations_is_hidden_by_both():
         f"%init = {state} tuple(%zero, %first)",
         f"%loop = {state} while(%init), condition=%cond, body=%body",
     ]
-    report = overlap.inspect(program(*lines, others=others), target="h200x8")
+    report = inspector.inspect(program(*lines, others=others), target="h200x8")
     inside = next(c for c in report.collectives if c.loop == "body")
     assert inside.compute_us == pytest.approx(2 * DOT) and inside.exposed_us == pytest.approx(WIRE - 2 * DOT)
     assert set(inside.hidden_by) == {"dot0", "after0"} and inside.trip_count == 4
@@ -295,13 +295,13 @@ def test_never_awaited_is_awaited_at_the_end():
 
 def test_refuses_text_that_is_not_scheduled():
     with pytest.raises(ValueError, match="is not scheduled, expected 'is_scheduled=true'"):
-        overlap.inspect(program(header="x=1"), target="h200x8")
+        inspector.inspect(program(header="x=1"), target="h200x8")
 
 
 def test_refuses_a_computation_that_calls_itself():
     others = computation("sub", f"%p = {BIG} call(%x), to_apply=%sub")
     with pytest.raises(ValueError, match="'sub' calls itself"):
-        overlap.inspect(program(f"%c = {BIG} call(%w), to_apply=%sub", others=others), target="h200x8")
+        inspector.inspect(program(f"%c = {BIG} call(%w), to_apply=%sub", others=others), target="h200x8")
 
 
 def test_deep_and_wide_calls_take_no_exponential_time():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
-from ringmoe.overlap import hlo
+from ringmoe.inspector import reader
 
 SMALL = """HloModule small, is_scheduled=true, num_partitions=4, replica_count=2
 
@@ -35,7 +35,7 @@ ENTRY %main (x: f32[8,16]) -> (f32[8,16], s32[]) {
 
 
 def test_reads_every_part():
-    module = hlo.parse(SMALL)
+    module = reader.parse(SMALL)
     assert (module.name, module.is_scheduled, module.num_devices, module.entry.name) == (
         "small",
         True,
@@ -55,7 +55,7 @@ def test_reads_every_part():
         "a": {"b": [1, 2]},
         "c": "}",
     }
-    assert module.entry.by_name["x"].shape == hlo.Shape("f32", (8, 16), memory_space=1)
+    assert module.entry.by_name["x"].shape == reader.Shape("f32", (8, 16), memory_space=1)
     assert module.entry.root.operands == ("r", "n") and module.entry.root.is_root
     assert module.computations["add"].root.operands == ("a", "b")
     assert module.computations["add"].parameters[1].name == "b"
@@ -76,12 +76,12 @@ def test_reads_every_part():
     ],
 )
 def test_shapes(text, size, elements):
-    shape, end = hlo.parse_shape(text)
+    shape, end = reader.parse_shape(text)
     assert (shape.bytes, shape.elements, end) == (size, elements, len(text))
 
 
 def test_split_minds_brackets_and_strings():
-    assert hlo.split('a={1,2}, b="x,(y", c=[3,4]') == ["a={1,2}", ' b="x,(y"', " c=[3,4]"]
+    assert reader.split('a={1,2}, b="x,(y", c=[3,4]') == ["a={1,2}", ' b="x,(y"', " c=[3,4]"]
 
 
 @pytest.mark.parametrize(
@@ -99,20 +99,20 @@ def test_split_minds_brackets_and_strings():
 )
 def test_says_what_is_wrong(text, message):
     with pytest.raises(ValueError, match="HLO") as error:
-        hlo.parse(text)
+        reader.parse(text)
     assert message in str(error.value)
 
 
 def test_lowered_text_is_told_from_compiled():
     with pytest.raises(ValueError, match="this is StableHLO"):
-        hlo.parse(jax.jit(jnp.sin).lower(1.0).as_text())
+        reader.parse(jax.jit(jnp.sin).lower(1.0).as_text())
 
 
 def test_cut_anywhere_is_told():
     """Every proper prefix that ends before the last brace is refused, with no other exception."""
     for end in range(len(SMALL.rstrip())):
         with pytest.raises(ValueError, match="HLO"):
-            hlo.parse(SMALL[:end])
+            reader.parse(SMALL[:end])
 
 
 @hypothesis.given(
@@ -130,7 +130,7 @@ def test_edited_text_never_crashes(edits):
     for position, mark in edits:
         text = text[:position] + mark + text[position:]
     try:
-        module = hlo.parse(text)
+        module = reader.parse(text)
     except ValueError:
         return
     for computation in module.computations.values():
@@ -156,7 +156,7 @@ def test_time_is_linear_in_hostile_text(filler):
     text = SMALL.replace('"a":{"b":[1,2]}', filler)
     started = time.perf_counter()
     try:
-        module = hlo.parse(text)
+        module = reader.parse(text)
         assert module.entry.by_name["r"].attributes is not None
     except ValueError:
         pass
@@ -165,6 +165,6 @@ def test_time_is_linear_in_hostile_text(filler):
 
 def test_config_that_is_not_json_is_empty():
     text = SMALL.replace('{"a":{"b":[1,2]},"c":"}"}', '{module = "ML\\EFR", x = 1}')
-    assert hlo.parse(text).entry.by_name["r"].config == {}
+    assert reader.parse(text).entry.by_name["r"].config == {}
     deep = SMALL.replace('{"b":[1,2]}', "[" * 100_000 + "]" * 100_000)
-    assert hlo.parse(deep).entry.by_name["r"].config == {}
+    assert reader.parse(deep).entry.by_name["r"].config == {}

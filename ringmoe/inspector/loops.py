@@ -8,7 +8,7 @@ constant to that element, and the state starts from a constant.
 import math
 from typing import NamedTuple
 
-from ringmoe.overlap.hlo import Computation, Instruction, Module
+from ringmoe.inspector.reader import Computation, Instruction, Module
 
 _COPIES = frozenset({"copy", "bitcast", "convert", "reshape", "broadcast"})
 

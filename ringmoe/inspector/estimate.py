@@ -12,15 +12,15 @@ import dataclasses
 import math
 import re
 
-from ringmoe.machines import Target
-from ringmoe.overlap.flops import (
+from ringmoe.inspector.flops import (
     convolution_flops,
     cost_estimate,
     dot_flops,
     rate_key,
     window_field,
 )
-from ringmoe.overlap.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from ringmoe.inspector.machines import Target
+from ringmoe.inspector.reader import COLLECTIVES, Computation, Instruction, Module, Shape
 
 FREE = frozenset(
     {

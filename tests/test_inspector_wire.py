@@ -2,8 +2,7 @@
 
 import pytest
 
-from ringmoe import machines
-from ringmoe.overlap import wire
+from ringmoe.inspector import machines, wire
 
 
 def grid(*sizes):

@@ -10,7 +10,7 @@ the others are listed but not counted.
 import dataclasses
 import heapq
 
-from ringmoe.overlap.collectives import (
+from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
     holds,
@@ -18,12 +18,12 @@ from ringmoe.overlap.collectives import (
     post_order,
     wrapped,
 )
-from ringmoe.overlap.estimate import Roofline
-from ringmoe.overlap.flops import cost_estimate
-from ringmoe.overlap.hlo import Computation, Instruction, Module
-from ringmoe.overlap.loops import trip_count
-from ringmoe.overlap.timeline import Collective, Span, Timeline
-from ringmoe.overlap.wire import Transfer, Wire
+from ringmoe.inspector.estimate import Roofline
+from ringmoe.inspector.flops import cost_estimate
+from ringmoe.inspector.loops import trip_count
+from ringmoe.inspector.reader import Computation, Instruction, Module
+from ringmoe.inspector.timeline import Collective, Span, Timeline
+from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
 _FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})

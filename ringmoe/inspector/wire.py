@@ -22,8 +22,8 @@ import re
 
 import numpy as np
 
-from ringmoe.machines import Target
-from ringmoe.overlap.hlo import PERMUTE, Computation, Instruction
+from ringmoe.inspector.machines import Target
+from ringmoe.inspector.reader import PERMUTE, Computation, Instruction
 
 _MESH_AXIS = re.compile(r"'([^']*)'=(\d+)")
 _GROUP_AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")

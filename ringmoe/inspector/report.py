@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ringmoe.overlap import html
-from ringmoe.overlap.kernels import Kernel
-from ringmoe.overlap.timeline import Collective, Timeline
+from ringmoe.inspector import html
+from ringmoe.inspector.kernels import Kernel
+from ringmoe.inspector.timeline import Collective, Timeline
 
 _SHOWN = 30  # rows of the text table; the JSON and the HTML have them all
 

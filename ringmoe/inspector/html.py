@@ -4,7 +4,7 @@ import importlib.resources
 import json
 from typing import Any
 
-from ringmoe.overlap.timeline import Timeline
+from ringmoe.inspector.timeline import Timeline
 
 _TIMELINES, _SPANS = 12, 1500  # what a page holds; the longest are kept
 
@@ -25,7 +25,7 @@ def page(record: dict[str, Any], timelines: tuple[Timeline, ...]) -> str:
         ]
     )
     record = record | {"timelines": [_drawn(timeline) for timeline in chosen]}
-    template = importlib.resources.files("ringmoe.overlap").joinpath("page.html").read_text()
+    template = importlib.resources.files("ringmoe.inspector").joinpath("page.html").read_text()
     # "<" cannot then close the script element, whatever the program's names hold.
     return template.replace("/*DATA*/null", json.dumps(record).replace("<", "\\u003c"))
 

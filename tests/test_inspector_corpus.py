@@ -8,9 +8,9 @@ import re
 import jax
 import pytest
 
-from ringmoe import machines, overlap
-from ringmoe.overlap import hlo
-from tests import overlap_programs as programs
+from ringmoe import inspector
+from ringmoe.inspector import machines, reader
+from tests import inspector_programs as programs
 
 MACHINES = {"cpux8": {"seq": 8}, "v5p:2x2x2": {"seq": 8}, "h200x8": {"seq": 8}}
 NAMES = list(programs.corpus({"seq": 8}))
@@ -50,30 +50,30 @@ def test_reads_and_times_it(compiled, target, name):
         return
     program = compiled(target, name)
     text = program.as_text()
-    report = overlap.inspect(program, target=target)
+    report = inspector.inspect(program, target=target)
     assert report.us == pytest.approx(report.compute_us + report.exposed_us)
     assert -1e-9 <= report.exposed_us <= report.wire_us * (1 + 1e-9)
     assert report.peak_bytes is not None and report.fits
     assert {c.name for c in report.collectives} >= entry_collectives(text)
     for c in report.collectives:
-        assert c.kind in hlo.COLLECTIVES and c.wire_us >= 0 and c.wire_bytes >= 0 and c.trip_count >= 0
+        assert c.kind in reader.COLLECTIVES and c.wire_us >= 0 and c.wire_bytes >= 0 and c.trip_count >= 0
         assert -1e-9 <= c.exposed_us <= c.wire_us * (1 + 1e-6) + 1e-9 and (c.asynchronous or not c.compute_us)
     assert json.loads(report.to_json())["exposed_fraction"] == report.exposed_fraction
     assert report.program in report.to_html() and report.target in str(report)
-    assert overlap.inspect(text, target=target).compute_us == pytest.approx(report.compute_us)
+    assert inspector.inspect(text, target=target).compute_us == pytest.approx(report.compute_us)
 
 
 def entry_collectives(text):
     """Names of the collectives that stand in the entry computation, found without the reader."""
     entry = text[text.index("\nENTRY ") :]
-    kinds = "|".join(hlo.COLLECTIVES)
+    kinds = "|".join(reader.COLLECTIVES)
     return set(re.findall(rf"%([\w.\-]+) = [^\n]*? (?:{kinds})(?:-start)?\(", entry))
 
 
 @pytest.mark.parametrize(("name", "trips"), [("nested", 15), ("down_loop", 7)])
 @pytest.mark.parametrize("target", MACHINES)
 def test_every_trip_counts(compiled, target, name, trips):
-    report = overlap.inspect(compiled(target, name), target=target)
+    report = inspector.inspect(compiled(target, name), target=target)
     assert sum(c.trip_count for c in report.collectives) == trips and report.unknown_loops == ()
 
 
@@ -91,7 +91,7 @@ def test_each_kind_is_found_by_its_name(compiled, target):
     for name, kind in expected.items():
         if (target, name) not in REFUSED:
             kinds = collections.Counter(
-                c.kind for c in overlap.inspect(compiled(target, name), target=target).collectives
+                c.kind for c in inspector.inspect(compiled(target, name), target=target).collectives
             )
             assert kinds[kind] == 1, (name, kinds)
 
@@ -101,4 +101,4 @@ def test_cut_anywhere_it_is_refused(compiled, name):
     text = compiled("v5p:2x2x2", name).as_text().rstrip()
     for end in range(0, len(text) - 1, len(text) // 60):
         with pytest.raises(ValueError, match="HLO"):
-            overlap.inspect(text[:end], target="v5p:2x2x2")
+            inspector.inspect(text[:end], target="v5p:2x2x2")

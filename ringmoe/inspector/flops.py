@@ -3,7 +3,7 @@
 import math
 import re
 
-from ringmoe.overlap.hlo import Instruction, Shape
+from ringmoe.inspector.reader import Instruction, Shape
 
 
 def cost_estimate(instruction: Instruction) -> dict[str, float] | None:

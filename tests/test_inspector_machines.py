@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringmoe import machines
+from ringmoe.inspector import machines
 
 FIGURES = (
     "matmul_flops",
@@ -90,7 +90,7 @@ def test_which_ends_are_joined(name, wraps):
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_packaged_figures_are_what_the_gpu_compiler_works_with(name):
-    text = importlib.resources.files("ringmoe").joinpath("target_specs", f"{name}.txtpb").read_text()
+    text = importlib.resources.files("ringmoe").joinpath("inspector", "target_specs", f"{name}.txtpb").read_text()
     target = machines.target(name)
     assert f"device_memory_size: {target.hbm_bytes}\n" in text
     assert f"memory_bandwidth: {int(target.hbm_bandwidth)}\n" in text and f"active_links: {target.num_links} " in text

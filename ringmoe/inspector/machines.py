@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from ringmoe.chips import CHIPS
+from ringmoe.inspector.chips import CHIPS
 
 _PIP = "pip install 'ringmoe[targets]'"
 
@@ -213,7 +213,7 @@ def _topology(name: str) -> Any:
                 **({} if host == (2, 2, 1) else {"chips_per_host_bounds": host}),
             )
         _find_ptxas()
-        spec = importlib.resources.files("ringmoe").joinpath("target_specs", f"{chip}.txtpb").read_text()
+        spec = importlib.resources.files("ringmoe").joinpath("inspector", "target_specs", f"{chip}.txtpb").read_text()
         return topologies.get_topology_desc(
             platform="cuda",
             topology_name=name,
