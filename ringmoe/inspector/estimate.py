@@ -158,6 +158,16 @@ class Work:
         self.bytes += other.bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Time of one instruction in microseconds, the roof that it touches ("matrix", "vector", "memory", or "" for
+    nothing to do), and its matmul FLOPs."""
+
+    us: float
+    bound: str
+    flops: float
+
+
 class Roofline:
     """Times instructions of `module` on `target`; `unestimated` collects what it had no model for,
     with the reason."""
@@ -175,12 +185,20 @@ class Roofline:
         if reason not in before:
             self.unestimated[instruction] = f"{before}; {reason}" if before else reason
 
-    def us(self, instruction: Instruction, computation: Computation) -> float:
-        """Microseconds of one instruction by the roofline; loops, calls and branches are the
-        walker's, and cost 0 here."""
+    def cost(self, instruction: Instruction, computation: Computation) -> Cost:
+        """Time of one instruction and what bounds it; loops, calls and branches are the walker's, and cost 0 here."""
         work = self.work(instruction, computation)
-        matmul = sum(flops / self._rate(key) for key, flops in work.flops.items())
-        return 1e6 * max(matmul, work.vector / self.target.vector_flops, work.bytes / self.target.hbm_bandwidth)
+        roofs = {
+            "matrix": sum(flops / self._rate(key) for key, flops in work.flops.items()),
+            "vector": work.vector / self.target.vector_flops,
+            "memory": work.bytes / self.target.hbm_bandwidth,
+        }
+        bound = max(roofs, key=lambda name: roofs[name])
+        return Cost(1e6 * roofs[bound], bound if roofs[bound] else "", sum(work.flops.values()))
+
+    def us(self, instruction: Instruction, computation: Computation) -> float:
+        """Microseconds of one instruction, see `cost`."""
+        return self.cost(instruction, computation).us
 
     def work(self, instruction: Instruction, computation: Computation) -> Work:
         """What the instruction computes and moves."""
