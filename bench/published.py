@@ -81,7 +81,9 @@ class Run:
 
 
 _CONFIGS = "MaxText, MaxText/configs of December 2023, "
-_old = functools.partial(Run, gated=False, parallel=True, tied=True, vocab=32768, tokens=2048, kernel="flash", block=512)
+_old = functools.partial(
+    Run, gated=False, parallel=True, tied=True, vocab=32768, tokens=2048, kernel="flash", block=512
+)
 _RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium/"
 _offloaded = functools.partial(Run, vocab=128256, tokens=8192, remat="offload", options=tuple((GATHERS | VMEM).items()))
 
@@ -184,7 +186,9 @@ def step(run: Run, mesh: Any, optimizer: Any):
             for i in ("q", "k", "v")
         )
         a = attention(run, mesh, rotate(q), rotate(k), v)
-        a = jax.ad_checkpoint.checkpoint_name(placed(jnp.einsum("btnh,nhd->btd", a, w["o"]), "fsdp", None, "tensor"), "o")
+        a = jax.ad_checkpoint.checkpoint_name(
+            placed(jnp.einsum("btnh,nhd->btd", a, w["o"]), "fsdp", None, "tensor"), "o"
+        )
         if not run.parallel:
             x = x + a
             y = norm(x, w["norm2"])

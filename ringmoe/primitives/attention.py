@@ -84,10 +84,9 @@ def _tangent_transpose(cotangents, *arrays, **params):
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
     operands = params["operands"]
-    # Inside the user's shard_map a gradient is one device's share: the shard_map's own transpose adds the shares up.
-    bias = operands.index("bias") if "bias" in operands and not params["axis_name"] else None
+    bias = operands.index("bias") if "bias" in operands else None
     owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
-    return plan.attention(
+    found = plan.attention(
         rule,
         plan.freeze(factors),
         tuple(mesh_shape.items()),
@@ -97,6 +96,9 @@ def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
         bias,
         owed,
     )
+    # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
+    summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
+    return dataclasses.replace(found, bias_sum_axes=summed)
 
 
 def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras: Extras):

@@ -107,7 +107,9 @@ def lower(op, platform: str, ctx, *operands, **params):
         if found.xla_knows_more:
             params = params | _for_xla_inside(op, found.plan, platform)
         # The mesh that is set may be another: a coarser one, or none while lowering.
-        run = functools.partial(_in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out))
+        run = functools.partial(
+            _in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out, checked=False)
+        )
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
         run = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
     elif platform == "tpu":
@@ -128,7 +130,7 @@ def plain(op, avals, params, avals_out) -> Callable:
     params = params | {"implementation": "xla", "uniform": True}
     rule, found = op.rule(avals, params), find(op, avals, params)
     if found is not None:
-        return _sharded(op, rule, found, "cpu", params, avals_out)
+        return _sharded(op, rule, found, "cpu", params, avals_out, checked=True)
     return body(op, op.plan(rule, {}, {}, avals, params), "cpu", params)
 
 
@@ -145,8 +147,12 @@ def body(op, plan, platform: str, params) -> Callable:
     return unprompted
 
 
-def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callable:
-    """The op as a shard_map over the mesh's free axes: operands are brought to the plan's specs, results to their types."""
+def _sharded(op, rule, found: Found, platform: str, params, avals_out, checked: bool) -> Callable:
+    """The op as a shard_map over the mesh's free axes: operands are brought to the plan's specs, results to their types.
+
+    A shard_map has no transpose inside one of the user's that checks what varies, unless it is `checked` too; what is only
+    lowered needs none, and has bodies whose results JAX can't see to be alike on all devices.
+    """
     run, mesh = body(op, found.plan, platform, params), found.mesh
     if not found.free:
         return run
@@ -171,8 +177,7 @@ def _sharded(op, rule, found: Found, platform: str, params, avals_out) -> Callab
         for x, name, dims, spec in zip(arrays, params["operands"], rule.operands, in_specs):
             x = rules.grow(place(x, resting(dims)), dims, old, new, rules.FILL.get(name, 0))
             grown.append(place(x, spec))
-        # Inside a shard_map of the user's that checks what varies, so must this one, or it has no transpose.
-        results = local(check_vma=compat.varies(arrays))(*grown)
+        results = local(check_vma=checked and compat.varies(arrays))(*grown)
         outs = [rules.shrink(place(x, resting(dims)), dims, old, new) for x, dims in zip(results, rule.results)]
         return [x if aval.sharding.mesh.empty else place(x, aval.sharding.spec) for x, aval in zip(outs, avals_out)]
 

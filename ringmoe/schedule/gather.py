@@ -25,7 +25,7 @@ def sum_of_rows(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index] along the first dim; 0 where the index is past the end."""
-    return _whole_rows(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return _whole(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _evaluate(x, index, back, *, mapped):
@@ -42,13 +42,12 @@ def _evaluate(x, index, back, *, mapped):
     return run(x, index, back)
 
 
-def _whole_rows(x):
-    """`x` unsplit along its first dim by axes that are left to XLA inside a shard_map: jaxlib 0.12 dies of a gather there."""
+def _whole(x):
+    """`x` whole along axes that are left to XLA inside a shard_map: jaxlib 0.12 dies of gathers from a split operand there."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes or AxisType.Auto not in mesh.axis_types:
         return x
-    spec = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _abstract_eval(x, index, back, *, mapped):
