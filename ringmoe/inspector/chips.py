@@ -14,7 +14,8 @@ class Chip:
 
     `matmul_flops` is by HLO dtype. "f32" is the rate at JAX's default matmul precision (bf16 passes
     on TPU, TF32 on GPU) and "f32_highest" at `jax.lax.Precision.HIGHEST`. `link_bandwidth` is
-    bytes/s in one direction of one link.
+    bytes/s in one direction of one link. `clock_hz` is that of a TPU's core, at which its matrix units, squares of
+    `matrix_unit`, reach the matmul rate; 0 and 0 where that isn't how it is built.
     """
 
     kind: str
@@ -28,6 +29,8 @@ class Chip:
     devices_per_chip: int = 1
     device_kinds: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
+    clock_hz: float = 0.0
+    matrix_unit: int = 0
 
 
 def _tpu(
@@ -43,6 +46,7 @@ def _tpu(
     kinds: tuple[str, ...],
     fp8: float | None = None,
     devices_per_chip: int = 1,
+    matrix_unit: int = 128,
 ) -> Chip:
     """A TPU chip from its documented figures; the clock is the one at which its matrix units reach
     the matmul rate."""
@@ -65,6 +69,7 @@ def _tpu(
         "num_links": documented + " (ICI ports)",
         "link_bandwidth": documented + " (bidirectional ICI bandwidth / ports / 2)",
         "vector_flops": f"derived: {cores} cores x 8 x 128 lanes x 4 ALUs x {clock_ghz} GHz",
+        "matrix_unit": documented + "; clock_hz: derived, bf16 rate / (units x side^2 x 2)",
     }
     shapes = _SHAPES_2D if links == 4 else _SHAPES_3D
     return Chip(
@@ -79,6 +84,8 @@ def _tpu(
         devices_per_chip,
         kinds,
         shapes,
+        clock_ghz * _GIGA,
+        matrix_unit,
     )
 
 
@@ -153,8 +160,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         "v4": _tpu(275, 275, 32, 1228, 6, 50, 2, 1.05, "TPU v4", ("TPU v4",), devices_per_chip=2),
         "v5e": _tpu(197, 393, 16, 819, 4, 50, 1, 1.5, "TPU v5e", ("TPU v5 lite", "TPU v5e")),
         "v5p": _tpu(459, 918, 95, 2765, 6, 100, 2, 1.75, "TPU v5p", ("TPU v5", "TPU v5p")),
-        "v6e": _tpu(918, 1836, 32, 1640, 4, 100, 1, 1.75, "TPU v6e", ("TPU v6 lite", "TPU v6e")),
-        "tpu7x": _tpu(2307, 2307, 192, 7380, 6, 100, 2, 2.2, "TPU7x", ("TPU7x",), fp8=4614, devices_per_chip=2),
+        "v6e": _tpu(918, 1836, 32, 1640, 4, 100, 1, 1.75, "TPU v6e", ("TPU v6 lite", "TPU v6e"), matrix_unit=256),
+        "tpu7x": _tpu(
+            2307, 2307, 192, 7380, 6, 100, 2, 2.2, "TPU7x", ("TPU7x",), fp8=4614, devices_per_chip=2, matrix_unit=256
+        ),
         "h100": _gpu(
             989.4,
             1978.9,

@@ -12,6 +12,8 @@ import dataclasses
 import math
 import re
 
+from ringmoe.inspector import mosaic, reader
+from ringmoe.inspector.chips import CHIPS
 from ringmoe.inspector.flops import (
     convolution_flops,
     cost_estimate,
@@ -139,17 +141,22 @@ _FREE_CALLS = frozenset(
         "xla.sdy.FuncResultSharding",
     }
 )
+_NO_MODEL = "COST_MODEL_TYPE_INVALID"
 # Vector operations that one transcendental costs: its unit has a quarter of the vector slots.
 _TRANSCENDENTAL_OPS = 4
 
 
 @dataclasses.dataclass
 class Work:
-    """What one instruction does: matmul FLOPs by rate key, vector operations, HBM bytes."""
+    """What one instruction does: matmul FLOPs by rate key, vector operations, HBM bytes.
+
+    `flops` are those that the matrix units do; `useful` are those of the mathematics, None where that is the same.
+    """
 
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     vector: float = 0.0
     bytes: float = 0.0
+    useful: float | None = None
 
     def add(self, other: "Work") -> None:
         for key, value in other.flops.items():
@@ -175,6 +182,8 @@ class Roofline:
     def __init__(self, module: Module, target: Target):
         self.module = module
         self.target = target
+        chip = CHIPS[target.chip]
+        self.clock_hz, self.matrix_unit = chip.clock_hz, chip.matrix_unit
         self.unestimated: dict[str, str] = {}
         self._fused: dict[str, Work] = {}
         self._reads: dict[str, dict[str, float]] = {}
@@ -194,7 +203,22 @@ class Roofline:
             "memory": work.bytes / self.target.hbm_bandwidth,
         }
         bound = max(roofs, key=lambda name: roofs[name])
-        return Cost(1e6 * roofs[bound], bound if roofs[bound] else "", sum(work.flops.values()))
+        seconds = max(roofs[bound], self._compilers(instruction))
+        useful = sum(work.flops.values()) if work.useful is None else work.useful
+        return Cost(1e6 * seconds, bound if seconds else "", useful)
+
+    def _compilers(self, instruction: Instruction) -> float:
+        """Seconds of an instruction by the compiler's own model of its matrix units: where it is sure of having one.
+
+        XLA:TPU writes a number for every fusion, but a model's name only beside those of matmuls; the others are bounds
+        that it schedules by (a transposing copy gets sixteen times its memory's time).
+        """
+        window = instruction.config.get("window_config")
+        if not isinstance(window, dict) or not self.clock_hz:
+            return 0.0
+        if window.get("cost_model_type", _NO_MODEL) == _NO_MODEL or not str(window.get("estimated_cycles")).isdecimal():
+            return 0.0
+        return int(window["estimated_cycles"]) / self.clock_hz
 
     def us(self, instruction: Instruction, computation: Computation) -> float:
         """Microseconds of one instruction, see `cost`."""
@@ -270,11 +294,14 @@ class Roofline:
             return Work()
         touched = self._bytes(instruction, computation)
         cost = cost_estimate(instruction)
+        counted = self._kernel(instruction, cost or {}, touched)
+        if counted is not None:
+            return counted
         if cost is not None:
-            # A kernel's FLOPs are mostly its matmuls', at the rate of its widest operand but not
-            # below bf16's.
+            # A kernel's FLOPs are mostly its matmuls'. Where one operand is narrower than f32, they multiply that.
+            narrow = any(reader.bits(shape.dtype) < 32 for shape in shapes if shape.dtype[0] in "bf")
             return Work(
-                {"bf16": cost.get("flops", 0.0)},
+                {"bf16" if narrow or self.target.kind != "tpu" else "f32_highest": cost.get("flops", 0.0)},
                 _TRANSCENDENTAL_OPS * cost.get("transcendentals", 0.0),
                 cost.get("bytes_accessed", 0.0) or touched,
             )
@@ -287,6 +314,31 @@ class Roofline:
             return Work({rate_key(instruction, shapes): 2.0 * result.elements * depth}, bytes=touched)
         self.name(instruction.name, f"custom call {target!r} has no cost estimate: timed by its bytes")
         return Work(bytes=touched)
+
+    def _kernel(self, instruction: Instruction, cost: dict[str, float], touched: float) -> Work | None:
+        """Work of a Pallas TPU kernel counted from its body, None for any other call.
+
+        A branch that only the run decides counts as taken; if its author's estimate has fewer FLOPs than that (he knows what
+        a mask leaves), everything is scaled to his.
+        """
+        call = instruction.config.get("custom_call_config")
+        body = call.get("body") if isinstance(call, dict) and instruction.target == "tpu_custom_call" else None
+        counted = mosaic.count(body, self.matrix_unit) if isinstance(body, str) and self.matrix_unit else None
+        if counted is None:
+            return None
+        total = sum(counted.flops.values())
+        part = 1.0
+        if not counted.known:
+            if 0 < cost.get("flops", 0.0) < total:
+                part = cost["flops"] / total
+            elif "flops" not in cost:
+                self.name(instruction.name, "kernel with branches that only the run decides: all counted as taken")
+        return Work(
+            {key: part * flops for key, flops in counted.padded.items()},
+            part * (counted.vector + _TRANSCENDENTAL_OPS * counted.transcendental),
+            cost.get("bytes_accessed", 0.0) or touched,
+            part * total,
+        )
 
     def _operands(self, instruction: Instruction, computation: Computation) -> list[Shape]:
         by_name = computation.by_name

@@ -1,0 +1,260 @@
+"""What a Pallas TPU kernel does, counted from its own program.
+
+A kernel's HLO instruction carries its body: Mosaic MLIR, one function of the grid's indices and the blocks of one step. Here
+its matmuls and vector operations are counted, along the path that every step of the grid takes: scalars are evaluated from
+the grid's indices, so a branch that depends on them alone is taken or not, as on the chip. Where a scalar comes from memory
+(an offset that only the run knows) the costlier branch counts, and `Count.known` is False.
+"""
+
+import base64
+import binascii
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxlib.mlir import ir
+
+_STEPS = 4096  # steps of the grid that are walked one by one; of more, evenly spaced ones
+_PREFIX = "stable_mosaic."
+_VECTOR = re.compile(r"vector<((?:\d+x)*)([a-z]\w*)>")
+_COMPARE: Mapping[int, Any] = {
+    0: operator.eq,
+    1: operator.ne,
+    2: operator.lt,
+    3: operator.le,
+    4: operator.gt,
+    5: operator.ge,
+}
+_SCALARS: Mapping[str, Any] = {
+    "arith.addi": operator.add, "arith.subi": operator.sub, "arith.muli": operator.mul, "arith.andi": operator.and_,
+    "arith.ori": operator.or_, "arith.xori": operator.xor, "arith.minsi": min, "arith.maxsi": max,
+    "arith.divsi": lambda a, b: int(a / b) if b else None, "arith.remsi": lambda a, b: int(math.fmod(a, b)) if b else None,
+    "arith.select": lambda condition, a, b: a if condition else b,
+}  # fmt: skip
+_SAME = frozenset({"arith.index_cast", "arith.extui", "arith.extsi", "arith.trunci", "arith.index_castui"})
+# Vector operations that no slot of the vector unit is used for: they load, store, shape, or make constants.
+_MOVES = frozenset(
+    {"arith.constant", "vector.broadcast", "vector.shape_cast", "vector.load", "tpu.vector_store", "tpu.iota", "tpu.transpose",
+     "vector.extract", "vector.extract_strided_slice", "tpu.concatenate", "tpu.bitcast", "tpu.reshape", "vector.store",
+     "tpu.relayout", "vector.transpose", "tpu.repeat", "tpu.vector_load"}
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Work of all steps of a kernel on one device.
+
+    `flops` are those of its matmuls by rate key, `padded` the same with the contracted and the last dim of each filled up
+    to the matrix unit; `vector` are elementwise operations, `transcendental` those of them that need many.
+    """
+
+    flops: Mapping[str, float]
+    padded: Mapping[str, float]
+    vector: float
+    transcendental: float
+    known: bool
+
+
+@dataclasses.dataclass
+class _Cost:
+    """Work of a piece of the body; `known` is whether every branch on the way was decided."""
+
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    padded: dict[str, float] = dataclasses.field(default_factory=dict)
+    vector: float = 0.0
+    transcendental: float = 0.0
+    known: bool = True
+
+    def add(self, other: "_Cost", times: float = 1.0) -> None:
+        for mine, theirs in ((self.flops, other.flops), (self.padded, other.padded)):
+            for key, value in theirs.items():
+                mine[key] = mine.get(key, 0.0) + times * value
+        self.vector += times * other.vector
+        self.transcendental += times * other.transcendental
+        self.known &= other.known
+
+    def size(self) -> float:
+        """To tell the costlier of two: matmuls come a hundred to one with vector operations."""
+        return sum(self.padded.values()) / 128 + self.vector + 4 * self.transcendental
+
+
+@functools.lru_cache(256)
+def count(body: str, matrix_unit: int) -> Count | None:
+    """Counts a kernel.
+
+    Args:
+      body: `custom_call_config.body` of its instruction: MLIR bytecode in base64.
+      matrix_unit: rows (and columns) of the chip's matrix unit.
+
+    Returns:
+      None when it isn't a body, or one of a form that isn't known here.
+    """
+    try:
+        context = ir.Context()
+        context.allow_unregistered_dialects = True
+        with context, ir.Location.unknown():
+            module = ir.Module.parse(base64.b64decode(body, validate=True))
+            return _Kernel(module, matrix_unit).count()
+    except (ir.MLIRError, binascii.Error, ValueError, KeyError, IndexError, RecursionError):
+        return None
+
+
+class _Kernel:
+    """The main function of a body, and its grid."""
+
+    def __init__(self, module: Any, matrix_unit: int):
+        mains = [op.operation for op in module.body.operations if "iteration_bounds" in op.operation.attributes]
+        if len(mains) != 1:
+            raise ValueError(f"{len(mains)} functions with a grid, expected one")
+        (self.main,) = mains
+        self.grid = [int(n) for n in self.main.attributes["iteration_bounds"]]
+        self.matrix_unit = matrix_unit
+        self.block = self.main.regions[0].blocks[0]
+
+    def count(self) -> Count:
+        total, steps = _Cost(), 0
+        free = self._free_dims()
+        walked = [range(1) if dim in free else range(n) for dim, n in enumerate(self.grid)]
+        number = math.prod(len(dim) for dim in walked)
+        for step in itertools.islice(itertools.product(*walked), 0, None, -(-number // _STEPS)):
+            values: dict[Any, int | None] = {self.block.arguments[dim]: index for dim, index in enumerate(step)}
+            total.add(self._run(self.block, values))
+            steps += 1
+        scale = math.prod(self.grid) / max(1, steps)
+        all_steps = _Cost()
+        all_steps.add(total, scale)
+        return Count(all_steps.flops, all_steps.padded, all_steps.vector, all_steps.transcendental, all_steps.known)
+
+    def _free_dims(self) -> set[int]:
+        """Dims of the grid that no branch and no loop depends on: their steps are all alike."""
+        depends: dict[Any, frozenset[int]] = {
+            self.block.arguments[dim]: frozenset({dim}) for dim in range(len(self.grid))
+        }
+        deciding: set[int] = set()
+        for op in _walk(self.block):
+            of_operands = frozenset().union(*(depends.get(value, frozenset()) for value in op.operands))
+            if op.regions:
+                deciding |= of_operands
+            for result in op.results:
+                depends[result] = of_operands
+        return set(range(len(self.grid))) - deciding
+
+    def _run(self, block: Any, values: dict[Any, int | None]) -> _Cost:
+        """One pass through a block, with what is known of its scalars."""
+        cost = _Cost()
+        for wrapped in block.operations:
+            op = wrapped.operation
+            name = op.name.removeprefix(_PREFIX)
+            if name == "scf.if":
+                cost.add(self._branch(op, values))
+            elif name in ("scf.for", "scf.while"):
+                cost.add(self._loop(op, values))
+            elif op.regions and len(op.regions) and name not in ("func.func",):
+                for region in op.regions:
+                    for inner in region.blocks:
+                        cost.add(self._run(inner, values))
+            else:
+                if len(op.results) == 1 and not _VECTOR.match(str(op.results[0].type)):
+                    values[op.results[0]] = _scalar(op, name, values)
+                self._vector(op, name, cost)
+        return cost
+
+    def _branch(self, op: Any, values: dict[Any, int | None]) -> _Cost:
+        condition = values.get(op.operands[0])
+        if condition is not None:
+            region = op.regions[0 if condition else 1]
+            return self._run(region.blocks[0], values) if len(region.blocks) else _Cost()
+        both = [self._run(region.blocks[0], values) if len(region.blocks) else _Cost() for region in op.regions]
+        costlier = max(both, key=_Cost.size)
+        costlier.known &= all(other.size() == costlier.size() for other in both)
+        return costlier
+
+    def _loop(self, op: Any, values: dict[Any, int | None]) -> _Cost:
+        cost, trips = _Cost(), 1.0
+        bounds = [values.get(value) for value in list(op.operands)[:3]]
+        body = op.regions[-1].blocks[0]
+        if op.name.endswith("scf.for") and None not in bounds and bounds[2]:
+            low, high, step = (int(bound or 0) for bound in bounds)
+            trips = max(0.0, math.ceil((high - low) / step))
+        else:
+            cost.known = False
+        cost.add(self._run(body, values), trips)
+        return cost
+
+    def _vector(self, op: Any, name: str, cost: _Cost) -> None:
+        """Adds the work of one operation on vectors."""
+        if name in _MOVES or not len(op.results):
+            return
+        found = _VECTOR.match(str(op.results[0].type))
+        if name == "tpu.matmul":
+            self._matmul(op, cost)
+        elif name == "vector.multi_reduction":
+            cost.vector += _elements(str(op.operands[0].type))
+        elif found and (name.startswith("math.") or name == "arith.divf" or name == "tpu.reciprocal"):
+            cost.transcendental += _elements(str(op.results[0].type))
+        elif found and name.startswith(("arith.", "vector.", "tpu.")):
+            cost.vector += _elements(str(op.results[0].type))
+
+    def _matmul(self, op: Any, cost: _Cost) -> None:
+        (left, dtype), (right, _) = (_shape(str(value.type)) for value in list(op.operands)[:2])
+        numbers = [
+            [int(n) for n in re.findall(r"\d+", part)]
+            for part in re.findall(r"\[([^\]]*)\]", str(op.attributes["dimension_numbers"]))
+        ]
+        contracting, batch = numbers[0], numbers[6] if len(numbers) > 6 else []
+        depth = math.prod(left[dim] for dim in contracting)
+        groups = math.prod(left[dim] for dim in batch)
+        rows = math.prod(left) // max(1, depth * groups)
+        columns = math.prod(right) // max(1, depth * groups)
+        key = dtype
+        if dtype == "f32":
+            precision = str(op.attributes["precision"]) if "precision" in op.attributes else ""
+            key = "f32_highest" if "fp32" in precision else "f32"
+        fill = lambda n: -(-n // self.matrix_unit) * self.matrix_unit
+        cost.flops[key] = cost.flops.get(key, 0.0) + 2.0 * groups * rows * depth * columns
+        # The weights that stay in the unit are a square of contracted by last dim; a row of the other side goes by each cycle.
+        filled = min(rows * fill(columns), fill(rows) * columns) * fill(depth)
+        cost.padded[key] = cost.padded.get(key, 0.0) + 2.0 * groups * filled
+
+
+def _scalar(op: Any, name: str, values: Mapping[Any, int | None]) -> int | None:
+    """The value of a scalar operation, None where it isn't known."""
+    if name == "arith.constant":
+        attribute = op.attributes["value"]
+        return int(attribute.value) if isinstance(attribute, (ir.IntegerAttr, ir.BoolAttr)) else None
+    operands = [values.get(value) for value in op.operands]
+    if name == "arith.select" and operands[0] is not None:
+        return operands[1] if operands[0] else operands[2]
+    if None in operands or not operands:
+        return None
+    if name in _SAME:
+        return operands[0]
+    if name == "arith.cmpi":
+        compare = _COMPARE.get(int(op.attributes["predicate"].value))
+        return int(compare(*operands)) if compare else None
+    return _SCALARS[name](*operands) if name in _SCALARS else None
+
+
+def _walk(block: Any) -> Iterator[Any]:
+    """All operations of a block, those of its regions too."""
+    for wrapped in block.operations:
+        yield wrapped.operation
+        for region in wrapped.operation.regions:
+            for inner in region.blocks:
+                yield from _walk(inner)
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str]:
+    found = _VECTOR.match(text)
+    if not found:
+        raise ValueError(f"{text}, expected a vector")
+    return tuple(int(n) for n in found.group(1).split("x") if n), found.group(2)
+
+
+def _elements(text: str) -> float:
+    return float(math.prod(_shape(text)[0])) if _VECTOR.match(text) else 0.0
