@@ -271,3 +271,32 @@ def test_time_is_linear_in_the_number_of_instructions():
         return time.perf_counter() - started
 
     assert min(seconds(40_000) for _ in range(3)) < 3 * min(seconds(20_000) for _ in range(3))
+
+
+MARKED = {
+    "tpu": SMALL.replace("replica_count=2", "replica_count=1"),
+    "gpu": SMALL.replace(":T(8,128)S(1)", "")
+    .replace("replica_count=2", "replica_count=1")
+    .replace('{"a":', '{"operation_queue_id":"0","a":'),
+    "cpu": SMALL.replace(":T(8,128)S(1)", "")
+    .replace("replica_count=2", "replica_count=1")
+    .replace('{"a":', '{"outer_dimension_partitions":["2"],"a":'),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_text_of_another_machine_is_refused(kind):
+    targets = {"tpu": "v5p:2x2x1", "gpu": "h200x4", "cpu": "cpux4"}
+    assert reader.platform(MARKED[kind]) == kind
+    for other, target in targets.items():
+        if other == kind:
+            inspector.inspect(MARKED[kind], target=target)
+        else:
+            with pytest.raises(
+                ValueError, match=f"compiled for a {kind.upper()}, target '{target}' is a {other.upper()}"
+            ):
+                inspector.inspect(MARKED[kind], target=target)
+
+
+def test_text_without_marks_or_with_those_of_two_may_be_of_any_machine():
+    assert reader.platform(MARKED["tpu"] + MARKED["gpu"]) == reader.platform("HloModule x") == ""
