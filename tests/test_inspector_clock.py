@@ -313,3 +313,73 @@ def test_deep_and_wide_calls_take_no_exponential_time():
             f"  ROOT %z = {BIG} call(%y), to_apply=%f{i - 1}\n}}\n"
         )
     inspect(program(f"%c = {BIG} call(%w), to_apply=%f59", others="\n".join(parts)))
+
+
+def sparsecore(inner, name="s", operand="w"):
+    """A computation on the SparseCore as XLA:TPU prints it: the operands come with the update."""
+    others = computation("wrapped", inner) + computation(
+        "outer",
+        f"%o = (({BIG}), {BIG}, u32[]) call-start(%x), to_apply=%wrapped\n  %r = {BIG} call-done(%o)",
+    )
+    lines = (
+        f'%{name} = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%outer',
+        f"%{name}u = (({BIG}), {BIG}) call-update(%{name}, %{operand})",
+        f"%{name}d = {BIG} call-done(%{name}u)",
+    )
+    return others, *lines
+
+
+@pytest.mark.parametrize("opcode", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
+def test_sparsecore_collectives_are_on_the_wire_from_their_update_on(opcode):
+    others, begin, update, end = sparsecore(f"%inner = {BIG} {opcode}(%x), replica_groups={{}}")
+    found = only(inspect(program(begin, *dots(2, name="early"), update, *dots(1), end, others=others)))
+    assert (found.kind, found.asynchronous, found.name) == (opcode, True, "s") and found.hidden_by == ("dot0",)
+    assert found.compute_us == pytest.approx(DOT) and found.exposed_us == pytest.approx(found.wire_us - DOT)
+
+
+def test_sparsecore_gathers_run_beside_the_program_and_beside_copies():
+    gather = f"%g = {BIG} copy(%x)"
+    others, begin, update, end = sparsecore(gather)
+    us = 2 * 4096 * 4096 * 2 / 4.8e12 * 1e6
+    copy = f"%c = ({BIG}, {BIG}, u32[]) copy-start(%w)", f"%cd = {BIG} copy-done(%c)"
+    assert inspect(program(begin, update, end, others=others)).compute_us == pytest.approx(us)
+    both = inspect(program(begin, update, copy[0], end, copy[1], others=others))
+    assert both.compute_us == pytest.approx(us) and both.collectives == ()
+    hidden = inspect(program(begin, update, *dots(3), end, others=others))
+    assert us < 3 * DOT and hidden.compute_us == pytest.approx(3 * DOT)
+
+
+@pytest.mark.parametrize(
+    ("line", "asynchronous"),
+    [
+        (f"%p = {BIG} collective-foo(%w)", False),
+        (f"%p = {BIG} all-foo-start(%w)", True),
+        (f"%p = {BIG} brand-new(%w), channel_id=3", False),
+        (f"%p = {BIG} brand-new-start(%w), replica_groups={{{{0,1,2,3,4,5,6,7}}}}", True),
+        (f"%p = {BIG} brand-new(%w), {PAIRS}", False),
+        (f'%p = {BIG} custom-call(%w), custom_call_target="xla_nccl_thing"', False),
+        (f'%p = {BIG} custom-call(%w), custom_call_target="my_mpi_send"', False),
+        (f"%p = {BIG} async-start(%w), calls=%wrapped", True),
+        (f"%p = {BIG} fusion(%w), kind=kCustom, calls=%wrapped", False),
+    ],
+)
+def test_what_looks_like_communication_is_listed_and_never_compute(line, asynchronous):
+    others = computation("wrapped", f"%inner = {BIG} collective-foo(%x)")
+    report = inspect(program(line, *dots(1), others=others))
+    found = only(report)
+    assert (found.name, found.kind, found.asynchronous) == ("p", "unknown", asynchronous)
+    assert report.compute_us == pytest.approx(DOT) and found.wire_us > 0
+    assert found.wire_bytes == pytest.approx(4096 * 4096 * 2 * (1 if "pairs" in line else 7 / 8))
+    assert "looks like communication of a kind that isn't known" in report.unestimated["p"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'%p = {BIG} custom-call(%w), custom_call_target="compile"',
+        f'%p = {BIG} copy(%w), metadata={{op_name="all-gather, channel_id=3"}}',
+        f"%p = {BIG} brand-new(%w), channel_id=3, is_host_transfer=true",
+    ],
+)
+def test_what_only_sounds_like_it_is_none(line):
+    assert inspect(program(line)).collectives == ()

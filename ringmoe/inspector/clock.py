@@ -13,15 +13,13 @@ import heapq
 from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
-    holds,
-    is_host_transfer,
     post_order,
     wrapped,
 )
 from ringmoe.inspector.estimate import Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_count
-from ringmoe.inspector.reader import Computation, Instruction, Module
+from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module
 from ringmoe.inspector.timeline import Collective, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
@@ -104,10 +102,14 @@ class _Walk:
         self.schedule, self.computation = schedule, computation
         self.timeline = Timeline(computation.name)
         self.now = 0.0
-        self.local = 0.0  # when the device's copy queue is free again
+        self.local: dict[str, float] = {}  # when the device's copy queue and its other cores are free again
         self.flights: dict[str, _Flight] = {}
         self.work: list[tuple[float, str]] = []
         self.orphans: list[Instruction] = []
+        # Starts that get their operands, and so begin, only by an update: the SparseCore's.
+        self.later = {
+            i.operands[0] for i in computation.instructions if i.opcode.endswith("-update") and len(i.operands) > 1
+        }
 
     def run(self) -> Timeline:
         for instruction in self.computation.instructions:
@@ -161,23 +163,31 @@ class _Walk:
 
     def step(self, instruction: Instruction) -> None:
         opcode = instruction.opcode
-        if opcode.endswith("-update") and opcode.startswith("async"):
+        if opcode.endswith("-update"):
+            if len(instruction.operands) > 1:
+                self._launch(self.computation.by_name[instruction.operands[0]])
+        elif instruction.name in self.later:
             return
-        if is_host_transfer(instruction):
+        elif instruction.is_host_transfer:
             self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
-            return
-        if opcode.endswith("-done") or self._is_fused_done(instruction):
+        elif opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
         elif opcode in ("while", "conditional", "call"):
             self._enter(instruction)
-        elif kind := collective_kind(self.schedule.module, instruction):
-            self._communicate(instruction, kind)
-        elif opcode.endswith("-start"):
-            self._start_local(instruction)
-        else:
+        elif not self._launch(instruction):
             us = self.schedule.roofline.us(instruction, self.computation)
             self.timeline.own_us += us
             self._compute(instruction.name, us)
+
+    def _launch(self, instruction: Instruction) -> bool:
+        """Runs or starts a collective, or starts work beside the program; False when it is neither."""
+        if kind := collective_kind(self.schedule.module, instruction):
+            self._communicate(instruction, kind)
+        elif instruction.opcode.endswith("-start"):
+            self._start_local(instruction)
+        else:
+            return False
+        return True
 
     def _compute(self, name: str, us: float, stalled: float = 0.0) -> None:
         """Advances by `us`, of which `stalled` were already spent waiting inside."""
@@ -208,10 +218,16 @@ class _Walk:
             self._remote_dma(instruction)
             return
         transfer = self.schedule.wire.transfer(inner, home, kind)
+        if kind == UNKNOWN:
+            what = inner.target or inner.opcode
+            self.schedule.roofline.name(
+                instruction.name,
+                f"{what!r} looks like communication of a kind that isn't known: timed as if its operands were sent once",
+            )
         queue = inner.config.get("collective_backend_config")
         asynchronous = instruction.opcode.endswith("-start") or kind in ("send", "recv")
         if instruction.opcode == "fusion":
-            asynchronous = holds(home, "AsyncCollectiveStart")
+            asynchronous = "AsyncCollectiveStart" in home.targets
             if self.schedule.roofline.work(instruction, self.computation).flops:
                 self._compute(instruction.name, self.schedule.roofline.us(instruction, self.computation))
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
@@ -276,13 +292,12 @@ class _Walk:
         self.flights[flight.instruction.name] = flight
 
     def _start_local(self, instruction: Instruction) -> None:
-        """A copy, a slice or compute on another queue of the same device; they share one lane."""
+        """A copy, a slice or compute on another queue of the same device: the copies' or a core's own."""
         roofline, called = self.schedule.roofline, flow(self.schedule.module, instruction)
         us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(instruction, self.computation)
-        self.local = max(self.now, self.local) + us
-        self.flights[instruction.name] = _Flight(
-            instruction, self.now, self.local, len(self.work), self.timeline.compute_us
-        )
+        queue = instruction.attributes.get("async_execution_thread", "")
+        self.local[queue] = end = max(self.now, self.local.get(queue, 0.0)) + us
+        self.flights[instruction.name] = _Flight(instruction, self.now, end, len(self.work), self.timeline.compute_us)
 
     def _finish(self, instruction: Instruction) -> None:
         flight = self.flights.get(instruction.name) or self._flight_of(instruction.name)
@@ -295,7 +310,7 @@ class _Walk:
         return (
             instruction.opcode == "fusion"
             and bool(instruction.called)
-            and holds(self.schedule.module.computations[instruction.called[0]], "AsyncCollectiveDone")
+            and "AsyncCollectiveDone" in self.schedule.module.computations[instruction.called[0]].targets
         )
 
     def _flight_of(self, name: str) -> _Flight | None:

@@ -31,8 +31,8 @@ _JSON = json.JSONDecoder()
 # What only one compiler prints: tiled layouts; queues and libraries of GPUs; thread partitions of CPUs.
 _PLATFORM_MARKS = {
     "tpu": (":T(", '"tpu_custom_call"'),
-    "gpu": ('"operation_queue_id":"', '="__cublas$', '="__cudnn$', '"__triton'),
-    "cpu": ('{"outer_dimension_partitions":', '="__onednn$'),
+    "gpu": ('"operation_queue_id":"', '="__cublas$', '="__cudnn$', '="cusolver_', '"__triton'),
+    "cpu": ('{"outer_dimension_partitions":', '="__onednn$', '="lapack_'),
 }
 PERMUTE = "collective-permute"
 COLLECTIVES = frozenset(
@@ -58,6 +58,13 @@ _CALLED = (
     "false_computation",
     "called_computations",
 )
+UNKNOWN = "unknown"  # kind of an exchange that is known only by its looks
+STARTS = ("async-start", "call-start")  # what runs a computation beside the program
+_EXCHANGE_KEYS = ("replica_groups", "source_target_pairs", "channel_id")
+_EXCHANGE_NAME = re.compile(
+    r"nccl|rccl|nvshmem|(?<![a-z])mpi(?![a-z])|collective|all[-_]?(to[-_]?all|gather|reduce)|reduce[-_]?scatter", re.I
+)
+_BOOKKEEPING = ("AsyncCollectiveStart", "AsyncCollectiveDone")  # of XLA:TPU, inside the fusions of a collective
 _CALL_MARKS = ("calls=", "to_apply=", "body=", "_computation")
 _DEEPEST = 256  # computations that call one another, or tuples in tuples; far more than any compiler prints
 _LARGEST = 2**62  # elements of an array
@@ -173,6 +180,30 @@ class Instruction:
         """`custom_call_target`, or ""."""
         return self.attributes.get("custom_call_target", "").strip('"')
 
+    @functools.cached_property
+    def exchange(self) -> str:
+        """Kind of the exchange between devices that it runs or starts itself: the HLO opcode without
+        -start, "remote-dma" for a Pallas kernel that moves data, `UNKNOWN` for what only looks like
+        one; "" for anything else."""
+        opcode = self.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES:
+            return "" if self.is_host_transfer else opcode
+        if opcode.endswith(("-done", "-update")):
+            return ""
+        looks = opcode.startswith(("all-", "collective-", "ragged-all-", "reduce-scatter-"))
+        if opcode == "custom-call":
+            call = self.config.get("custom_call_config")
+            if isinstance(call, dict) and call.get("has_communication"):
+                return "remote-dma"
+            looks = self.target not in _BOOKKEEPING and _EXCHANGE_NAME.search(self.target) is not None
+        looks = looks or any(f"{key}=" in self.tail and key in self.attributes for key in _EXCHANGE_KEYS)
+        return UNKNOWN if looks and not self.is_host_transfer else ""
+
+    @property
+    def is_host_transfer(self) -> bool:
+        """Whether a send or recv is with the host rather than another device."""
+        return "is_host_transfer=true" in self.tail
+
 
 @dataclasses.dataclass
 class Computation:
@@ -191,6 +222,21 @@ class Computation:
         """The instruction marked ROOT, else the last; None when empty."""
         marked = (instruction for instruction in self.instructions if instruction.is_root)
         return next(marked, self.instructions[-1] if self.instructions else None)
+
+    @functools.cached_property
+    def exchange(self) -> Instruction | None:
+        """The first instruction that is an exchange between devices; Pallas kernels aside."""
+        return next((i for i in self.instructions if i.exchange not in ("", "remote-dma")), None)
+
+    @functools.cached_property
+    def start(self) -> Instruction | None:
+        """The first instruction that runs another computation beside this one."""
+        return next((i for i in self.instructions if i.opcode in STARTS), None)
+
+    @functools.cached_property
+    def targets(self) -> frozenset[str]:
+        """Targets of its custom calls."""
+        return frozenset(i.target for i in self.instructions if i.opcode == "custom-call")
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:

@@ -107,7 +107,7 @@ class Wire:
         attributes = instruction.attributes
         sizes = (computation.by_name[name].shape.bytes for name in instruction.operands if name in computation.by_name)
         size = sum(sizes)
-        if kind in (PERMUTE, "recv"):
+        if kind in (PERMUTE, "recv") or "source_target_pairs" in attributes:
             if kind == "recv":
                 # A device of a ring gets what it sends; counted here, where the program waits.
                 size = next(instruction.shape.leaves()).bytes
