@@ -4,6 +4,8 @@ On h200x8 here: `dot` of 1024 x 4096 by 4096 x 4096 in bf16 takes DOT us, a perm
 bf16 takes WIRE us.
 """
 
+import json
+
 import pytest
 
 from ringmoe import inspector
@@ -383,3 +385,60 @@ def test_what_looks_like_communication_is_listed_and_never_compute(line, asynchr
 )
 def test_what_only_sounds_like_it_is_none(line):
     assert inspect(program(line)).collectives == ()
+
+
+def branches(index="%i = s32[] constant(0)", names="%fast, %slow"):
+    return [index, f"%c = {BIG} conditional(%i, %w, %w), branch_computations={{{names}}}"]
+
+
+def test_branches_that_differ_are_told_and_what_is_not_counted_named():
+    permute = f"{BIG} collective-permute(%x), {PAIRS}"
+    others = computation("fast", f"%fastp = {permute}")
+    others += computation("slow", f"%slowp = {permute}\n  %twice = {permute}")
+    report = inspect(program(*branches(), others=others))
+    (choice,) = report.choices
+    assert (choice.name, choice.loop, choice.taken, choice.uncounted) == ("c", "main", "slow", ("fast",))
+    assert choice.branches == (
+        ("fast", pytest.approx(WIRE), pytest.approx(WIRE)),
+        ("slow", *[pytest.approx(2 * WIRE)] * 2),
+    )
+    assert "at most: c counts its slowest branch of fast" in str(report) and "NOT counted though sending: fast" in str(
+        report
+    )
+    assert json.loads(report.to_json())["choices"][0]["uncounted"] == ["fast"]
+
+
+def test_the_cost_of_a_branch_is_that_of_all_it_calls():
+    others = computation("sub", f"%p = {BIG} collective-permute(%x), {PAIRS}")
+    others += computation("fast", f"%call = {BIG} call(%x), to_apply=%sub")
+    others += computation(
+        "slow", f"%q = {BIG} collective-permute(%x), {PAIRS}\n  %call = {BIG} call(%q), to_apply=%sub"
+    )
+    report = inspect(program(*branches(), others=others))
+    assert report.choices[0].branches[0] == ("fast", pytest.approx(WIRE), pytest.approx(WIRE))
+    assert {c.name: (c.trip_count, c.counted) for c in report.collectives} == {"p": (1, True), "q": (1, True)}
+
+
+def test_branches_that_are_the_same_are_no_choice():
+    others = computation("fast", f"%p = {BIG} collective-permute(%x), {PAIRS}")
+    report = inspect(program(*branches(names="%fast, %fast"), others=others))
+    assert report.choices == () and only(report).trip_count == 1
+
+
+def test_a_conditional_in_a_loop_counts_its_slowest_branch_each_time():
+    permute = f"{BIG} collective-permute(%x), {PAIRS}"
+    others = computation("fast", f"%n = {BIG} bitcast(%x)") + computation("slow", f"%p = {permute}")
+    body = f"  %c = {BIG} conditional(%i, %x, %x), branch_computations={{%fast, %slow}}"
+    report = inspect(program(*WHILE, others=others + LOOP.format(count=6, step=1, body=body)))
+    assert report.exposed_us == pytest.approx(6 * WIRE) and only(report).trip_count == 6
+    assert (report.choices[0].trip_count, report.choices[0].loop, report.choices[0].uncounted) == (6, "body", ())
+
+
+def test_what_is_sent_only_in_a_branch_that_is_not_taken_is_listed():
+    fast = f"%t = {THIN} slice(%x)\n  %p = {THIN} collective-permute(%t), {PAIRS}"
+    slow = "\n  ".join(f"%y{i} = {BIG} copy(%x)" for i in range(99))
+    others = computation("fast", fast) + computation("slow", slow)
+    report = inspect(program(*branches(), others=others))
+    found = only(report)
+    assert (report.wire_us, found.counted, found.trip_count) == (0, False, 1)
+    assert report.choices[0].uncounted == ("fast",)

@@ -3,8 +3,8 @@
 One device runs its instructions in program order on a compute lane. A collective is on the wire
 from the moment it starts, sharing the bandwidth of links that others use too; whatever is left of
 it when the program waits for it is exposed. A loop body is walked once, as in the middle of the
-run, and counted as often as it runs. Of a conditional the slowest branch is taken; collectives of
-the others are listed but not counted.
+run, and counted as often as it runs. Of a conditional the slowest branch is taken (an upper bound);
+collectives of the others are listed but not counted, and `Schedule.choices` has the times of each.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from ringmoe.inspector.collectives import (
 )
 from ringmoe.inspector.estimate import Roofline
 from ringmoe.inspector.flops import cost_estimate
-from ringmoe.inspector.loops import trip_count
+from ringmoe.inspector.loops import trip_counts
 from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module
-from ringmoe.inspector.timeline import Collective, Span, Timeline
+from ringmoe.inspector.timeline import Choice, Collective, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
@@ -60,36 +60,69 @@ class Schedule:
             )
         self.module, self.roofline, self.wire = module, roofline, wire
         self.unknown_loops: list[str] = []
+        self._trips: dict[tuple[str, str], float] = {}
         self.timelines: dict[str, Timeline] = {}
+        self.choices: list[Choice] = []
+        self._wire: dict[str, float] = {}  # of one run of each computation, all that it calls included
         order = post_order(module)
+        self._trips = trip_counts(module)
         for computation in order:
             self.timelines[computation.name] = _Walk(self, computation).run()
+            self._wire[computation.name] = self._wire_us(computation)
         self._count(order)
 
+    def _wire_us(self, computation: Computation) -> float:
+        """Wire time of one run of a computation."""
+        total = sum(c.wire_us for c in self.timelines[computation.name].collectives)
+        for instruction in computation.instructions:
+            inside = self.taken(instruction)
+            total += self.times(instruction, computation) * sum(self._wire[name] for name in inside)
+        return total
+
+    def taken(self, instruction: Instruction) -> tuple[str, ...]:
+        """Computations that count as run by this instruction: of a conditional, its slowest branch."""
+        inside = flow(self.module, instruction)
+        if instruction.opcode == "conditional":
+            return tuple(sorted(inside, key=lambda name: -self.timelines[name].us)[:1])
+        return inside
+
     def _count(self, order: list[Computation]) -> None:
-        """Sets how often each computation runs, callers first, and stamps it on its collectives."""
-        runs = {computation.name: 0 for computation in order}
-        counted = {computation.name: False for computation in order}
-        runs[self.module.entry.name], counted[self.module.entry.name] = 1, True
+        """Sets how often each computation runs, callers first, and stamps it on its collectives. What
+        only branches that aren't taken run has the count it would have if they were."""
+        runs = {computation.name: 0.0 for computation in order}
+        possible = dict(runs)
+        runs[self.module.entry.name] = possible[self.module.entry.name] = 1.0
         for computation in reversed(order):
+            here, timeline = runs[computation.name], self.timelines[computation.name]
+            most = here or possible[computation.name]
+            timeline.trip_count, timeline.counted = int(most) if most.is_integer() else most, here > 0 or not most
             for instruction in computation.instructions:
-                callees = [name for name in flow(self.module, instruction) if name in runs]
-                slowest = max(callees, key=lambda name: self.timelines[name].us, default="")
-                for name in callees:
-                    times = self.trips(instruction, computation) if instruction.opcode == "while" else 1
-                    runs[name] += runs[computation.name] * times
-                    taken = instruction.opcode != "conditional" or name == slowest
-                    counted[name] |= counted[computation.name] and taken
-        for name, timeline in self.timelines.items():
-            timeline.trip_count, timeline.counted = runs[name], counted[name]
+                inside, taken = flow(self.module, instruction), self.taken(instruction)
+                times = self.times(instruction, computation) if inside else 0
+                for name in inside:
+                    runs[name] += here * times * (name in taken)
+                    possible[name] += most * times
+                if len(inside) > 1 and instruction.opcode == "conditional":
+                    self._choose(instruction, timeline, inside, taken[0])
             timeline.collectives = [
-                dataclasses.replace(c, trip_count=runs[name], counted=counted[name]) for c in timeline.collectives
+                dataclasses.replace(c, trip_count=timeline.trip_count, counted=timeline.counted)
+                for c in timeline.collectives
             ]
 
-    def trips(self, loop: Instruction, caller: Computation) -> int:
+    def _choose(self, instruction: Instruction, timeline: Timeline, inside: tuple[str, ...], taken: str) -> None:
+        """Notes a conditional whose branches differ in time or in what they send."""
+        branches = tuple((name, self.timelines[name].us, self._wire[name]) for name in inside)
+        if len({figures[1:] for figures in branches}) > 1:
+            self.choices.append(Choice(instruction.name, timeline.computation, branches, taken, timeline.trip_count))
+
+    def times(self, instruction: Instruction, caller: Computation) -> float:
+        """How often one run of the instruction runs what it calls."""
+        return self.trips(instruction, caller) if instruction.opcode == "while" else 1
+
+    def trips(self, loop: Instruction, caller: Computation) -> float:
         """Iterations of a loop; one whose text does not tell counts once and is named in
         `unknown_loops`."""
-        count = trip_count(self.module, loop, caller)
+        count = self._trips.get((caller.name, loop.name))
         if count is None and loop.name not in self.unknown_loops:
             self.unknown_loops.append(loop.name)
         return 1 if count is None else count
@@ -199,17 +232,10 @@ class _Walk:
 
     def _enter(self, instruction: Instruction) -> None:
         """Runs a loop, a branch or a call whose timeline is known already."""
-        timelines = self.schedule.timelines
-        inside = [timelines[name] for name in flow(self.schedule.module, instruction)]
-        if instruction.opcode == "while":
-            times = self.schedule.trips(instruction, self.computation)
-            us, busy = (
-                times * sum(t.us for t in inside),
-                times * sum(t.compute_us for t in inside),
-            )
-        else:
-            slowest = max(inside, key=lambda t: t.us, default=Timeline(""))
-            us, busy = slowest.us, slowest.compute_us
+        schedule = self.schedule
+        inside = [schedule.timelines[name] for name in schedule.taken(instruction)]
+        times = schedule.times(instruction, self.computation)
+        us, busy = times * sum(t.us for t in inside), times * sum(t.compute_us for t in inside)
         self._compute(instruction.name, us, us - busy)
 
     def _communicate(self, instruction: Instruction, kind: str) -> None:

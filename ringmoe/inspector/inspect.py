@@ -143,6 +143,7 @@ def _report(
         memory=memory,
         unestimated=roofline.unestimated,
         unknown_loops=tuple(schedule.unknown_loops),
+        choices=tuple(schedule.choices),
         xla_optimal_us=_optimal_us(compiled),
         once_us=sum(timeline.own_us for timeline in timelines),
         timelines=timelines,
