@@ -9,6 +9,7 @@ collectives of the others are listed but not counted, and `Schedule.choices` has
 
 import dataclasses
 import heapq
+import itertools
 
 from ringmoe.inspector.collectives import (
     collective_kind,
@@ -19,11 +20,13 @@ from ringmoe.inspector.collectives import (
 from ringmoe.inspector.estimate import Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_counts
-from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module
+from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module, number
 from ringmoe.inspector.timeline import Choice, Collective, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
+_LATEST = 4096  # instructions among which they are looked for
+_SHARERS = 64  # transfers in the air at once that one is compared with, the latest
 _FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})
 
 
@@ -41,6 +44,7 @@ class _Flight:
     kind: str = ""
     asynchronous: bool = True
     op_name: str = ""
+    key: str = ""  # its name in `flights` when that isn't the instruction's
     blamed: float = 0.0  # time that others waited because this held their links
 
 
@@ -169,6 +173,7 @@ class _Walk:
         for name, flight in carried.items():
             again.flights[name] = dataclasses.replace(
                 flight,
+                key=name,
                 start=0.0,
                 end=flight.end - self.now,
                 compute_at_start=(flight.compute_at_start - self.timeline.compute_us),
@@ -191,7 +196,7 @@ class _Walk:
         root = self.computation.root
         if source is None or source.opcode != "get-tuple-element" or root is None or root.opcode != "tuple":
             return None
-        index = int(source.attributes.get("index", "0"))
+        index = number(source.attributes.get("index", "0"))
         return self._flight_of(root.operands[index]) if index < len(root.operands) else None
 
     def step(self, instruction: Instruction) -> None:
@@ -310,12 +315,18 @@ class _Walk:
         the other by the time the shorter of the two needs."""
         assert flight.transfer is not None
         flight.end = self.now + flight.transfer.us
-        for other in self.flights.values():
-            if other.transfer is not None and _share(flight.transfer, other.transfer):
+        for other in self._sharing(flight):
+            if other.transfer is not None:
                 delay = max(0.0, min(flight.transfer.us, other.transfer.us, other.end - self.now))
                 other.end += delay
                 flight.end += delay
         self.flights[flight.instruction.name] = flight
+
+    def _sharing(self, flight: _Flight) -> list[_Flight]:
+        """Transfers in the air that use links of this one."""
+        assert flight.transfer is not None
+        latest = itertools.islice(reversed(self.flights.values()), _SHARERS)
+        return [other for other in latest if other.transfer is not None and _share(flight.transfer, other.transfer)]
 
     def _start_local(self, instruction: Instruction) -> None:
         """A copy, a slice or compute on another queue of the same device: the copies' or a core's own."""
@@ -356,15 +367,14 @@ class _Walk:
 
     def wait(self, flight: _Flight) -> None:
         """Stops the clock until the flight has landed, and writes down what hid it."""
-        for key in [key for key, value in self.flights.items() if value is flight]:
-            del self.flights[key]
+        del self.flights[flight.key or flight.instruction.name]
         exposed = max(0.0, flight.end - self.now)
         self._stall(flight.instruction.name, exposed, local=flight.transfer is None)
         if flight.transfer is None:
             return
         if flight.transfer.us > 0:
             self.timeline.spans.append(Span("wire", flight.instruction.name, flight.start, flight.end))
-        hiders = heapq.nlargest(_HIDERS, self.work[flight.first :])
+        hiders = heapq.nlargest(_HIDERS, self.work[max(flight.first, len(self.work) - _LATEST) :])
         hiders = [(us, name) for us, name in hiders if us > 0.01 * hiders[0][0]]
         self.timeline.collectives.append(
             Collective(
@@ -390,8 +400,8 @@ class _Walk:
         assert flight.transfer is not None
         rest = us - max(0.0, min(us, flight.transfer.us - flight.blamed))
         own = flight.blamed + us - rest
-        for other in self.flights.values():
-            if rest > 0 and other.transfer is not None and _share(flight.transfer, other.transfer):
+        for other in self._sharing(flight):
+            if rest > 0 and other.transfer is not None:
                 part = max(0.0, min(rest, other.transfer.us - other.blamed))
                 other.blamed += part
                 rest -= part

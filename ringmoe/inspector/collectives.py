@@ -19,8 +19,8 @@ def collective_kind(module: Module, instruction: Instruction) -> str:
         return ""
     collective, inside = inner
     kind, root = collective.exchange, inside.root
-    sliced = root is not None and root.opcode == "dynamic-slice" and root.operands[0]
-    return "reduce-scatter" if kind == "all-reduce" and sliced == collective.name else kind
+    sliced = root is not None and root.opcode == "dynamic-slice" and root.operands[:1] == (collective.name,)
+    return "reduce-scatter" if kind == "all-reduce" and sliced else kind
 
 
 def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:

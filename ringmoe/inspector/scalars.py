@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringmoe.inspector.reader import Instruction, Module, Shape, bits
+from ringmoe.inspector.grammar import Shape, bits
+from ringmoe.inspector.reader import Instruction, Module
 
 COPIES = frozenset({"copy", "bitcast", "convert", "reshape", "broadcast", "opt-barrier", "optimization-barrier"})
 _DEPTH = 128  # operands of operands; the numbers of our schedules take about 30
@@ -115,7 +116,7 @@ class Frame:
             position = instruction.inner.strip()
             known = position.isdecimal() and int(position) < len(self.parameters)
             return self.parameters[int(position)] if known else None
-        if opcode == "get-tuple-element":
+        if opcode == "get-tuple-element" and instruction.operands:
             source, index = self.value(instruction.operands[0]), instruction.attributes.get("index", "")
             found = isinstance(source, tuple) and index.isdecimal() and int(index) < len(source)
             return source[int(index)] if found else None
