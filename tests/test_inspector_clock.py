@@ -4,6 +4,8 @@ On h200x8 here: `dot` of 1024 x 4096 by 4096 x 4096 in bf16 takes DOT us, a perm
 bf16 takes WIRE us.
 """
 
+import json
+
 import pytest
 
 from ringmoe import inspector
@@ -313,3 +315,130 @@ def test_deep_and_wide_calls_take_no_exponential_time():
             f"  ROOT %z = {BIG} call(%y), to_apply=%f{i - 1}\n}}\n"
         )
     inspect(program(f"%c = {BIG} call(%w), to_apply=%f59", others="\n".join(parts)))
+
+
+def sparsecore(inner, name="s", operand="w"):
+    """A computation on the SparseCore as XLA:TPU prints it: the operands come with the update."""
+    others = computation("wrapped", inner) + computation(
+        "outer",
+        f"%o = (({BIG}), {BIG}, u32[]) call-start(%x), to_apply=%wrapped\n  %r = {BIG} call-done(%o)",
+    )
+    lines = (
+        f'%{name} = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%outer',
+        f"%{name}u = (({BIG}), {BIG}) call-update(%{name}, %{operand})",
+        f"%{name}d = {BIG} call-done(%{name}u)",
+    )
+    return others, *lines
+
+
+@pytest.mark.parametrize("opcode", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
+def test_sparsecore_collectives_are_on_the_wire_from_their_update_on(opcode):
+    others, begin, update, end = sparsecore(f"%inner = {BIG} {opcode}(%x), replica_groups={{}}")
+    found = only(inspect(program(begin, *dots(2, name="early"), update, *dots(1), end, others=others)))
+    assert (found.kind, found.asynchronous, found.name) == (opcode, True, "s") and found.hidden_by == ("dot0",)
+    assert found.compute_us == pytest.approx(DOT) and found.exposed_us == pytest.approx(found.wire_us - DOT)
+
+
+def test_sparsecore_gathers_run_beside_the_program_and_beside_copies():
+    gather = f"%g = {BIG} copy(%x)"
+    others, begin, update, end = sparsecore(gather)
+    us = 2 * 4096 * 4096 * 2 / 4.8e12 * 1e6
+    copy = f"%c = ({BIG}, {BIG}, u32[]) copy-start(%w)", f"%cd = {BIG} copy-done(%c)"
+    assert inspect(program(begin, update, end, others=others)).compute_us == pytest.approx(us)
+    both = inspect(program(begin, update, copy[0], end, copy[1], others=others))
+    assert both.compute_us == pytest.approx(us) and both.collectives == ()
+    hidden = inspect(program(begin, update, *dots(3), end, others=others))
+    assert us < 3 * DOT and hidden.compute_us == pytest.approx(3 * DOT)
+
+
+@pytest.mark.parametrize(
+    ("line", "asynchronous"),
+    [
+        (f"%p = {BIG} collective-foo(%w)", False),
+        (f"%p = {BIG} all-foo-start(%w)", True),
+        (f"%p = {BIG} brand-new(%w), channel_id=3", False),
+        (f"%p = {BIG} brand-new-start(%w), replica_groups={{{{0,1,2,3,4,5,6,7}}}}", True),
+        (f"%p = {BIG} brand-new(%w), {PAIRS}", False),
+        (f'%p = {BIG} custom-call(%w), custom_call_target="xla_nccl_thing"', False),
+        (f'%p = {BIG} custom-call(%w), custom_call_target="my_mpi_send"', False),
+        (f"%p = {BIG} async-start(%w), calls=%wrapped", True),
+        (f"%p = {BIG} fusion(%w), kind=kCustom, calls=%wrapped", False),
+    ],
+)
+def test_what_looks_like_communication_is_listed_and_never_compute(line, asynchronous):
+    others = computation("wrapped", f"%inner = {BIG} collective-foo(%x)")
+    report = inspect(program(line, *dots(1), others=others))
+    found = only(report)
+    assert (found.name, found.kind, found.asynchronous) == ("p", "unknown", asynchronous)
+    assert report.compute_us == pytest.approx(DOT) and found.wire_us > 0
+    assert found.wire_bytes == pytest.approx(4096 * 4096 * 2 * (1 if "pairs" in line else 7 / 8))
+    assert "looks like communication of a kind that isn't known" in report.unestimated["p"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'%p = {BIG} custom-call(%w), custom_call_target="compile"',
+        f'%p = {BIG} copy(%w), metadata={{op_name="all-gather, channel_id=3"}}',
+        f"%p = {BIG} brand-new(%w), channel_id=3, is_host_transfer=true",
+    ],
+)
+def test_what_only_sounds_like_it_is_none(line):
+    assert inspect(program(line)).collectives == ()
+
+
+def branches(index="%i = s32[] constant(0)", names="%fast, %slow"):
+    return [index, f"%c = {BIG} conditional(%i, %w, %w), branch_computations={{{names}}}"]
+
+
+def test_branches_that_differ_are_told_and_what_is_not_counted_named():
+    permute = f"{BIG} collective-permute(%x), {PAIRS}"
+    others = computation("fast", f"%fastp = {permute}")
+    others += computation("slow", f"%slowp = {permute}\n  %twice = {permute}")
+    report = inspect(program(*branches(), others=others))
+    (choice,) = report.choices
+    assert (choice.name, choice.loop, choice.taken, choice.uncounted) == ("c", "main", "slow", ("fast",))
+    assert choice.branches == (
+        ("fast", pytest.approx(WIRE), pytest.approx(WIRE)),
+        ("slow", *[pytest.approx(2 * WIRE)] * 2),
+    )
+    assert "at most: c counts its slowest branch of fast" in str(report) and "NOT counted though sending: fast" in str(
+        report
+    )
+    assert json.loads(report.to_json())["choices"][0]["uncounted"] == ["fast"]
+
+
+def test_the_cost_of_a_branch_is_that_of_all_it_calls():
+    others = computation("sub", f"%p = {BIG} collective-permute(%x), {PAIRS}")
+    others += computation("fast", f"%call = {BIG} call(%x), to_apply=%sub")
+    others += computation(
+        "slow", f"%q = {BIG} collective-permute(%x), {PAIRS}\n  %call = {BIG} call(%q), to_apply=%sub"
+    )
+    report = inspect(program(*branches(), others=others))
+    assert report.choices[0].branches[0] == ("fast", pytest.approx(WIRE), pytest.approx(WIRE))
+    assert {c.name: (c.trip_count, c.counted) for c in report.collectives} == {"p": (1, True), "q": (1, True)}
+
+
+def test_branches_that_are_the_same_are_no_choice():
+    others = computation("fast", f"%p = {BIG} collective-permute(%x), {PAIRS}")
+    report = inspect(program(*branches(names="%fast, %fast"), others=others))
+    assert report.choices == () and only(report).trip_count == 1
+
+
+def test_a_conditional_in_a_loop_counts_its_slowest_branch_each_time():
+    permute = f"{BIG} collective-permute(%x), {PAIRS}"
+    others = computation("fast", f"%n = {BIG} bitcast(%x)") + computation("slow", f"%p = {permute}")
+    body = f"  %c = {BIG} conditional(%i, %x, %x), branch_computations={{%fast, %slow}}"
+    report = inspect(program(*WHILE, others=others + LOOP.format(count=6, step=1, body=body)))
+    assert report.exposed_us == pytest.approx(6 * WIRE) and only(report).trip_count == 6
+    assert (report.choices[0].trip_count, report.choices[0].loop, report.choices[0].uncounted) == (6, "body", ())
+
+
+def test_what_is_sent_only_in_a_branch_that_is_not_taken_is_listed():
+    fast = f"%t = {THIN} slice(%x)\n  %p = {THIN} collective-permute(%t), {PAIRS}"
+    slow = "\n  ".join(f"%y{i} = {BIG} copy(%x)" for i in range(99))
+    others = computation("fast", fast) + computation("slow", slow)
+    report = inspect(program(*branches(), others=others))
+    found = only(report)
+    assert (report.wire_us, found.counted, found.trip_count) == (0, False, 1)
+    assert report.choices[0].uncounted == ("fast",)

@@ -237,3 +237,33 @@ def test_what_does_not_compile_raises_its_own_error():
         error=jax.errors.JaxRuntimeError,
     )
     assert any("target 'v5e:1x1'" in note for note in error.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_sent"),
+    [("all-gather", 15 * 2**20), ("reduce-scatter", 15 * 2**20 / 16), ("all-reduce", 2 * 15 * 2**16)],
+)
+def test_the_sparsecore_s_collectives_are_on_the_wire(name, bytes_sent):
+    axes = {"data": 16}
+    x = programs.spec((16 * 512, 1024), jnp.bfloat16, axes, "data")
+    exchange = {
+        "all-gather": lambda y: jax.lax.all_gather(y, "data", tiled=True),
+        "reduce-scatter": lambda y: jax.lax.psum_scatter(y, "data", tiled=True),
+        "all-reduce": lambda y: jax.lax.psum(y, "data"),
+    }[name]
+    out = P() if name != "reduce-scatter" else P("data")
+    report = inspector.inspect(programs.local(exchange, P("data"), out), x, target="tpu7x:2x2x2", mesh=axes)
+    (found,) = report.collectives
+    assert (found.kind, found.asynchronous, "call-start" in found.name) == (name, True, True), found
+    assert found.wire_bytes == pytest.approx(bytes_sent) and found.exposed_us > 0
+
+
+@pytest.mark.parametrize("target", ["v5p:2x2x2", "tpu7x:2x2x2"])
+def test_a_gather_on_the_sparsecore_costs_the_rows_gathered(target):
+    n = machines.target(target).num_devices
+    table = programs.spec((65536, 2048), jnp.bfloat16, {"seq": n})
+    rows = programs.spec((n * 4096,), jnp.int32, {"seq": n}, "seq")
+    report = inspector.inspect(lambda w, i: w[i], table, rows, target=target, mesh={"seq": n})
+    moved = 2 * 4096 * 2048 * 2  # read and written
+    assert report.compute_us == pytest.approx(moved / machines.target(target).hbm_bandwidth * 1e6, rel=0.02)
+    assert report.collectives == () and report.unestimated == {}

@@ -22,8 +22,10 @@ AMONG_EQUALS = {("interface", "masks"), ("masks", "errors"), ("moe", "router")}
 FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
 ALONE = ("inspector",)  # imports nothing of ringmoe
 # Its rooms, lowest first.
-ROOMS = ("__init__", "chips", "machines", "reader", "loops", "flops", "collectives", "wire", "mosaic", "estimate", "timeline",
-         "clock", "kernels", "html", "report", "inspect", "command")  # fmt: skip
+ROOMS = ("__init__", "guard", "chips", "networks", "topology", "machines", "grammar", "reader", "collectives", "scalars",
+         "loops", "flops", "wire", "axes", "mosaic", "estimate", "timeline", "clock", "kernels", "memory", "words", "tables",
+         "html", "trace", "record", "report", "diff", "gates", "plot", "inspect", "search", "arguments", "listing",
+         "command")  # fmt: skip
 PUBLIC = ("__init__",)  # imports the public parts
 
 # (file, imported module): why it is imported inside a function.

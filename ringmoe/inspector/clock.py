@@ -3,29 +3,30 @@
 One device runs its instructions in program order on a compute lane. A collective is on the wire
 from the moment it starts, sharing the bandwidth of links that others use too; whatever is left of
 it when the program waits for it is exposed. A loop body is walked once, as in the middle of the
-run, and counted as often as it runs. Of a conditional the slowest branch is taken; collectives of
-the others are listed but not counted.
+run, and counted as often as it runs. Of a conditional the slowest branch is taken (an upper bound);
+collectives of the others are listed but not counted, and `Schedule.choices` has the times of each.
 """
 
 import dataclasses
 import heapq
+import itertools
 
 from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
-    holds,
-    is_host_transfer,
     post_order,
     wrapped,
 )
 from ringmoe.inspector.estimate import Roofline
 from ringmoe.inspector.flops import cost_estimate
-from ringmoe.inspector.loops import trip_count
-from ringmoe.inspector.reader import Computation, Instruction, Module
-from ringmoe.inspector.timeline import Collective, Span, Timeline
+from ringmoe.inspector.loops import trip_counts
+from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module, number
+from ringmoe.inspector.timeline import Choice, Collective, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
+_LATEST = 4096  # instructions among which they are looked for
+_SHARERS = 64  # transfers in the air at once that one is compared with, the latest
 _FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})
 
 
@@ -43,6 +44,7 @@ class _Flight:
     kind: str = ""
     asynchronous: bool = True
     op_name: str = ""
+    key: str = ""  # its name in `flights` when that isn't the instruction's
     blamed: float = 0.0  # time that others waited because this held their links
 
 
@@ -62,36 +64,69 @@ class Schedule:
             )
         self.module, self.roofline, self.wire = module, roofline, wire
         self.unknown_loops: list[str] = []
+        self._trips: dict[tuple[str, str], float] = {}
         self.timelines: dict[str, Timeline] = {}
+        self.choices: list[Choice] = []
+        self._wire: dict[str, float] = {}  # of one run of each computation, all that it calls included
         order = post_order(module)
+        self._trips = trip_counts(module)
         for computation in order:
             self.timelines[computation.name] = _Walk(self, computation).run()
+            self._wire[computation.name] = self._wire_us(computation)
         self._count(order)
 
+    def _wire_us(self, computation: Computation) -> float:
+        """Wire time of one run of a computation."""
+        total = sum(c.wire_us for c in self.timelines[computation.name].collectives)
+        for instruction in computation.instructions:
+            inside = self.taken(instruction)
+            total += self.times(instruction, computation) * sum(self._wire[name] for name in inside)
+        return total
+
+    def taken(self, instruction: Instruction) -> tuple[str, ...]:
+        """Computations that count as run by this instruction: of a conditional, its slowest branch."""
+        inside = flow(self.module, instruction)
+        if instruction.opcode == "conditional":
+            return tuple(sorted(inside, key=lambda name: -self.timelines[name].us)[:1])
+        return inside
+
     def _count(self, order: list[Computation]) -> None:
-        """Sets how often each computation runs, callers first, and stamps it on its collectives."""
-        runs = {computation.name: 0 for computation in order}
-        counted = {computation.name: False for computation in order}
-        runs[self.module.entry.name], counted[self.module.entry.name] = 1, True
+        """Sets how often each computation runs, callers first, and stamps it on its collectives. What
+        only branches that aren't taken run has the count it would have if they were."""
+        runs = {computation.name: 0.0 for computation in order}
+        possible = dict(runs)
+        runs[self.module.entry.name] = possible[self.module.entry.name] = 1.0
         for computation in reversed(order):
+            here, timeline = runs[computation.name], self.timelines[computation.name]
+            most = here or possible[computation.name]
+            timeline.trip_count, timeline.counted = int(most) if most.is_integer() else most, here > 0 or not most
             for instruction in computation.instructions:
-                callees = [name for name in flow(self.module, instruction) if name in runs]
-                slowest = max(callees, key=lambda name: self.timelines[name].us, default="")
-                for name in callees:
-                    times = self.trips(instruction, computation) if instruction.opcode == "while" else 1
-                    runs[name] += runs[computation.name] * times
-                    taken = instruction.opcode != "conditional" or name == slowest
-                    counted[name] |= counted[computation.name] and taken
-        for name, timeline in self.timelines.items():
-            timeline.trip_count, timeline.counted = runs[name], counted[name]
+                inside, taken = flow(self.module, instruction), self.taken(instruction)
+                times = self.times(instruction, computation) if inside else 0
+                for name in inside:
+                    runs[name] += here * times * (name in taken)
+                    possible[name] += most * times
+                if len(inside) > 1 and instruction.opcode == "conditional":
+                    self._choose(instruction, timeline, inside, taken[0])
             timeline.collectives = [
-                dataclasses.replace(c, trip_count=runs[name], counted=counted[name]) for c in timeline.collectives
+                dataclasses.replace(c, trip_count=timeline.trip_count, counted=timeline.counted)
+                for c in timeline.collectives
             ]
 
-    def trips(self, loop: Instruction, caller: Computation) -> int:
+    def _choose(self, instruction: Instruction, timeline: Timeline, inside: tuple[str, ...], taken: str) -> None:
+        """Notes a conditional whose branches differ in time or in what they send."""
+        branches = tuple((name, self.timelines[name].us, self._wire[name]) for name in inside)
+        if len({figures[1:] for figures in branches}) > 1:
+            self.choices.append(Choice(instruction.name, timeline.computation, branches, taken, timeline.trip_count))
+
+    def times(self, instruction: Instruction, caller: Computation) -> float:
+        """How often one run of the instruction runs what it calls."""
+        return self.trips(instruction, caller) if instruction.opcode == "while" else 1
+
+    def trips(self, loop: Instruction, caller: Computation) -> float:
         """Iterations of a loop; one whose text does not tell counts once and is named in
         `unknown_loops`."""
-        count = trip_count(self.module, loop, caller)
+        count = self._trips.get((caller.name, loop.name))
         if count is None and loop.name not in self.unknown_loops:
             self.unknown_loops.append(loop.name)
         return 1 if count is None else count
@@ -104,10 +139,14 @@ class _Walk:
         self.schedule, self.computation = schedule, computation
         self.timeline = Timeline(computation.name)
         self.now = 0.0
-        self.local = 0.0  # when the device's copy queue is free again
+        self.local: dict[str, float] = {}  # when the device's copy queue and its other cores are free again
         self.flights: dict[str, _Flight] = {}
         self.work: list[tuple[float, str]] = []
         self.orphans: list[Instruction] = []
+        # Starts that get their operands, and so begin, only by an update: the SparseCore's.
+        self.later = {
+            i.operands[0] for i in computation.instructions if i.opcode.endswith("-update") and len(i.operands) > 1
+        }
 
     def run(self) -> Timeline:
         for instruction in self.computation.instructions:
@@ -134,6 +173,7 @@ class _Walk:
         for name, flight in carried.items():
             again.flights[name] = dataclasses.replace(
                 flight,
+                key=name,
                 start=0.0,
                 end=flight.end - self.now,
                 compute_at_start=(flight.compute_at_start - self.timeline.compute_us),
@@ -156,28 +196,36 @@ class _Walk:
         root = self.computation.root
         if source is None or source.opcode != "get-tuple-element" or root is None or root.opcode != "tuple":
             return None
-        index = int(source.attributes.get("index", "0"))
+        index = number(source.attributes.get("index", "0"))
         return self._flight_of(root.operands[index]) if index < len(root.operands) else None
 
     def step(self, instruction: Instruction) -> None:
         opcode = instruction.opcode
-        if opcode.endswith("-update") and opcode.startswith("async"):
+        if opcode.endswith("-update"):
+            if len(instruction.operands) > 1:
+                self._launch(self.computation.by_name[instruction.operands[0]])
+        elif instruction.name in self.later:
             return
-        if is_host_transfer(instruction):
+        elif instruction.is_host_transfer:
             self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
-            return
-        if opcode.endswith("-done") or self._is_fused_done(instruction):
+        elif opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
         elif opcode in ("while", "conditional", "call"):
             self._enter(instruction)
-        elif kind := collective_kind(self.schedule.module, instruction):
-            self._communicate(instruction, kind)
-        elif opcode.endswith("-start"):
-            self._start_local(instruction)
-        else:
+        elif not self._launch(instruction):
             us = self.schedule.roofline.us(instruction, self.computation)
             self.timeline.own_us += us
             self._compute(instruction.name, us)
+
+    def _launch(self, instruction: Instruction) -> bool:
+        """Runs or starts a collective, or starts work beside the program; False when it is neither."""
+        if kind := collective_kind(self.schedule.module, instruction):
+            self._communicate(instruction, kind)
+        elif instruction.opcode.endswith("-start"):
+            self._start_local(instruction)
+        else:
+            return False
+        return True
 
     def _compute(self, name: str, us: float, stalled: float = 0.0) -> None:
         """Advances by `us`, of which `stalled` were already spent waiting inside."""
@@ -189,17 +237,10 @@ class _Walk:
 
     def _enter(self, instruction: Instruction) -> None:
         """Runs a loop, a branch or a call whose timeline is known already."""
-        timelines = self.schedule.timelines
-        inside = [timelines[name] for name in flow(self.schedule.module, instruction)]
-        if instruction.opcode == "while":
-            times = self.schedule.trips(instruction, self.computation)
-            us, busy = (
-                times * sum(t.us for t in inside),
-                times * sum(t.compute_us for t in inside),
-            )
-        else:
-            slowest = max(inside, key=lambda t: t.us, default=Timeline(""))
-            us, busy = slowest.us, slowest.compute_us
+        schedule = self.schedule
+        inside = [schedule.timelines[name] for name in schedule.taken(instruction)]
+        times = schedule.times(instruction, self.computation)
+        us, busy = times * sum(t.us for t in inside), times * sum(t.compute_us for t in inside)
         self._compute(instruction.name, us, us - busy)
 
     def _communicate(self, instruction: Instruction, kind: str) -> None:
@@ -208,10 +249,16 @@ class _Walk:
             self._remote_dma(instruction)
             return
         transfer = self.schedule.wire.transfer(inner, home, kind)
+        if kind == UNKNOWN:
+            what = inner.target or inner.opcode
+            self.schedule.roofline.name(
+                instruction.name,
+                f"{what!r} looks like communication of a kind that isn't known: timed as if its operands were sent once",
+            )
         queue = inner.config.get("collective_backend_config")
         asynchronous = instruction.opcode.endswith("-start") or kind in ("send", "recv")
         if instruction.opcode == "fusion":
-            asynchronous = holds(home, "AsyncCollectiveStart")
+            asynchronous = "AsyncCollectiveStart" in home.targets
             if self.schedule.roofline.work(instruction, self.computation).flops:
                 self._compute(instruction.name, self.schedule.roofline.us(instruction, self.computation))
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
@@ -268,21 +315,26 @@ class _Walk:
         the other by the time the shorter of the two needs."""
         assert flight.transfer is not None
         flight.end = self.now + flight.transfer.us
-        for other in self.flights.values():
-            if other.transfer is not None and _share(flight.transfer, other.transfer):
+        for other in self._sharing(flight):
+            if other.transfer is not None:
                 delay = max(0.0, min(flight.transfer.us, other.transfer.us, other.end - self.now))
                 other.end += delay
                 flight.end += delay
         self.flights[flight.instruction.name] = flight
 
+    def _sharing(self, flight: _Flight) -> list[_Flight]:
+        """Transfers in the air that use links of this one."""
+        assert flight.transfer is not None
+        latest = itertools.islice(reversed(self.flights.values()), _SHARERS)
+        return [other for other in latest if other.transfer is not None and _share(flight.transfer, other.transfer)]
+
     def _start_local(self, instruction: Instruction) -> None:
-        """A copy, a slice or compute on another queue of the same device; they share one lane."""
+        """A copy, a slice or compute on another queue of the same device: the copies' or a core's own."""
         roofline, called = self.schedule.roofline, flow(self.schedule.module, instruction)
         us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(instruction, self.computation)
-        self.local = max(self.now, self.local) + us
-        self.flights[instruction.name] = _Flight(
-            instruction, self.now, self.local, len(self.work), self.timeline.compute_us
-        )
+        queue = instruction.attributes.get("async_execution_thread", "")
+        self.local[queue] = end = max(self.now, self.local.get(queue, 0.0)) + us
+        self.flights[instruction.name] = _Flight(instruction, self.now, end, len(self.work), self.timeline.compute_us)
 
     def _finish(self, instruction: Instruction) -> None:
         flight = self.flights.get(instruction.name) or self._flight_of(instruction.name)
@@ -295,7 +347,7 @@ class _Walk:
         return (
             instruction.opcode == "fusion"
             and bool(instruction.called)
-            and holds(self.schedule.module.computations[instruction.called[0]], "AsyncCollectiveDone")
+            and "AsyncCollectiveDone" in self.schedule.module.computations[instruction.called[0]].targets
         )
 
     def _flight_of(self, name: str) -> _Flight | None:
@@ -315,15 +367,14 @@ class _Walk:
 
     def wait(self, flight: _Flight) -> None:
         """Stops the clock until the flight has landed, and writes down what hid it."""
-        for key in [key for key, value in self.flights.items() if value is flight]:
-            del self.flights[key]
+        del self.flights[flight.key or flight.instruction.name]
         exposed = max(0.0, flight.end - self.now)
         self._stall(flight.instruction.name, exposed, local=flight.transfer is None)
         if flight.transfer is None:
             return
         if flight.transfer.us > 0:
             self.timeline.spans.append(Span("wire", flight.instruction.name, flight.start, flight.end))
-        hiders = heapq.nlargest(_HIDERS, self.work[flight.first :])
+        hiders = heapq.nlargest(_HIDERS, self.work[max(flight.first, len(self.work) - _LATEST) :])
         hiders = [(us, name) for us, name in hiders if us > 0.01 * hiders[0][0]]
         self.timeline.collectives.append(
             Collective(
@@ -349,8 +400,8 @@ class _Walk:
         assert flight.transfer is not None
         rest = us - max(0.0, min(us, flight.transfer.us - flight.blamed))
         own = flight.blamed + us - rest
-        for other in self.flights.values():
-            if rest > 0 and other.transfer is not None and _share(flight.transfer, other.transfer):
+        for other in self._sharing(flight):
+            if rest > 0 and other.transfer is not None:
                 part = max(0.0, min(rest, other.transfer.us - other.blamed))
                 other.blamed += part
                 rest -= part

@@ -1,62 +1,55 @@
 """Which instructions communicate, and which computations run as part of the schedule."""
 
-from ringmoe.inspector.reader import COLLECTIVES, Computation, Instruction, Module
+from ringmoe.inspector.reader import STARTS, Computation, Instruction, Module
+
+_WRAPPERS = (*STARTS, "fusion", "fusion-start")
+_LEVELS = 4  # a start inside a start: XLA:TPU prints two for the SparseCore
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:
     """Kind of the collective that this instruction runs or starts, "" for anything else.
 
-    It is the HLO opcode without -start, "remote-dma" for a Pallas kernel that moves data itself.
-    A fused all-reduce of which a slice is kept is how XLA:TPU writes a reduce-scatter.
+    It is `Instruction.exchange`, of the instruction or of what it wraps. A fused all-reduce of which
+    a slice is kept is how XLA:TPU writes a reduce-scatter.
     """
-    opcode = instruction.opcode.removesuffix("-start")
-    if opcode in COLLECTIVES:
-        return "" if is_host_transfer(instruction) else opcode
-    if instruction.opcode == "custom-call":
-        call = instruction.config.get("custom_call_config")
-        return "remote-dma" if isinstance(call, dict) and call.get("has_communication") else ""
+    if instruction.exchange:
+        return instruction.exchange
     inner = wrapped(module, instruction)
     if inner is None:
         return ""
     collective, inside = inner
-    kind, root = collective.opcode.removesuffix("-start"), inside.root
-    sliced = root is not None and root.opcode == "dynamic-slice" and root.operands[0]
-    return "reduce-scatter" if kind == "all-reduce" and sliced == collective.name else kind
-
-
-def is_host_transfer(instruction: Instruction) -> bool:
-    """Whether a send or recv is with the host rather than another device."""
-    return "is_host_transfer=true" in instruction.tail
+    kind, root = collective.exchange, inside.root
+    sliced = root is not None and root.opcode == "dynamic-slice" and root.operands[:1] == (collective.name,)
+    return "reduce-scatter" if kind == "all-reduce" and sliced else kind
 
 
 def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:
     """Computations that run as part of the schedule when this instruction does: not fused ones,
     reducers or wrappers of a collective."""
     if instruction.opcode in ("while", "conditional"):
-        return instruction.called
-    if instruction.opcode == "call" or (instruction.opcode == "async-start" and wrapped(module, instruction) is None):
+        return tuple(dict.fromkeys(instruction.called))
+    if instruction.opcode == "call" or (instruction.opcode in STARTS and wrapped(module, instruction) is None):
         return instruction.called[:1]
     return ()
 
 
 def wrapped(module: Module, instruction: Instruction) -> tuple[Instruction, Computation] | None:
-    """The collective that an async-start or a fusion runs or starts, and the computation it is in.
+    """The collective that a start or a fusion runs or starts, and the computation it is in.
 
     XLA:TPU also spreads one over several fusions; those between the first and the last only push it
     along.
     """
-    if instruction.opcode not in ("async-start", "fusion", "fusion-start") or not instruction.called:
-        return None
-    inside = module.computations[instruction.called[0]]
-    found = next((i for i in inside.instructions if i.opcode.removesuffix("-start") in COLLECTIVES), None)
-    if found is None or ("async_collective_fusion_config" in found.tail and not holds(inside, "AsyncCollectiveStart")):
-        return None
-    return found, inside
-
-
-def holds(computation: Computation, custom_call: str) -> bool:
-    """Whether the computation has a custom call of this target."""
-    return any(i.opcode == "custom-call" and i.target == custom_call for i in computation.instructions)
+    wrapper: Instruction | None = instruction
+    for _ in range(_LEVELS):
+        if wrapper is None or wrapper.opcode not in _WRAPPERS or not wrapper.called:
+            return None
+        inside = module.computations[wrapper.called[0]]
+        found = inside.exchange
+        if found is not None:
+            pushes = "async_collective_fusion_config" in found.tail and "AsyncCollectiveStart" not in inside.targets
+            return None if pushes else (found, inside)
+        wrapper = inside.start
+    return None
 
 
 def post_order(module: Module) -> list[Computation]:

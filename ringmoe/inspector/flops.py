@@ -48,7 +48,7 @@ def convolution_flops(instruction: Instruction, shapes: list[Shape]) -> float:
     spatial = sorted(name for name in out if name.isdigit())
     window = {key: window_field(instruction, key) for key in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")}
     for index, name in enumerate(spatial):
-        pick = {key: values[index] if index < len(values) else 1 for key, values in window.items()}
+        pick = {key: max(values[index], 1) if index < len(values) else 1 for key, values in window.items()}
         low = window["pad"][index] if index < len(window["pad"]) else 0
         total *= _valid_pairs(
             lhs.get(name, 1),
@@ -65,6 +65,8 @@ def convolution_flops(instruction: Instruction, shapes: list[Shape]) -> float:
 def _valid_pairs(size: int, window: int, outputs: int, stride: int, low: int, dilate: int, window_dilate: int) -> int:
     """How many (output, window) positions of one dimension fall on an input element rather than
     padding or a gap."""
+    if window > 2**20:  # no program's: its taps are not counted one by one
+        return window * outputs
     count = 0
     common = math.gcd(stride, dilate)
     for tap in range(window):

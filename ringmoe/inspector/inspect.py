@@ -108,7 +108,12 @@ def _report(
     text: str, machine: machines.Target, grid: Mesh | None, compiled: Any, seconds: float | None
 ) -> OverlapReport:
     """Reads and times a schedule."""
-    module = reader.parse(text)
+    module, printed_by = reader.parse(text), reader.platform(text)
+    if printed_by not in ("", machine.kind):
+        raise ValueError(
+            f"the program was compiled for a {printed_by.upper()}, target {machine.name!r} is a {machine.kind.upper()}: "
+            "pass the target that it was compiled for, or compile it for this one"
+        )
     if module.num_devices > machine.num_devices:
         raise ValueError(
             f"the program is for {module.num_devices} devices, target {machine.name!r} has "
@@ -138,6 +143,7 @@ def _report(
         memory=memory,
         unestimated=roofline.unestimated,
         unknown_loops=tuple(schedule.unknown_loops),
+        choices=tuple(schedule.choices),
         xla_optimal_us=_optimal_us(compiled),
         once_us=sum(timeline.own_us for timeline in timelines),
         timelines=timelines,
@@ -154,14 +160,13 @@ def _read(program: str | os.PathLike) -> str:
     """The HLO text itself, or that of the file."""
     if isinstance(program, str) and ("\n" in program or program.startswith("HloModule")):
         return program
-    path = pathlib.Path(program)
-    if not path.is_file():
+    if not os.path.isfile(program):
         raise ValueError(
             f"{str(program)[:80]!r} is neither HLO text nor a file, expected what "
             "`compiled.as_text()` returns "
             "or the path of a file of it"
         )
-    return path.read_text()
+    return pathlib.Path(program).read_text(encoding="utf-8", errors="replace")
 
 
 def _machine_for_text(target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:

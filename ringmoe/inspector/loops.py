@@ -1,138 +1,140 @@
-"""How often a while loop runs, read from its HLO.
+"""How often the while loops of a program run, read from its HLO.
 
-GPU and CPU compilers print `known_trip_count`; XLA:TPU does not, so the count is found again from
+GPU and CPU compilers print `known_trip_count` for some; for the others the count is found again from
 the loop itself: the condition compares an element of the state with a bound, the body adds a
-constant to that element, and the state starts from a constant.
+constant to that element. Where it starts and ends may depend on the device and on the loops around
+it (a causal ring computes what its hop needs): `scalars` works that out for all of them.
 """
 
+import collections
 import math
-from typing import NamedTuple
+from typing import Any
 
-from ringmoe.inspector.reader import Computation, Instruction, Module
+import numpy as np
 
-_COPIES = frozenset({"copy", "bitcast", "convert", "reshape", "broadcast"})
+from ringmoe.inspector.collectives import flow
+from ringmoe.inspector.reader import Instruction, Module
+from ringmoe.inspector.scalars import Frame, Linear, Test
+
+_POINTS = 64  # iterations of a loop, and devices, that are looked at: more are sampled evenly
+_MOST = 2**18  # elements of a value
+_MIRROR = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 
 
-class _Term(NamedTuple):
-    """state[element] + constant, or just the constant when `element` is None."""
+def trip_counts(module: Module) -> dict[tuple[str, str], float]:
+    """Iterations by (computation, while instruction); those that the text does not tell are missing.
 
-    element: int | None
-    constant: int
+    Where they differ, it is the mean over the iterations of the loops around it, of the device that
+    has the most.
+    """
+    counts: dict[tuple[str, str], float] = {}
+    callers: collections.Counter[str] = collections.Counter([module.entry.name])
+    for computation in module.computations.values():
+        for instruction in computation.instructions:
+            inside = flow(module, instruction)
+            callers.update(name for name in instruction.called if name in inside)
+    devices = _sampled(module.num_devices, _POINTS)
+    frames = [Frame(module, module.entry.name, [], devices, (len(devices),))]
+    while frames:
+        frame = frames.pop()
+        for instruction in frame.computation.instructions:
+            inside = flow(module, instruction)
+            axis, state = _loop(frame, instruction, counts) if instruction.opcode == "while" else ((), None)
+            for name in inside:
+                if callers[name] > 0:  # else it has been looked at
+                    known = callers[name] == 1  # of one with several callers no parameter is
+                    parameters = _parameters(frame, instruction, name, state) if known else []
+                    frames.append(Frame(module, name, parameters, devices, axis + frame.grid))
+                    callers[name] = 0
+    return counts
 
 
-def trip_count(module: Module, loop: Instruction, caller: Computation) -> int | None:
-    """Iterations of the while instruction `loop` in `caller`; None when the text does not tell."""
+def _sampled(length: int, most: int) -> np.ndarray:
+    """0 to length - 1, or so many of them spread evenly, the first and the last included."""
+    return np.unique(np.rint(np.linspace(0, max(length - 1, 0), min(max(length, 1), most))).astype(np.int64))
+
+
+def _parameters(frame: Frame, instruction: Instruction, name: str, state: Any) -> list[Any]:
+    """Values of the parameters of a computation that the instruction runs."""
+    if instruction.opcode == "while":
+        return [state]
+    operands = instruction.operands
+    if instruction.opcode == "conditional":
+        position = instruction.called.index(name) + 1
+        operands = operands[position : position + 1]
+    return [frame.value(operand) for operand in operands]
+
+
+def _loop(frame: Frame, loop: Instruction, counts: dict[tuple[str, str], float]) -> tuple[tuple[int, ...], Any]:
+    """Notes the iterations of a loop. Returns the length of the axis of its iterations, () when they
+    are not told apart, and the state while it runs."""
+    size = len(loop.shape.parts)
+    init = _elements(frame.value(loop.operands[0]) if loop.operands else None, size)
+    test, step = _once(frame, loop, "condition", size), _elements(_once(frame, loop, "body", size), size)
+    told = _told(loop)
+    trips = np.array([told]) if told is not None else _trips(test, init, step)
+    changes = [_change(Linear(i, 0), step) for i in range(size)]
+    kept = tuple(value if change == 0 else None for value, change in zip(init, changes, strict=True))
+    if trips is None:
+        return (), kept
+    counts[frame.computation.name, loop.name] = float(trips.reshape(-1, trips.shape[-1]).mean(axis=0).max())
+    if trips.min() != trips.max():
+        return (), kept
+    trips = trips.flat[0]
+    points = _sampled(int(trips), max(1, min(_POINTS, _MOST // math.prod(frame.grid))))
+    during, after = list(kept), list(kept)
+    for i, (value, change) in enumerate(zip(init, changes, strict=True)):
+        if change and isinstance(value, np.ndarray):
+            during[i] = value + change * points.reshape(-1, *[1] * len(frame.grid))
+            after[i] = value + change * trips
+    frame.loops[loop.name] = tuple(after)
+    return (len(points),), tuple(during)
+
+
+def _elements(value: Any, size: int) -> tuple:
+    return value if isinstance(value, tuple) and len(value) == size else (None,) * size
+
+
+def _once(frame: Frame, loop: Instruction, key: str, size: int) -> Any:
+    """What the loop's condition or body makes of its state, in terms of that."""
+    name = loop.attributes.get(key, "").lstrip("%")
+    if name not in frame.module.computations:
+        return None
+    return Frame(frame.module, name, [tuple(Linear(i, 0) for i in range(size))], frame.devices, frame.grid).result()
+
+
+def _told(loop: Instruction) -> int | None:
     known = loop.config.get("known_trip_count")
-    count = known.get("n") if isinstance(known, dict) else None
-    if str(count).isdigit():
-        return int(str(count))
-    compare = _compare(module, loop)
-    if compare is None:
+    count = str(known.get("n")) if isinstance(known, dict) else ""
+    return int(count) if count.isdecimal() and len(count) <= 18 else None
+
+
+def _trips(test: Any, init: tuple, step: tuple) -> np.ndarray | None:
+    """Iterations, an array over the devices and the loops around, from the loop's condition."""
+    if not isinstance(test, Test):
         return None
-    direction, left, right = compare
-    if left.element is None and right.element is not None:
-        direction, left, right = (
-            {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction),
-            right,
-            left,
-        )
-    body, init = (
-        module.computations[loop.attributes["body"].lstrip("%")],
-        caller.by_name.get(loop.operands[0]),
-    )
-    step, start = (
-        _element(module, body.root, body, left.element),
-        _element(module, init, caller, left.element),
-    )
-    bound = _Term(None, right.constant)
-    if right.element is not None:  # the bound is carried unchanged by the state
-        kept, first = (
-            _element(module, body.root, body, right.element),
-            _element(module, init, caller, right.element),
-        )
-        if kept != _Term(right.element, 0) or first is None or first.element is not None:
-            return None
-        bound = _Term(None, first.constant + right.constant)
-    if step is None or step.element != left.element or not step.constant or start is None or start.element is not None:
+    direction, left, right = test
+    if not isinstance(left, Linear) or (isinstance(right, Linear) and _change(left, step) == 0):
+        direction, left, right = _MIRROR.get(direction, direction), right, left
+    if not isinstance(left, Linear):
         return None
-    distance = bound.constant - start.constant - left.constant
+    by, start = _change(left, step), init[left.element]
+    if isinstance(right, Linear):  # the bound is carried unchanged by the state
+        first = init[right.element]
+        right = first + right.constant if _change(right, step) == 0 and isinstance(first, np.ndarray) else None
+    if not by or not isinstance(start, np.ndarray) or not isinstance(right, np.ndarray):
+        return None
+    distance = right - start - left.constant
     if direction in ("LE", "GE"):
-        distance += 1 if direction == "LE" else -1
+        distance = distance + (1 if direction == "LE" else -1)
     elif direction not in ("LT", "GT", "NE"):
         return None
-    return max(0, math.ceil(distance / step.constant))
+    return np.maximum(0, -(-distance // by))
 
 
-def _compare(module: Module, loop: Instruction) -> tuple[str, _Term, _Term] | None:
-    """Direction and both sides of the loop's condition, as terms of its state."""
-    condition = module.computations[loop.attributes["condition"].lstrip("%")]
-    root, arguments, inside = condition.root, None, condition
-    for _ in range(4):  # a fusion, and at most a copy or two, may wrap the compare
-        if root is None or root.opcode == "compare":
-            break
-        if root.opcode == "fusion" and root.called:
-            arguments = [_term(module, condition.by_name.get(name), condition) for name in root.operands]
-            inside = module.computations[root.called[0]]
-            root = inside.root
-        elif root.opcode in _COPIES and root.operands:
-            root = inside.by_name.get(root.operands[0])
-    if root is None or root.opcode != "compare" or len(root.operands) != 2:
+def _change(value: Linear, step: tuple) -> int | None:
+    """What one iteration adds to an element of the state; None when that isn't a constant."""
+    after = step[value.element]
+    if not isinstance(after, Linear) or after.element != value.element or np.size(after.constant) != 1:
         return None
-    left, right = (_term(module, inside.by_name.get(name), inside, arguments) for name in root.operands)
-    return (root.attributes.get("direction", ""), left, right) if left and right else None
-
-
-def _element(module: Module, state: Instruction | None, computation: Computation, index: int | None) -> _Term | None:
-    """Element `index` of the tuple that `state` makes, as a term."""
-    if state is None or index is None or state.opcode != "tuple" or index >= len(state.operands):
-        return None
-    return _term(module, computation.by_name.get(state.operands[index]), computation)
-
-
-def _term(
-    module: Module,
-    instruction: Instruction | None,
-    computation: Computation,
-    arguments: list[_Term | None] | None = None,
-    depth: int = 0,
-) -> _Term | None:
-    """`instruction` as a term; `arguments` are the terms of the computation's parameters when it is
-    fused."""
-    if instruction is None or depth > 64:
-        return None
-
-    def operand(position: int) -> _Term | None:
-        name = instruction.operands[position] if position < len(instruction.operands) else ""
-        return _term(module, computation.by_name.get(name), computation, arguments, depth + 1)
-
-    opcode = instruction.opcode
-    if opcode == "constant":
-        text = instruction.inner.strip()
-        return _Term(None, int(text)) if text.removeprefix("-").isdecimal() else None
-    if opcode == "parameter" and arguments is not None:
-        number = int(instruction.inner) if instruction.inner.strip().isdecimal() else len(arguments)
-        return arguments[number] if number < len(arguments) else None
-    if opcode == "get-tuple-element":
-        source = computation.by_name.get(instruction.operands[0])
-        if source is not None and source.opcode == "parameter" and arguments is None:
-            return _Term(int(instruction.attributes["index"]), 0)
-        return None
-    if opcode in _COPIES:
-        return operand(0)
-    if opcode in ("add", "subtract"):
-        left, right = operand(0), operand(1)
-        if left is None or right is None or (left.element is not None and right.element is not None):
-            return None
-        if opcode == "subtract":
-            return _Term(left.element, left.constant - right.constant) if right.element is None else None
-        return _Term(left.element if right.element is None else right.element, left.constant + right.constant)
-    if opcode == "fusion" and instruction.called:
-        inner = module.computations[instruction.called[0]]
-        return _term(
-            module,
-            inner.root,
-            inner,
-            [operand(i) for i in range(len(instruction.operands))],
-            depth + 1,
-        )
-    return None
+    return int(np.ravel(after.constant)[0])

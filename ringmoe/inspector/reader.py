@@ -10,16 +10,25 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator
 
-# One token per bracket, comma or whole string. The closing quote is optional so that no text makes
-# it backtrack.
-_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[(){}\[\],]')
-_SHAPE = re.compile(r"[(),]|([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?|/\*[^*]*\*/|\s+")
+from ringmoe.inspector.grammar import DEEPEST, Shape, closing, number, pairs, parse_shape, split, statements
+
 _HEAD = re.compile(r"\s*(ROOT )?%?([^\s=]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
-_MEMORY_SPACE = re.compile(r"S\((\d+)\)")
+_PERCENT_NAME = re.compile(r"%([^\s,(){}]+)")
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_SOURCE_FILE = re.compile(r'source_file="((?:[^"\\]|\\.)*)"')
+_FIELD = re.compile(r"\b(\w+)=(\d{1,18})\b")
+_MODULE = re.compile(r"^HloModule ([^\s,]+)", re.MULTILINE)
+_ROW = re.compile(r"(\d{1,18}) (.+)", re.DOTALL)
+_JSON = json.JSONDecoder()
+# What only one compiler prints: tiled layouts; queues and libraries of GPUs; thread partitions of CPUs.
+_PLATFORM_MARKS = {
+    "tpu": (":T(", '"tpu_custom_call"'),
+    "gpu": ('"operation_queue_id":"', '="__cublas$', '="__cudnn$', '="cusolver_', '"__triton'),
+    "cpu": ('{"outer_dimension_partitions":', '="__onednn$', '="lapack_'),
+}
 PERMUTE = "collective-permute"
 COLLECTIVES = frozenset(
     {
@@ -44,49 +53,14 @@ _CALLED = (
     "false_computation",
     "called_computations",
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shape:
-    """An array (`dtype`, `dims`, `memory_space`) or, when `dtype` is "tuple", its `parts`."""
-
-    dtype: str
-    dims: tuple[int, ...] = ()
-    memory_space: int = 0
-    parts: "tuple[Shape, ...]" = ()
-
-    @property
-    def elements(self) -> int:
-        """Number of array elements; for a tuple, of all its parts."""
-        if self.parts:
-            return sum(leaf.elements for leaf in self.leaves())
-        count = 1
-        for dim in self.dims:
-            count *= dim
-        return 0 if self.dtype == "tuple" else count
-
-    @property
-    def bytes(self) -> float:
-        """Size without layout padding; sub-byte types count as packed."""
-        return sum(leaf.elements * bits(leaf.dtype) / 8 for leaf in self.leaves())
-
-    def leaves(self) -> "Iterator[Shape]":
-        """The arrays in it, in order."""
-        stack: list[Shape] = [self]
-        while stack:
-            shape = stack.pop()
-            if shape.dtype == "tuple":
-                stack.extend(reversed(shape.parts))
-            else:
-                yield shape
-
-
-@functools.cache
-def bits(dtype: str) -> int:
-    """Bits in one element of an HLO dtype: the first number in its name (bf16, s4, f8e4m3fn), 8 for
-    pred, 0 for tokens."""
-    digits = re.search(r"\d+", dtype)
-    return 8 if dtype == "pred" else int(digits.group()) if digits else 0
+UNKNOWN = "unknown"  # kind of an exchange that is known only by its looks
+STARTS = ("async-start", "call-start")  # what runs a computation beside the program
+_EXCHANGE_KEYS = ("replica_groups", "source_target_pairs", "channel_id")
+_EXCHANGE_NAME = re.compile(
+    r"nccl|rccl|nvshmem|(?<![a-z])mpi(?![a-z])|collective|all[-_]?(to[-_]?all|gather|reduce)|reduce[-_]?scatter", re.I
+)
+_BOOKKEEPING = ("AsyncCollectiveStart", "AsyncCollectiveDone")  # of XLA:TPU, inside the fusions of a collective
+_CALL_MARKS = ("calls=", "to_apply=", "body=", "_computation")
 
 
 @dataclasses.dataclass
@@ -105,21 +79,32 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         """Names of the operands, in order; empty for constants and parameters, whose `inner` is a
         literal."""
-        if self.opcode in ("constant", "parameter"):
+        inner = self.inner
+        if self.opcode in ("constant", "parameter") or not inner:
             return ()
-        parts = (_COMMENT.sub("", part).split() for part in split(self.inner))
-        return tuple(part[-1].lstrip("%") for part in parts if part)
+        if "%" in inner:
+            return tuple(_PERCENT_NAME.findall(inner))
+        plain = "[" not in inner and "(" not in inner
+        parts = _COMMENT.sub("", inner).split(",") if plain else map(_without_comments, split(inner))
+        return tuple(words[-1] for words in map(str.split, parts) if words)
 
     @functools.cached_property
     def attributes(self) -> dict[str, str]:
         """`key=value` pieces after the operands, values as printed."""
-        pairs = (part.strip().partition("=") for part in split(self.tail))
-        return {key: value for key, equals, value in pairs if equals}
+        head, found, rest = self.tail.partition(", backend_config={")
+        if not found:
+            return pairs(self.tail)
+        try:  # the decoder finds the end of the JSON much faster than `split` does
+            end = _JSON.raw_decode("{" + rest)[1] - 1
+        except (ValueError, RecursionError):
+            return pairs(self.tail)
+        return pairs(head + rest[end:]) | {"backend_config": "{" + rest[:end]}
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations it calls, in the order printed."""
-        if "=%" not in self.tail and "={%" not in self.tail:
+        tail = self.tail
+        if not any(mark in tail for mark in _CALL_MARKS):
             return ()
         values = (self.attributes[key].strip("{}") for key in _CALLED if key in self.attributes)
         return tuple(name.strip().lstrip("%") for value in values for name in value.split(",") if name.strip())
@@ -137,13 +122,37 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """The JAX name stack it came from ("jit(f)/while/body/ppermute"), or ""."""
-        found = re.search(r'op_name="([^"]*)"', self.tail)
+        found = _OP_NAME.search(self.tail)
         return found.group(1) if found else ""
 
     @property
     def target(self) -> str:
         """`custom_call_target`, or ""."""
         return self.attributes.get("custom_call_target", "").strip('"')
+
+    @functools.cached_property
+    def exchange(self) -> str:
+        """Kind of the exchange between devices that it runs or starts itself: the HLO opcode without
+        -start, "remote-dma" for a Pallas kernel that moves data, `UNKNOWN` for what only looks like
+        one; "" for anything else."""
+        opcode = self.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES:
+            return "" if self.is_host_transfer else opcode
+        if opcode.endswith(("-done", "-update")):
+            return ""
+        looks = opcode.startswith(("all-", "collective-", "ragged-all-", "reduce-scatter-"))
+        if opcode == "custom-call":
+            call = self.config.get("custom_call_config")
+            if isinstance(call, dict) and call.get("has_communication"):
+                return "remote-dma"
+            looks = self.target not in _BOOKKEEPING and _EXCHANGE_NAME.search(self.target) is not None
+        looks = looks or any(f"{key}=" in self.tail and key in self.attributes for key in _EXCHANGE_KEYS)
+        return UNKNOWN if looks and not self.is_host_transfer else ""
+
+    @property
+    def is_host_transfer(self) -> bool:
+        """Whether a send or recv is with the host rather than another device."""
+        return "is_host_transfer=true" in self.tail
 
 
 @dataclasses.dataclass
@@ -165,33 +174,67 @@ class Computation:
         return next(marked, self.instructions[-1] if self.instructions else None)
 
     @functools.cached_property
+    def exchange(self) -> Instruction | None:
+        """The first instruction that is an exchange between devices; Pallas kernels aside."""
+        return next((i for i in self.instructions if i.exchange not in ("", "remote-dma")), None)
+
+    @functools.cached_property
+    def start(self) -> Instruction | None:
+        """The first instruction that runs another computation beside this one."""
+        return next((i for i in self.instructions if i.opcode in STARTS), None)
+
+    @functools.cached_property
+    def targets(self) -> frozenset[str]:
+        """Targets of its custom calls."""
+        return frozenset(i.target for i in self.instructions if i.opcode == "custom-call")
+
+    @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Parameter instructions by number."""
         found = (i for i in self.instructions if i.opcode == "parameter")
-        return {int(i.inner): i for i in found if i.inner.strip().isdigit()}
+        return {number(i.inner.strip()): i for i in found if i.inner.strip().isdecimal()}
 
 
 @dataclasses.dataclass
 class Module:
-    """A whole HLO module. `num_devices` is partitions times replicas."""
+    """A whole HLO module. `num_devices` is partitions times replicas; `tables` are the file names,
+    locations and stack frames that newer compilers print once, by number."""
 
     name: str
     is_scheduled: bool
     num_devices: int
     computations: dict[str, Computation]
     entry: Computation
+    tables: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+
+    def source(self, instruction: Instruction) -> str:
+        """ "file.py:line" that the instruction came from, innermost frame; "" when not told."""
+        metadata = instruction.attributes.get("metadata", "")
+        fields = dict(_FIELD.findall(metadata))
+        if "stack_frame_id" in fields:
+            frame = self._row("StackFrames", fields["stack_frame_id"])
+            location = self._row("FileLocations", frame.get("file_location_id", ""))
+            name = self.tables.get("FileNames", {}).get(number(location.get("file_name_id", "0")), "")
+            return f"{name.strip('"')}:{location.get('line', '0')}" if name else ""
+        file = _SOURCE_FILE.search(metadata)
+        return f"{file.group(1)}:{fields.get('source_line', '0')}" if file else ""
+
+    def _row(self, table: str, key: str) -> dict[str, str]:
+        return dict(_FIELD.findall(self.tables.get(table, {}).get(number(key or "0"), "")))
 
 
 def parse(text: str) -> Module:
     """Reads HLO text.
 
     Args:
-      text: what `compiled.as_text()` returns, or a file XLA dumped.
+      text: what `compiled.as_text()` returns, or a file XLA dumped, with or without `%` before
+        names and types before operands.
 
     Raises:
-      ValueError: it is not HLO, or it ends in the middle.
+      ValueError: it is not HLO, holds more than one module, ends in the middle, or something that
+        it uses is not in it.
     """
-    start = re.search(r"^HloModule ([^\s,]+)", text, re.MULTILINE)
+    start = _MODULE.search(text)
     if start is None:
         hint = (
             "this is StableHLO: compile it first, `lowered.compile().as_text()`"
@@ -199,102 +242,84 @@ def parse(text: str) -> Module:
             else "pass what `compiled.as_text()` returns"
         )
         raise ValueError(f"not HLO text: it begins {text[:60]!r}, expected a line 'HloModule NAME, ...'; {hint}")
-    computations: dict[str, Computation] = {}
-    header, current = "", None
-    for line, statement in _statements(text[start.start() :]):
-        if current is None:
-            if statement.startswith("HloModule "):
-                header = statement
-            elif statement.endswith("{") and (" (" in statement or statement.endswith(" {")):
-                words = statement.split(maxsplit=2)
-                is_entry = words[0] == "ENTRY"
-                current = Computation(words[is_entry].lstrip("%"), is_entry)
-        elif statement.startswith("}"):
-            computations[current.name] = current
-            current = None
-        else:
-            current.instructions.append(_instruction(statement, line))
+    name = start.group(1)
+    header, computations, tables = _blocks(text[start.start() :], name)
     entry = next((c for c in computations.values() if c.is_entry), None)
-    if current is not None or entry is None:
-        where = f"inside computation {current.name!r}" if current else "before the ENTRY computation"
+    if entry is None:
+        raise _cut(name, "before the ENTRY computation")
+    _check_names(computations)
+    fields = pairs(header)
+    num_devices = number(fields.get("num_partitions", "1")) * number(fields.get("replica_count", "1"))
+    return Module(name, fields.get("is_scheduled") == "true", num_devices, computations, entry, tables)
+
+
+def _blocks(text: str, name: str) -> tuple[str, dict[str, Computation], dict[str, dict[int, str]]]:
+    """The header's line, the computations by name and the tables of a module's text."""
+    computations: dict[str, Computation] = {}
+    tables: dict[str, dict[int, str]] = {}
+    header, current, table = "", None, {}
+    for line, statement in statements(text):
+        if current is not None:
+            if statement.startswith("}"):
+                computations[current.name] = current
+                current = None
+            elif statement == "{":
+                raise ValueError(
+                    f"line {line} of the HLO text prints a computation inside an instruction, expected each by its "
+                    "name: pass what `compiled.as_text()` returns"
+                )
+            else:
+                current.instructions.append(_instruction(statement, line))
+        elif statement.startswith("HloModule "):
+            if header:
+                raise ValueError(
+                    f"the HLO text has more than one module: {name!r}, then {statement[10:60]!r} on line {line}; "
+                    "expected one: pass them one by one"
+                )
+            header = statement
+        elif statement.endswith("{"):
+            current = _begin(statement, line)
+            if current.name in computations:
+                raise ValueError(
+                    f"line {line} of the HLO text defines computation {current.name!r} a second time: "
+                    "the text was edited; pass the whole of it as it was printed"
+                )
+        elif statement.isalpha():
+            table = tables.setdefault(statement, {})
+        elif row := _ROW.match(statement):
+            table[number(row.group(1))] = row.group(2)
+    if current is not None:
+        raise _cut(name, f"inside computation {current.name!r}")
+    return header, computations, tables
+
+
+def _begin(statement: str, line: int) -> Computation:
+    """The computation whose header this is: `[ENTRY] [%]name [(parameters) -> shape] {`."""
+    words = statement.split(maxsplit=2)
+    is_entry = words[0] == "ENTRY"
+    name = words[is_entry].lstrip("%") if len(words) > is_entry + 1 else ""
+    if not name:
         raise ValueError(
-            f"HLO text of module {start.group(1)!r} ends {where}, expected a closing brace: the "
-            "text was "
-            "cut; pass the whole of it"
+            f"line {line} of the HLO text begins a computation without a name ({statement[:60]!r}), expected "
+            "'name (parameters) -> shape {': pass what `compiled.as_text()` returns"
         )
-    _check_calls(computations)
-    num_devices = 1
-    for key in ("num_partitions", "replica_count"):
-        count = re.search(rf"\b{key}=(\d+)", header)
-        num_devices *= int(count.group(1)) if count else 1
-    return Module(start.group(1), "is_scheduled=true" in header, num_devices, computations, entry)
+    return Computation(name, is_entry)
 
 
-def split(text: str) -> list[str]:
-    """Splits at the commas that are outside every bracket and string."""
-    pieces, depth, start = [], 0, 0
-    for token in _TOKEN.finditer(text):
-        mark = token.group()
-        if mark in "([{":
-            depth += 1
-        elif mark in ")]}":
-            depth -= 1
-        elif mark == "," and depth == 0:
-            pieces.append(text[start : token.start()])
-            start = token.end()
-    pieces.append(text[start:])
-    return pieces
+def _cut(module: str, where: str) -> ValueError:
+    return ValueError(
+        f"HLO text of module {module!r} ends {where}, expected a closing brace: the text was cut; pass the whole of it"
+    )
 
 
-def parse_shape(text: str, position: int = 0) -> tuple[Shape, int]:
-    """Reads the shape that starts at `position`; returns it and where it ends."""
-    stack: list[list[Shape]] = [[]]
-    while token := _SHAPE.match(text, position):
-        mark = token.group()
-        if mark == ")" and len(stack) == 1:
-            break
-        position = token.end()
-        if mark == "(":
-            stack.append([])
-        elif mark == ")":
-            parts = tuple(stack.pop())
-            stack[-1].append(Shape("tuple", parts=parts))
-        elif token.group(1):
-            stack[-1].append(_array(token))
-        if len(stack) == 1 and stack[0]:
-            return stack[0][0], position
-    return Shape("opaque"), position
+def platform(text: str) -> str:
+    """Which compiler printed this text, "tpu", "gpu" or "cpu"; "" when nothing in it tells for sure."""
+    found = [kind for kind, marks in _PLATFORM_MARKS.items() if any(mark in text for mark in marks)]
+    return found[0] if len(found) == 1 else ""
 
 
-def _array(token: re.Match) -> Shape:
-    """The Shape of one match of `_SHAPE`; a bounded dimension (<=8) counts as its bound, an unknown
-    one (?) as 1."""
-    dims = tuple(int("".join(filter(str.isdecimal, dim)) or 1) for dim in token.group(2).split(",") if dim.strip())
-    space = _MEMORY_SPACE.search(token.group(3) or "")
-    return Shape(token.group(1), dims, int(space.group(1)) if space else 0)
-
-
-def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of the text with their number, those that a bracket holds together joined into one.
-
-    A computation's own braces stay apart: its header is yielded with the opening one, and a line
-    `}` closes it.
-    """
-    depth, parts, first = 0, [], 0
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if not depth:
-            if not stripped:
-                continue
-            parts, first = [], number
-            if stripped.startswith("}") or (stripped.endswith("{") and " = " not in stripped):
-                yield number, stripped
-                continue
-        depth += sum((mark in "([{") - (mark in ")]}") for mark in _TOKEN.findall(line) if len(mark) == 1)
-        parts.append(line)
-        if depth <= 0:
-            depth = 0
-            yield first, "\n".join(parts).strip()
+def _without_comments(text: str) -> str:
+    return _COMMENT.sub("", text)
 
 
 def _instruction(statement: str, line: int) -> Instruction:
@@ -303,35 +328,78 @@ def _instruction(statement: str, line: int) -> Instruction:
     if head:
         shape, position = parse_shape(statement, head.end())
         opcode = _OPCODE.match(statement, position)
-        if opcode:
-            depth = 1
-            for token in _TOKEN.finditer(statement, opcode.end()):
-                mark = token.group()
-                depth += (mark in "([{") - (mark in ")]}") if len(mark) == 1 else 0
-                if depth == 0:
-                    return Instruction(
-                        head.group(2).lstrip("%"),
-                        shape,
-                        opcode.group(1),
-                        statement[opcode.end() : token.start()],
-                        statement[token.end() :].lstrip(", "),
-                        bool(head.group(1)),
-                    )
+        close = closing(statement, opcode.end()) if opcode else -1
+        if opcode and close >= 0:
+            return Instruction(
+                head.group(2).lstrip("%"),
+                shape,
+                opcode.group(1),
+                statement[opcode.end() : close],
+                statement[close + 1 :].lstrip(", "),
+                bool(head.group(1)),
+            )
     raise ValueError(
-        f"line {line} of the HLO text is {statement[:80]!r}, expected '%name = shape "
-        "opcode(operands)': "
+        f"line {line} of the HLO text is {statement[:80]!r}, expected '%name = shape opcode(operands)': "
         "the text was cut or edited; pass the whole of it"
     )
 
 
-def _check_calls(computations: dict[str, Computation]) -> None:
-    """Raises when a computation that is called is not in the text."""
+def _check_names(computations: dict[str, Computation]) -> None:
+    """Raises when an instruction uses a value or a computation that the text does not define before
+    it, or when computations call one another in a circle or too deep."""
+    callees: dict[str, set[str]] = {}
     for computation in computations.values():
+        defined: set[str] = set()
+        called = callees.setdefault(computation.name, set())
         for instruction in computation.instructions:
-            for name in instruction.called:
-                if name not in computations:
-                    raise ValueError(
-                        f"{instruction.name!r} calls computation {name!r}, which is not in the "
-                        "HLO text: "
-                        "the text was cut; pass the whole of it"
-                    )
+            called.update(instruction.called)
+            for operand in instruction.operands:
+                if operand not in defined:
+                    raise _undefined(computation, instruction, operand)
+            if instruction.name in defined:
+                raise ValueError(
+                    f"computation {computation.name!r} of the HLO text defines {instruction.name!r} twice, "
+                    "expected once: the text was edited; pass it as printed"
+                )
+            defined.add(instruction.name)
+    _check_calls(callees)
+
+
+def _undefined(computation: Computation, instruction: Instruction, operand: str) -> ValueError:
+    late = "only after it" if operand in computation.by_name else "nowhere"
+    return ValueError(
+        f"{instruction.name!r} takes {operand[:80]!r}, which computation {computation.name!r} of the HLO text defines "
+        f"{late}: the text was cut or edited; pass the whole of it"
+    )
+
+
+def _check_calls(callees: dict[str, set[str]]) -> None:
+    """Raises when a computation that is called is not in the text, calls itself, or lies too deep."""
+    depth: dict[str, int] = {}
+    for first in callees:
+        stack = [first]
+        while stack:
+            name = stack[-1]
+            if depth.get(name, 0) > 0:
+                stack.pop()
+                continue
+            if name in depth:  # its callees are done
+                depth[name] = 1 + max((depth[callee] for callee in callees[name]), default=0)
+            else:
+                depth[name] = 0
+                for callee in callees[name]:
+                    if callee not in callees:
+                        raise ValueError(
+                            f"computation {name!r} calls computation {callee[:80]!r}, which is not in the HLO text: "
+                            "the text was cut; pass the whole of it"
+                        )
+                    if depth.get(callee) == 0:
+                        raise ValueError(
+                            f"computation {callee!r} calls itself, expected a tree of calls: the HLO text was edited"
+                        )
+                    stack.append(callee)
+            if depth[name] > DEEPEST:
+                raise ValueError(
+                    f"computation {name!r} of the HLO text calls {DEEPEST} others one inside the other, expected "
+                    "fewer: the text was edited"
+                )

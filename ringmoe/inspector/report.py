@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ringmoe.inspector import html
 from ringmoe.inspector.kernels import Kernel
-from ringmoe.inspector.timeline import Collective, Timeline
+from ringmoe.inspector.timeline import Choice, Collective, Timeline
 
 _SHOWN = 30  # rows of the text table; the JSON and the HTML have them all
 
@@ -39,6 +39,7 @@ class OverlapReport:
         `once_us`.
       once_us: our compute time with every loop counted once.
       timelines: one per computation that runs, for pictures.
+      choices: conditionals whose branches differ; the slowest branch counts, see `Choice`.
       kernels: static cost of each Pallas kernel, when asked for.
       compile_seconds: time the compiler took; None when given compiled.
     """
@@ -60,6 +61,7 @@ class OverlapReport:
     once_us: float
     timelines: tuple[Timeline, ...] = dataclasses.field(repr=False)
     kernels: tuple[Kernel, ...] = ()
+    choices: tuple[Choice, ...] = ()
     compile_seconds: float | None = None
 
     @property
@@ -82,6 +84,7 @@ class OverlapReport:
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "timelines"
         }
         record["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
+        record["choices"] = [dataclasses.asdict(c) | {"uncounted": c.uncounted} for c in self.choices]
         record["kernels"] = [dataclasses.asdict(k) for k in self.kernels]
         return record | {"exposed_fraction": self.exposed_fraction, "fits": self.fits}
 
@@ -117,6 +120,10 @@ class OverlapReport:
                 f"trip count not in the text, counted once: {', '.join(self.unknown_loops)}",
                 style="yellow",
             )
+        for choice in self.choices[:8]:
+            yield Text(_choice_line(choice), style="yellow" if choice.uncounted else "dim")
+        if len(self.choices) > 8:
+            yield Text(f"... and {len(self.choices) - 8} more conditionals whose branches differ")
         if self.xla_optimal_us is not None:
             yield Text(
                 f"compute with every loop counted once: {_time(self.once_us)}; XLA's own "
@@ -142,6 +149,13 @@ class OverlapReport:
             f"{_size(self.peak_bytes)} of {_size(self.hbm_bytes)} a device: "
             f"{'fits' if self.fits else 'DOES NOT FIT'} ({parts})"
         )
+
+
+def _choice_line(choice: Choice) -> str:
+    """A conditional: the time of each branch, and those that send and are not counted."""
+    times = ", ".join(f"{name} {_time(us)}" for name, us, _ in choice.branches)
+    unsaid = f"; NOT counted though sending: {', '.join(choice.uncounted)}" if choice.uncounted else ""
+    return f"at most: {choice.name} counts its slowest branch of {times}{unsaid}"
 
 
 def _collective_table(collectives: tuple[Collective, ...]) -> Table:
@@ -173,7 +187,7 @@ def _collective_table(collectives: tuple[Collective, ...]) -> Table:
             c.kind,
             "yes" if c.asynchronous else "NO",
             _size(c.wire_bytes),
-            f"{c.trip_count}x",
+            f"{round(c.trip_count, 1):.9g}x",
             _time(c.wire_us),
             _time(c.compute_us),
             _time(c.exposed_us),

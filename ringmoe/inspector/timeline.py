@@ -12,7 +12,8 @@ class Collective:
       kind: HLO opcode without -start, or "remote-dma" for a Pallas kernel that moves data itself.
       asynchronous: whether the program goes on while it runs.
       wire_bytes: bytes that one device sends.
-      trip_count: how often it runs in the whole program (product over nested loops).
+      trip_count: how often it runs in the whole program (product over nested loops), on average where
+        runs of a loop differ.
       hidden_by: the longest instructions that compute between start and done, longest first.
       wire_us: time on the wire alone, microseconds.
       compute_us: compute that stands between its start and its done, microseconds.
@@ -26,7 +27,7 @@ class Collective:
     kind: str
     asynchronous: bool
     wire_bytes: float
-    trip_count: int
+    trip_count: float
     hidden_by: tuple[str, ...]
     wire_us: float
     compute_us: float
@@ -35,6 +36,29 @@ class Collective:
     route: str = ""
     op_name: str = ""
     counted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A conditional whose branches differ. Its time is that of the slowest, so the program's is an
+    upper bound; what the others send is listed, not counted.
+
+    Attributes:
+      name: the HLO instruction's; loop: computation it is in; trip_count: how often it runs.
+      branches: (computation, microseconds, microseconds of wire in it) of one run of each, as printed.
+      taken: the branch that counts.
+    """
+
+    name: str
+    loop: str
+    branches: tuple[tuple[str, float, float], ...]
+    taken: str
+    trip_count: float = 1
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Branches that communicate and are not counted."""
+        return tuple(name for name, _, wire in self.branches if wire and name != self.taken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +81,7 @@ class Timeline:
     us: float = 0.0
     compute_us: float = 0.0
     own_us: float = 0.0
-    trip_count: int = 1
+    trip_count: float = 1
     counted: bool = True
     spans: list[Span] = dataclasses.field(default_factory=list)
     collectives: list[Collective] = dataclasses.field(default_factory=list)

@@ -70,7 +70,7 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     total = math.prod(sizes.values())
     listed = re.search(r"device_ids=\(?\[?([\d,\s]+)", description)
     ids = [int(n) for n in listed.group(1).split(",") if n.strip()] if listed else []
-    grid = np.array(ids if len(ids) == total else range(min(total, 2**24)))
+    grid = np.array(ids) if len(ids) == total else np.arange(min(total, 2**24))
     if not sizes or len(grid) != total:
         return [tuple(range(num_devices))]
     axes, dims = [], []
@@ -107,10 +107,10 @@ class Wire:
         attributes = instruction.attributes
         sizes = (computation.by_name[name].shape.bytes for name in instruction.operands if name in computation.by_name)
         size = sum(sizes)
-        if kind in (PERMUTE, "recv"):
+        if kind in (PERMUTE, "recv") or "source_target_pairs" in attributes:
             if kind == "recv":
                 # A device of a ring gets what it sends; counted here, where the program waits.
-                size = next(instruction.shape.leaves()).bytes
+                size = next((leaf.bytes for leaf in instruction.shape.leaves()), 0.0)
             pairs = attributes.get("source_target_pairs") or attributes.get("frontend_attributes", "")
             return self.permute(size, pairs)
         if kind == "send":
