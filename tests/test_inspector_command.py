@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from ringmoe import inspector
-from ringmoe.inspector import command, kernels, machines
+from ringmoe.inspector import arguments, command, kernels, machines
 from tests import inspector_programs as programs
 
 CASES = """
@@ -142,8 +142,8 @@ def test_a_failing_compilation_names_the_target(here, capsys):
 
 @pytest.mark.parametrize("text", ["7", "-1%", "101%"])
 def test_thresholds_out_of_range(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a part of the wire time"):
-        command._percent(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a part such as"):
+        arguments.percent(text)
 
 
 def test_targets_are_listed(capsys):

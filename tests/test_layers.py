@@ -22,14 +22,15 @@ AMONG_EQUALS = {("interface", "masks"), ("masks", "errors"), ("moe", "router")}
 FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
 ALONE = ("inspector",)  # imports nothing of ringmoe
 # Its rooms, lowest first.
-ROOMS = ("__init__", "chips", "machines", "reader", "loops", "flops", "collectives", "wire", "estimate", "timeline", "clock",
-         "kernels", "html", "report", "inspect", "command")  # fmt: skip
+ROOMS = ("__init__", "chips", "machines", "reader", "loops", "flops", "collectives", "wire", "axes", "estimate", "timeline",
+         "clock", "kernels", "words", "tables", "html", "trace", "record", "report", "diff", "gates", "plot", "inspect",
+         "search", "arguments", "listing", "command")  # fmt: skip
 PUBLIC = ("__init__",)  # imports the public parts
 
 # (file, imported module): why it is imported inside a function.
 INSIDE_FUNCTIONS = {
     ("cli.py", "ringmoe.demo"): "the demo needs the extra `examples` and sets XLA's flags before jax starts",
-    ("inspector/command.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
+    ("inspector/plot.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
 }
 
 

@@ -9,7 +9,9 @@ the others are listed but not counted.
 
 import dataclasses
 import heapq
+import re
 
+from ringmoe.inspector.axes import Axes
 from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
@@ -18,14 +20,16 @@ from ringmoe.inspector.collectives import (
     post_order,
     wrapped,
 )
-from ringmoe.inspector.estimate import Roofline
+from ringmoe.inspector.estimate import Cost, Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_count
 from ringmoe.inspector.reader import Computation, Instruction, Module
-from ringmoe.inspector.timeline import Collective, Span, Timeline
+from ringmoe.inspector.timeline import Collective, Operation, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
+_LONGEST = 64  # operations of a computation that are kept by name; the sums count them all
+_SOURCE = re.compile(r'source_file="([^"]*)"[^"]*?source_line=(\d+)')
 _FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})
 
 
@@ -43,6 +47,8 @@ class _Flight:
     kind: str = ""
     asynchronous: bool = True
     op_name: str = ""
+    source: str = ""
+    axes: tuple[str, ...] = ()
     blamed: float = 0.0  # time that others waited because this held their links
 
 
@@ -53,14 +59,14 @@ class Schedule:
       ValueError: the module is not scheduled, or a computation calls itself.
     """
 
-    def __init__(self, module: Module, roofline: Roofline, wire: Wire):
+    def __init__(self, module: Module, roofline: Roofline, wire: Wire, axes: Axes):
         if not module.is_scheduled:
             raise ValueError(
                 f"HLO module {module.name!r} is not scheduled, expected 'is_scheduled=true' in "
                 "its first line: "
                 "pass the text of a compiled program, `lowered.compile().as_text()`"
             )
-        self.module, self.roofline, self.wire = module, roofline, wire
+        self.module, self.roofline, self.wire, self.axes = module, roofline, wire, axes
         self.unknown_loops: list[str] = []
         self.timelines: dict[str, Timeline] = {}
         order = post_order(module)
@@ -83,10 +89,7 @@ class Schedule:
                     taken = instruction.opcode != "conditional" or name == slowest
                     counted[name] |= counted[computation.name] and taken
         for name, timeline in self.timelines.items():
-            timeline.trip_count, timeline.counted = runs[name], counted[name]
-            timeline.collectives = [
-                dataclasses.replace(c, trip_count=runs[name], counted=counted[name]) for c in timeline.collectives
-            ]
+            timeline.stamp(runs[name], counted[name])
 
     def trips(self, loop: Instruction, caller: Computation) -> int:
         """Iterations of a loop; one whose text does not tell counts once and is named in
@@ -95,6 +98,11 @@ class Schedule:
         if count is None and loop.name not in self.unknown_loops:
             self.unknown_loops.append(loop.name)
         return 1 if count is None else count
+
+    def source(self, instruction: Instruction) -> str:
+        """ "file:line" of the JAX code that an instruction is from, or ""."""
+        found = _SOURCE.search(instruction.tail)
+        return f"{found.group(1)}:{found.group(2)}" if found else ""
 
 
 class _Walk:
@@ -107,6 +115,7 @@ class _Walk:
         self.local = 0.0  # when the device's copy queue is free again
         self.flights: dict[str, _Flight] = {}
         self.work: list[tuple[float, str]] = []
+        self.spent: list[tuple[Instruction, Cost]] = []
         self.orphans: list[Instruction] = []
 
     def run(self) -> Timeline:
@@ -117,6 +126,8 @@ class _Walk:
         for flight in list(self.flights.values()):  # nothing below waits for it, so the end of the computation does
             self.wait(flight)
         self.timeline.us = self.now
+        longest = heapq.nlargest(_LONGEST, self.spent, key=lambda spent: spent[1].us)
+        self.timeline.operations = [self._operation(instruction, cost) for instruction, cost in longest]
         return self.timeline
 
     def _second_iteration(self) -> None:
@@ -175,14 +186,40 @@ class _Walk:
         elif opcode.endswith("-start"):
             self._start_local(instruction)
         else:
-            us = self.schedule.roofline.us(instruction, self.computation)
-            self.timeline.own_us += us
-            self._compute(instruction.name, us)
+            self.timeline.own_us += self._work(instruction)
 
-    def _compute(self, name: str, us: float, stalled: float = 0.0) -> None:
+    def _work(self, instruction: Instruction) -> float:
+        """Computes an instruction; returns its microseconds."""
+        cost = self.schedule.roofline.cost(instruction, self.computation)
+        self._compute(instruction.name, cost.us)
+        self._spend(instruction, cost)
+        return cost.us
+
+    def _spend(self, instruction: Instruction, cost: Cost) -> None:
+        """Writes down what the time went into."""
+        self.timeline.flops += cost.flops
+        if cost.us > 0:
+            self.timeline.bound_us[cost.bound] = self.timeline.bound_us.get(cost.bound, 0.0) + cost.us
+            self.spent.append((instruction, cost))
+
+    def _operation(self, instruction: Instruction, cost: Cost) -> Operation:
+        return Operation(
+            instruction.name,
+            instruction.opcode,
+            cost.bound,
+            cost.us,
+            cost.flops,
+            computation=self.computation.name,
+            op_name=instruction.op_name,
+            source=self.schedule.source(instruction),
+        )
+
+    def _compute(
+        self, name: str, us: float, stalled: float = 0.0, inside: tuple[str, ...] = (), times: int = 1
+    ) -> None:
         """Advances by `us`, of which `stalled` were already spent waiting inside."""
         if us > 0:
-            self.timeline.spans.append(Span("compute", name, self.now, self.now + us))
+            self.timeline.spans.append(Span("compute", name, self.now, self.now + us, inside, times))
             self.work.append((us - stalled, name))
             self.timeline.compute_us += us - stalled
             self.now += us
@@ -191,16 +228,11 @@ class _Walk:
         """Runs a loop, a branch or a call whose timeline is known already."""
         timelines = self.schedule.timelines
         inside = [timelines[name] for name in flow(self.schedule.module, instruction)]
-        if instruction.opcode == "while":
-            times = self.schedule.trips(instruction, self.computation)
-            us, busy = (
-                times * sum(t.us for t in inside),
-                times * sum(t.compute_us for t in inside),
-            )
-        else:
-            slowest = max(inside, key=lambda t: t.us, default=Timeline(""))
-            us, busy = slowest.us, slowest.compute_us
-        self._compute(instruction.name, us, us - busy)
+        times = self.schedule.trips(instruction, self.computation) if instruction.opcode == "while" else 1
+        if instruction.opcode != "while":
+            inside = [max(inside, key=lambda t: t.us)] if inside else []
+        us, busy = times * sum(t.us for t in inside), times * sum(t.compute_us for t in inside)
+        self._compute(instruction.name, us, us - busy, tuple(t.computation for t in inside), times)
 
     def _communicate(self, instruction: Instruction, kind: str) -> None:
         inner, home = wrapped(self.schedule.module, instruction) or (instruction, self.computation)
@@ -213,7 +245,7 @@ class _Walk:
         if instruction.opcode == "fusion":
             asynchronous = holds(home, "AsyncCollectiveStart")
             if self.schedule.roofline.work(instruction, self.computation).flops:
-                self._compute(instruction.name, self.schedule.roofline.us(instruction, self.computation))
+                self._work(instruction)
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
         flight = _Flight(
             instruction,
@@ -225,6 +257,8 @@ class _Walk:
             kind,
             asynchronous,
             instruction.op_name or inner.op_name,
+            self.schedule.source(instruction) or self.schedule.source(inner),
+            self.schedule.axes.of(inner),
         )
         self._depart(flight)
         if not asynchronous:
@@ -241,10 +275,9 @@ class _Walk:
             )
         wire = self.schedule.wire
         us = (from_author or 0.0) / wire.target.link_bandwidth * 1e6
-        busy = self.schedule.roofline.us(instruction, self.computation)
-        exposed = max(0.0, us - busy)
         self.timeline.spans.append(Span("wire", instruction.name, self.now, self.now + us))
-        self._compute(instruction.name, busy)
+        busy = self._work(instruction)
+        exposed = max(0.0, us - busy)
         self._stall(instruction.name, exposed)
         self.timeline.collectives.append(
             Collective(
@@ -260,6 +293,8 @@ class _Walk:
                 self.computation.name,
                 "one link, neighbours assumed",
                 instruction.op_name,
+                source=self.schedule.source(instruction),
+                hidden_by_ops=(instruction.op_name,) if busy else (),
             )
         )
 
@@ -278,7 +313,9 @@ class _Walk:
     def _start_local(self, instruction: Instruction) -> None:
         """A copy, a slice or compute on another queue of the same device; they share one lane."""
         roofline, called = self.schedule.roofline, flow(self.schedule.module, instruction)
-        us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(instruction, self.computation)
+        cost = roofline.cost(instruction, self.computation)
+        self.timeline.flops += cost.flops
+        us = sum(self.schedule.timelines[name].us for name in called) or cost.us
         self.local = max(self.now, self.local) + us
         self.flights[instruction.name] = _Flight(
             instruction, self.now, self.local, len(self.work), self.timeline.compute_us
@@ -320,11 +357,13 @@ class _Walk:
         exposed = max(0.0, flight.end - self.now)
         self._stall(flight.instruction.name, exposed, local=flight.transfer is None)
         if flight.transfer is None:
+            if not flow(self.schedule.module, flight.instruction):  # else its own timeline has its operations
+                self._spend(flight.instruction, Cost(exposed, "memory", 0.0))
             return
         if flight.transfer.us > 0:
             self.timeline.spans.append(Span("wire", flight.instruction.name, flight.start, flight.end))
         hiders = heapq.nlargest(_HIDERS, self.work[flight.first :])
-        hiders = [(us, name) for us, name in hiders if us > 0.01 * hiders[0][0]]
+        hidden_by = tuple(dict.fromkeys(name for us, name in hiders if us > 0.01 * hiders[0][0]))
         self.timeline.collectives.append(
             Collective(
                 flight.instruction.name,
@@ -332,13 +371,16 @@ class _Walk:
                 flight.asynchronous,
                 flight.transfer.wire_bytes,
                 1,
-                tuple(dict.fromkeys(name for _, name in hiders)),
+                hidden_by,
                 flight.transfer.us,
                 self.timeline.compute_us - flight.compute_at_start,
                 self._charge(flight, exposed),
                 self.computation.name,
                 flight.transfer.route,
                 flight.op_name,
+                source=flight.source,
+                axes=flight.axes,
+                hidden_by_ops=tuple(self.computation.by_name[name].op_name for name in hidden_by),
             )
         )
 
