@@ -23,8 +23,7 @@ _FIGURES: tuple[tuple[str, Callable[[float], str], Callable[[OverlapReport], flo
     ("exposed_share", words.percent, lambda report: report.exposed_share),
     ("wire_us", words.time, lambda report: report.wire_us),
     ("peak_bytes", words.size, lambda report: report.peak_bytes),
-    ("flops", words.count, lambda report: report.flops),
-    ("hfu", words.percent, lambda report: report.hfu),
+    ("flops", lambda flops: f"{words.count(flops)}FLOP", lambda report: report.flops),
 )
 _TITLES = {
     "us": "a step",
@@ -33,8 +32,7 @@ _TITLES = {
     "exposed_share": "waiting, of a step",
     "wire_us": "on the wire",
     "peak_bytes": "memory a device",
-    "flops": "FLOPs a device",
-    "hfu": "HFU",
+    "flops": "matmuls a device",
 }
 
 

@@ -79,7 +79,8 @@ def changes(title: str, rows: Iterable[tuple[str, Callable[[float], str], float 
     for name, say, before, after in rows:
         change, style = "", ""
         if before is not None and after is not None and before != after:
-            change = f"{after / before - 1:+.1%}" if before else "new"
+            change = f"{100 * (after - before):+.1f} points" if say is percent else "new"
+            change = f"{after / before - 1:+.1%}" if before and say is not percent else change
             style = "red" if after > before else "green"
         _add(table, name, *("not known" if v is None else say(v) for v in (before, after)), change, style=style)
     return table
