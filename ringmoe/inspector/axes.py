@@ -40,7 +40,7 @@ class Axes:
             exchanges = [(int(a), int(b)) for a, b in _PAIR.findall(text)]
         spanned: set[str] = set()
         for devices in exchanges:
-            places = np.array(np.unravel_index([d for d in devices if d < total], self.sizes))
-            moved = np.ptp(places, axis=1) > 0 if places.size else ()
-            spanned.update(name for name, differs in zip(self.names, moved, strict=False) if differs)
+            if max(devices) < total:
+                places = np.array(np.unravel_index(devices, self.sizes))
+                spanned.update(name for name, differs in zip(self.names, np.ptp(places, axis=1)) if differs)
         return tuple(name for name in self.names if name in spanned)

@@ -150,7 +150,7 @@ def _saved(name: str, target: str | None = None, mesh: str | None = None) -> lis
     try:
         if not text.lstrip().startswith(("{", "[")):
             axes = arguments.mesh_axes(mesh, machines.target(target)) if target else None
-            return [inspector.inspect(text, target=target, mesh=axes)]
+            return [inspector.inspect(text + "\n", target=target, mesh=axes)]
         found = record.load(text)
         if isinstance(found, list):
             return [OverlapReport.from_json(json.dumps(entry)) for entry in found]
@@ -185,7 +185,7 @@ def _prepare(args: argparse.Namespace) -> None:
 def _inspect_all(args: argparse.Namespace, console: Console) -> list[OverlapReport]:
     _prepare(args)
     reports = []
-    text = sys.stdin.read() if args.program == "-" else ""
+    text = sys.stdin.read() + "\n" if args.program == "-" else ""  # a line break: text, not the name of a file
     with console.status("starting") as status:
         for name in args.target.split(",") if args.target else [None]:
             machine = machines.target(name) if name else machines.present(jax.devices())

@@ -212,7 +212,7 @@ class OverlapReport:
             )
         bounds = sorted(((us, name) for name, us in self.bound_us.items() if us > 0), reverse=True)
         total = sum(us for us, _ in bounds)
-        parts = ", ".join(f"{name} {words.percent(us / total)}" for us, name in bounds)
+        parts = ", ".join(f"{name} {words.percent(us / total)}" for us, name in bounds if us >= 0.0005 * total)
         return f"{line}; compute is bound by {parts}" if parts else line
 
     def memory_line(self) -> str:
