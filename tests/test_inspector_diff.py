@@ -52,6 +52,8 @@ def test_collectives_are_matched_by_place_before_bytes_and_by_bytes_before_nothi
     assert not found.added and not found.removed
     ((one, other),) = found.changed
     assert (one.name, other.name) == ("b", "b") and one.wire_bytes != other.wire_bytes
+    apart = inspector.diff(report(gather("a", "one")), report(gather("b", "two", 4)))
+    assert len(apart.removed) == len(apart.added) == 1 and not apart.changed
     other_kind = inspector.diff(before, report(gather("a", "one", kind="all-reduce")))
     assert len(other_kind.removed) == 3 and len(other_kind.added) == 1
 
@@ -69,6 +71,8 @@ def test_operations_that_got_slower_or_faster():
     found = dict((name, (b, a)) for name, b, a in inspector.diff(before, after).operations)
     assert found["layer/dot"] == pytest.approx((2 * DOT, 4 * DOT))
     assert found["other0"] == pytest.approx((DOT, 0)) and found["c"][0] == 0 < found["c"][1]
+    waits = inspector.diff(report(*dots(1)), report(*dots(1), gather("g")))
+    assert waits.operations == ()  # a wait is told with its collective
     assert next(iter(found)) == "layer/dot" and "+100.0%" in str(inspector.diff(before, after))
 
 

@@ -57,7 +57,7 @@ def _run(entry: Timeline, named: Mapping[str, Timeline]) -> list[_Placed]:
     waiting = collections.deque([(entry, 0.0)])
     while waiting:
         timeline, at = waiting.popleft()
-        if len(found) + len(timeline.spans) > _EVENTS:
+        if len(found) + min(len(timeline.spans), _SPANS) > _EVENTS:
             continue
         found += _execution(timeline, at)
         for span in _longest(timeline):
