@@ -1,6 +1,8 @@
 """`ringmoe inspect` and `ringmoe targets`, as a person and a CI job use them."""
 
 import argparse
+import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -12,8 +14,9 @@ import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from ringmoe import inspector
-from ringmoe.inspector import command, kernels, machines
+from ringmoe.inspector import arguments, command, kernels, machines
 from tests import inspector_programs as programs
+from tests.test_inspector_report import looped, looped_text
 
 CASES = """
 import sys
@@ -103,6 +106,138 @@ def test_gate(here, capsys):
     assert run("cases:fixed", "--target", "h200", "--fail-if-exposed", "0%") == 0
 
 
+def told(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+def saved(here, **changes):
+    """A report of the looped program of the report's tests, changed, in a file."""
+    report = dataclasses.replace(looped(), **{"peak_bytes": 2**30, **changes})
+    (here / "saved.json").write_text(report.to_json())
+    return report
+
+
+LIMITS = [
+    (("--fail-if-waiting", "10%"), "of a step is spent waiting for the wire, more than 10.0%"),
+    (("--max-time", "12us"), "us, more than 12 us"),
+    (("--max-time", "0.1ms"), "us, more than 100 us"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), LIMITS)
+def test_limits_of_text(here, capsys, words, line):
+    (here / "p.txt").write_text(looped_text())
+    assert run("p.txt", "--target", "h200x8", *words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("h200x8: ") and line in lines[0]
+    assert run("p.txt", "--target", "h200x8", words[0], "100%" if words[1].endswith("%") else "1s") == 0
+
+
+def test_every_limit_that_is_passed_is_told(here, capsys):
+    words = ("cases:small", "--target", "v5p:2x2x2", "--mesh", "seq=8")
+    assert (
+        run(*words, "--max-time", "0us", "--max-memory", "1KiB", "--fail-if-exposed", "0%", "--fail-if-waiting", "0")
+        == 1
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "of memory, more than 1 KiB" in lines[-1]
+    assert run(*words, "--max-memory", "0.0001%") == 1 and run(*words, "--max-memory", "90%") == 0
+    assert run(*words, "--max-memory", "95GiB") == 0
+
+
+def test_a_baseline(here, capsys):
+    words = ("cases:small", "--target", "v5p:2x2x2", "--mesh", "seq=8")
+    assert run(*words, "--json", "now.json") == 0
+    assert run(*words, "--baseline", "now.json", "--tolerance", "0%") == 0
+    record = json.loads((here / "now.json").read_text())
+    for change, line in (
+        ({"us": record["us"] / 1.05, "exposed_us": record["exposed_us"]}, "a step takes"),
+        ({"exposed_us": record["exposed_us"] - 0.05 * record["us"]}, "for the wire, more than the baseline's"),
+        ({"peak_bytes": int(record["peak_bytes"] / 1.05)}, "of memory, more than the baseline's"),
+    ):
+        (here / "then.json").write_text(json.dumps([record | change]))
+        capsys.readouterr()
+        assert run(*words, "--baseline", "then.json") == 1 and line in told(capsys)
+        assert run(*words, "--baseline", "then.json", "--tolerance", "6%") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        (
+            {"target": "h100x8", "peak_bytes": None},
+            (),
+            "the baseline has no report for h200x8, expected one; it has h100x8",
+        ),
+        ({}, (), "cannot be compared: make both"),
+        ({"peak_bytes": None}, ("--max-memory", "90%"), "so --max-memory cannot be checked"),
+    ],
+)
+def test_limits_that_cannot_be_checked(here, capsys, changes, words, message):
+    (here / "p.txt").write_text(looped_text())
+    saved(here, **changes)
+    assert run("p.txt", "--target", "h200x8", "--baseline", "saved.json", *words) == 2
+    assert message in told(capsys)
+
+
+def test_a_baseline_that_cannot_be_read(here, capsys):
+    assert run("cases:small", "--target", "v5p:2x2x2", "--baseline", "none.json") == 2 and "No such file" in told(
+        capsys
+    )
+    (here / "bad.json").write_text('{"schema": "other"}')
+    assert run("cases:small", "--target", "v5p:2x2x2", "--baseline", "bad.json") == 2
+    assert "schema is 'other'" in told(capsys)
+
+
+def test_an_error_of_the_programs_own_is_no_passed_limit(here, capsys):
+    (here / "cases.py").write_text("def f(mesh):\n    return 1 + {}\n")
+    assert run("cases:f", "--target", "h200", "--max-time", "1s") == 2
+    assert "unsupported operand" in told(capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (arguments.percent, "much", "expected a part such as 5%"),
+        (arguments.duration, "12", "expected a time such as 12ms"),
+        (arguments.duration, "12 h", "expected a time such as 12ms"),
+        (arguments.memory, "28GB", "expected a size such as 28GiB"),
+        (arguments.memory, "128%", "expected a part such as 5%"),
+        (arguments.positive, "0", "expected a number above 0"),
+        (arguments.positive, "inf", "expected a number above 0"),
+    ],
+)
+def test_limits_that_are_none(kind, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
+
+
+def test_limits_with_units():
+    assert [arguments.duration(t) for t in ("12ms", "1.5 s", "800us")] == [12e3, 1.5e6, 800]
+    assert arguments.memory("28GiB")(0) == 28 * 2**30 and arguments.memory("90%")(1000) == 900
+
+
+def test_standard_input(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(looped_text()))
+    assert run("-", "--target", "h200x8,h100x8", "--mesh", "seq=8", "--trace", "t.json") == 0
+    out = capsys.readouterr().out
+    assert "t on h200x8, mesh seq=8" in out and "t on h100x8" in out
+    assert json.loads((here / "t-h100x8.json").read_text())["traceEvents"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("module @stablehlo"))
+    assert run("-", "--target", "h200x8") == 2 and "not HLO text" in told(capsys)
+
+
+def test_flops_of_the_model(here):
+    (here / "p.txt").write_text(looped_text())
+    assert run("p.txt", "--target", "h200x8", "--model-flops", "1e12", "--json", "o.json") == 0
+    record = json.loads((here / "o.json").read_text())
+    assert record["mfu"] == pytest.approx(1e12 / 8 / (record["us"] * 1e-6 * 989.4e12))
+
+
+def test_nothing_to_inspect(capsys):
+    assert run() == 2 and "no PROGRAM" in told(capsys)
+
+
 def test_text_file_and_devices_that_are_present(here):
     function, x = (lambda a: a + 1), programs.spec((64,), "float32", {"devices": 8})
     report = inspector.inspect(function, x)
@@ -142,8 +277,8 @@ def test_a_failing_compilation_names_the_target(here, capsys):
 
 @pytest.mark.parametrize("text", ["7", "-1%", "101%"])
 def test_thresholds_out_of_range(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a part of the wire time"):
-        command._percent(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a part such as"):
+        arguments.percent(text)
 
 
 def test_targets_are_listed(capsys):

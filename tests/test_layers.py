@@ -31,7 +31,7 @@ PUBLIC = ("__init__",)  # imports the public parts
 # (file, imported module): why it is imported inside a function.
 INSIDE_FUNCTIONS = {
     ("cli.py", "ringmoe.demo"): "the demo needs the extra `examples` and sets XLA's flags before jax starts",
-    ("inspector/command.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
+    ("inspector/plot.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
 }
 
 

@@ -11,22 +11,24 @@ import dataclasses
 import heapq
 import itertools
 
+from ringmoe.inspector.axes import Axes
 from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
     post_order,
     wrapped,
 )
-from ringmoe.inspector.estimate import Roofline
+from ringmoe.inspector.estimate import Cost, Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_counts
 from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module, number
-from ringmoe.inspector.timeline import Choice, Collective, Span, Timeline
+from ringmoe.inspector.timeline import Choice, Collective, Operation, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
 _LATEST = 4096  # instructions among which they are looked for
 _SHARERS = 64  # transfers in the air at once that one is compared with, the latest
+_LONGEST = 64  # operations of a computation that are kept by name; the sums count them all
 _FORWARDS = frozenset({"get-tuple-element", "bitcast", "copy", "tuple", "fusion", "custom-call", "opt-barrier"})
 
 
@@ -45,6 +47,8 @@ class _Flight:
     asynchronous: bool = True
     op_name: str = ""
     key: str = ""  # its name in `flights` when that isn't the instruction's
+    source: str = ""
+    axes: tuple[str, ...] = ()
     blamed: float = 0.0  # time that others waited because this held their links
 
 
@@ -55,14 +59,14 @@ class Schedule:
       ValueError: the module is not scheduled, or a computation calls itself.
     """
 
-    def __init__(self, module: Module, roofline: Roofline, wire: Wire):
+    def __init__(self, module: Module, roofline: Roofline, wire: Wire, axes: Axes):
         if not module.is_scheduled:
             raise ValueError(
                 f"HLO module {module.name!r} is not scheduled, expected 'is_scheduled=true' in "
                 "its first line: "
                 "pass the text of a compiled program, `lowered.compile().as_text()`"
             )
-        self.module, self.roofline, self.wire = module, roofline, wire
+        self.module, self.roofline, self.wire, self.axes = module, roofline, wire, axes
         self.unknown_loops: list[str] = []
         self._trips: dict[tuple[str, str], float] = {}
         self.timelines: dict[str, Timeline] = {}
@@ -108,10 +112,7 @@ class Schedule:
                     possible[name] += most * times
                 if len(inside) > 1 and instruction.opcode == "conditional":
                     self._choose(instruction, timeline, inside, taken[0])
-            timeline.collectives = [
-                dataclasses.replace(c, trip_count=timeline.trip_count, counted=timeline.counted)
-                for c in timeline.collectives
-            ]
+            timeline.stamp(timeline.trip_count, timeline.counted)
 
     def _choose(self, instruction: Instruction, timeline: Timeline, inside: tuple[str, ...], taken: str) -> None:
         """Notes a conditional whose branches differ in time or in what they send."""
@@ -142,6 +143,7 @@ class _Walk:
         self.local: dict[str, float] = {}  # when the device's copy queue and its other cores are free again
         self.flights: dict[str, _Flight] = {}
         self.work: list[tuple[float, str]] = []
+        self.spent: list[tuple[Instruction, Cost]] = []
         self.orphans: list[Instruction] = []
         # Starts that get their operands, and so begin, only by an update: the SparseCore's.
         self.later = {
@@ -156,6 +158,8 @@ class _Walk:
         for flight in list(self.flights.values()):  # nothing below waits for it, so the end of the computation does
             self.wait(flight)
         self.timeline.us = self.now
+        longest = heapq.nlargest(_LONGEST, self.spent, key=lambda spent: spent[1].us)
+        self.timeline.operations = [self._operation(instruction, cost) for instruction, cost in longest]
         return self.timeline
 
     def _second_iteration(self) -> None:
@@ -213,9 +217,7 @@ class _Walk:
         elif opcode in ("while", "conditional", "call"):
             self._enter(instruction)
         elif not self._launch(instruction):
-            us = self.schedule.roofline.us(instruction, self.computation)
-            self.timeline.own_us += us
-            self._compute(instruction.name, us)
+            self.timeline.own_us += self._work(instruction)
 
     def _launch(self, instruction: Instruction) -> bool:
         """Runs or starts a collective, or starts work beside the program; False when it is neither."""
@@ -227,10 +229,38 @@ class _Walk:
             return False
         return True
 
-    def _compute(self, name: str, us: float, stalled: float = 0.0) -> None:
+    def _work(self, instruction: Instruction) -> float:
+        """Computes an instruction; returns its microseconds."""
+        cost = self.schedule.roofline.cost(instruction, self.computation)
+        self._compute(instruction.name, cost.us)
+        self._spend(instruction, cost)
+        return cost.us
+
+    def _spend(self, instruction: Instruction, cost: Cost) -> None:
+        """Writes down what the time went into."""
+        self.timeline.flops += cost.flops
+        if cost.us > 0:
+            self.timeline.bound_us[cost.bound] = self.timeline.bound_us.get(cost.bound, 0.0) + cost.us
+            self.spent.append((instruction, cost))
+
+    def _operation(self, instruction: Instruction, cost: Cost) -> Operation:
+        return Operation(
+            instruction.name,
+            instruction.opcode,
+            cost.bound,
+            cost.us,
+            cost.flops,
+            computation=self.computation.name,
+            op_name=instruction.op_name,
+            source=self.schedule.module.source(instruction),
+        )
+
+    def _compute(
+        self, name: str, us: float, stalled: float = 0.0, inside: tuple[str, ...] = (), times: float = 1
+    ) -> None:
         """Advances by `us`, of which `stalled` were already spent waiting inside."""
         if us > 0:
-            self.timeline.spans.append(Span("compute", name, self.now, self.now + us))
+            self.timeline.spans.append(Span("compute", name, self.now, self.now + us, inside, times))
             self.work.append((us - stalled, name))
             self.timeline.compute_us += us - stalled
             self.now += us
@@ -241,7 +271,7 @@ class _Walk:
         inside = [schedule.timelines[name] for name in schedule.taken(instruction)]
         times = schedule.times(instruction, self.computation)
         us, busy = times * sum(t.us for t in inside), times * sum(t.compute_us for t in inside)
-        self._compute(instruction.name, us, us - busy)
+        self._compute(instruction.name, us, us - busy, tuple(t.computation for t in inside), times)
 
     def _communicate(self, instruction: Instruction, kind: str) -> None:
         inner, home = wrapped(self.schedule.module, instruction) or (instruction, self.computation)
@@ -260,7 +290,7 @@ class _Walk:
         if instruction.opcode == "fusion":
             asynchronous = "AsyncCollectiveStart" in home.targets
             if self.schedule.roofline.work(instruction, self.computation).flops:
-                self._compute(instruction.name, self.schedule.roofline.us(instruction, self.computation))
+                self._work(instruction)
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
         flight = _Flight(
             instruction,
@@ -272,6 +302,8 @@ class _Walk:
             kind,
             asynchronous,
             instruction.op_name or inner.op_name,
+            source=self.schedule.module.source(instruction) or self.schedule.module.source(inner),
+            axes=self.schedule.axes.of(inner),
         )
         self._depart(flight)
         if not asynchronous:
@@ -288,10 +320,9 @@ class _Walk:
             )
         wire = self.schedule.wire
         us = (from_author or 0.0) / wire.target.link_bandwidth * 1e6
-        busy = self.schedule.roofline.us(instruction, self.computation)
-        exposed = max(0.0, us - busy)
         self.timeline.spans.append(Span("wire", instruction.name, self.now, self.now + us))
-        self._compute(instruction.name, busy)
+        busy = self._work(instruction)
+        exposed = max(0.0, us - busy)
         self._stall(instruction.name, exposed)
         self.timeline.collectives.append(
             Collective(
@@ -307,6 +338,8 @@ class _Walk:
                 self.computation.name,
                 "one link, neighbours assumed",
                 instruction.op_name,
+                source=self.schedule.module.source(instruction),
+                hidden_by_ops=(instruction.op_name,) if busy else (),
             )
         )
 
@@ -331,7 +364,9 @@ class _Walk:
     def _start_local(self, instruction: Instruction) -> None:
         """A copy, a slice or compute on another queue of the same device: the copies' or a core's own."""
         roofline, called = self.schedule.roofline, flow(self.schedule.module, instruction)
-        us = sum(self.schedule.timelines[name].us for name in called) or roofline.us(instruction, self.computation)
+        cost = roofline.cost(instruction, self.computation)
+        self.timeline.flops += cost.flops
+        us = sum(self.schedule.timelines[name].us for name in called) or cost.us
         queue = instruction.attributes.get("async_execution_thread", "")
         self.local[queue] = end = max(self.now, self.local.get(queue, 0.0)) + us
         self.flights[instruction.name] = _Flight(instruction, self.now, end, len(self.work), self.timeline.compute_us)
@@ -371,11 +406,13 @@ class _Walk:
         exposed = max(0.0, flight.end - self.now)
         self._stall(flight.instruction.name, exposed, local=flight.transfer is None)
         if flight.transfer is None:
+            if not flow(self.schedule.module, flight.instruction):  # else its own timeline has its operations
+                self._spend(flight.instruction, Cost(exposed, "memory", 0.0))
             return
         if flight.transfer.us > 0:
             self.timeline.spans.append(Span("wire", flight.instruction.name, flight.start, flight.end))
         hiders = heapq.nlargest(_HIDERS, self.work[max(flight.first, len(self.work) - _LATEST) :])
-        hiders = [(us, name) for us, name in hiders if us > 0.01 * hiders[0][0]]
+        hidden_by = tuple(dict.fromkeys(name for us, name in hiders if us > 0.01 * hiders[0][0]))
         self.timeline.collectives.append(
             Collective(
                 flight.instruction.name,
@@ -383,13 +420,16 @@ class _Walk:
                 flight.asynchronous,
                 flight.transfer.wire_bytes,
                 1,
-                tuple(dict.fromkeys(name for _, name in hiders)),
+                hidden_by,
                 flight.transfer.us,
                 self.timeline.compute_us - flight.compute_at_start,
                 self._charge(flight, exposed),
                 self.computation.name,
                 flight.transfer.route,
                 flight.op_name,
+                source=flight.source,
+                axes=flight.axes,
+                hidden_by_ops=tuple(self.computation.by_name[name].op_name for name in hidden_by),
             )
         )
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 
-from ringmoe.inspector import mosaic, reader
+from ringmoe.inspector import mosaic
 from ringmoe.inspector.chips import CHIPS
 from ringmoe.inspector.flops import (
     convolution_flops,
@@ -21,8 +21,9 @@ from ringmoe.inspector.flops import (
     rate_key,
     window_field,
 )
+from ringmoe.inspector.grammar import Shape, bits
 from ringmoe.inspector.machines import Target
-from ringmoe.inspector.reader import COLLECTIVES, Computation, Instruction, Module, Shape
+from ringmoe.inspector.reader import COLLECTIVES, Computation, Instruction, Module
 
 FREE = frozenset(
     {
@@ -299,7 +300,7 @@ class Roofline:
             return counted
         if cost is not None:
             # A kernel's FLOPs are mostly its matmuls'. Where one operand is narrower than f32, they multiply that.
-            narrow = any(reader.bits(shape.dtype) < 32 for shape in shapes if shape.dtype[0] in "bf")
+            narrow = any(bits(shape.dtype) < 32 for shape in shapes if shape.dtype[0] in "bf")
             return Work(
                 {"bf16" if narrow or self.target.kind != "tpu" else "f32_highest": cost.get("flops", 0.0)},
                 _TRANSCENDENTAL_OPS * cost.get("transcendentals", 0.0),

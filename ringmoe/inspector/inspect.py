@@ -13,10 +13,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ringmoe.inspector import kernels as kernel_costs
 from ringmoe.inspector import machines, reader
+from ringmoe.inspector.axes import Axes
 from ringmoe.inspector.clock import Schedule
 from ringmoe.inspector.estimate import Roofline
 from ringmoe.inspector.report import OverlapReport
+from ringmoe.inspector.timeline import Timeline, longest
 from ringmoe.inspector.wire import Wire
+
+_OPERATIONS = 100  # of a report: so many that what is left out is each below a hundredth of the run
 
 
 def inspect(
@@ -123,21 +127,28 @@ def _report(
     if machine.torus:
         coords = machine.coords(list(grid.devices.flat) if grid is not None else machine.devices())
     roofline = Roofline(module, machine)
-    schedule = Schedule(module, roofline, Wire(machine, coords))
+    shape = {str(name): size for name, size in grid.shape.items()} if grid is not None else {}
+    schedule = Schedule(module, roofline, Wire(machine, coords), Axes(shape))
     timelines = tuple(schedule.timelines.values())
     entry = schedule.timelines[module.entry.name]
     collectives = tuple(c for timeline in timelines for c in timeline.collectives)
     counted = [c for c in collectives if c.counted]
+    running = [timeline for timeline in timelines if timeline.counted]
     memory = _memory(compiled)
     return OverlapReport(
         program=module.name,
         target=machine.name,
-        mesh={str(name): size for name, size in grid.shape.items()} if grid is not None else {},
+        mesh=shape,
+        num_devices=machine.num_devices,
         collectives=collectives,
         us=entry.us,
         compute_us=entry.compute_us,
         wire_us=sum(c.wire_us * c.trip_count for c in counted),
         exposed_us=sum(c.exposed_us * c.trip_count for c in counted),
+        flops=sum(timeline.flops * timeline.trip_count for timeline in running),
+        peak_flops=machine.matmul_flops["bf16"],
+        bound_us=_bound_us(running),
+        operations=longest(timelines, _OPERATIONS),
         peak_bytes=sum(memory.values()) if memory else None,
         hbm_bytes=machine.hbm_bytes,
         memory=memory,
@@ -149,6 +160,15 @@ def _report(
         timelines=timelines,
         compile_seconds=seconds,
     )
+
+
+def _bound_us(timelines: list[Timeline]) -> dict[str, float]:
+    """Time over the run by the roof that it touches."""
+    total: dict[str, float] = {}
+    for timeline in timelines:
+        for bound, us in timeline.bound_us.items():
+            total[bound] = total.get(bound, 0.0) + us * timeline.trip_count
+    return total
 
 
 def _is_stage(program: Any) -> bool:

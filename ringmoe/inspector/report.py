@@ -1,20 +1,18 @@
 """What `inspect` found, to read, to store and to look at."""
 
 import dataclasses
-import io
 import json
 from typing import Any
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from ringmoe.inspector import html
+from ringmoe.inspector import html, record, tables, trace, words
 from ringmoe.inspector.kernels import Kernel
-from ringmoe.inspector.timeline import Choice, Collective, Timeline
+from ringmoe.inspector.timeline import Choice, Collective, Operation, Timeline
 
-_SHOWN = 30  # rows of the text table; the JSON and the HTML have them all
+SCHEMA = "ringmoe.report/2"  # of the JSON; report.schema.json describes it
+_SHOWN, _OPERATIONS, _NOTES = 30, 10, 8  # rows of the text; the JSON and the HTML have more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +21,16 @@ class OverlapReport:
 
     Attributes:
       program: HLO module name.
-      target: target name, and mesh: its axes ({} when unknown).
+      target: target name, and mesh: its axes ({} when unknown). num_devices: of the target.
       collectives: every exchange, in schedule order; its times are of one execution, see
         `Collective`.
-      us: estimated time of one run: compute plus exposed wire time.
+      us: estimated time of one run (a step, of a train step): compute plus exposed wire time.
       wire_us, compute_us, exposed_us: sums over the run, loops multiplied out.
+      flops: FLOPs of one device in the matmuls of the compiled program, kernels by their cost
+        estimates; what is computed again for a backward pass counts each time.
+      peak_flops: bf16 matmul FLOP/s of one device.
+      bound_us: compute time by the roof it touches: "matrix", "vector", "memory".
+      operations: the longest operations and waits, those that take most of the run first.
       peak_bytes: the compiler's memory analysis (arguments, results, temporaries, code); None for
         text.
       hbm_bytes: memory of one device. fits: peak_bytes <= hbm_bytes, None when peak is unknown.
@@ -38,20 +41,28 @@ class OverlapReport:
       xla_optimal_us: XLA's own `optimal_seconds`; it counts every loop body once, so compare with
         `once_us`.
       once_us: our compute time with every loop counted once.
-      timelines: one per computation that runs, for pictures.
+      timelines: one per computation that runs, callees first, the entry last; () when read from
+        JSON.
       choices: conditionals whose branches differ; the slowest branch counts, see `Choice`.
       kernels: static cost of each Pallas kernel, when asked for.
       compile_seconds: time the compiler took; None when given compiled.
+      model_flops: FLOPs that the model itself needs for one run on all devices, when the user
+        tells: `dataclasses.replace(report, model_flops=1.2e15)`.
     """
 
     program: str
     target: str
     mesh: dict[str, int]
+    num_devices: int
     collectives: tuple[Collective, ...]
     us: float
     wire_us: float
     compute_us: float
     exposed_us: float
+    flops: float
+    peak_flops: float
+    bound_us: dict[str, float]
+    operations: tuple[Operation, ...]
     peak_bytes: int | None
     hbm_bytes: int
     memory: dict[str, int]
@@ -59,10 +70,32 @@ class OverlapReport:
     unknown_loops: tuple[str, ...]
     xla_optimal_us: float | None
     once_us: float
-    timelines: tuple[Timeline, ...] = dataclasses.field(repr=False)
+    timelines: tuple[Timeline, ...] = dataclasses.field(default=(), repr=False)
     kernels: tuple[Kernel, ...] = ()
     choices: tuple[Choice, ...] = ()
     compile_seconds: float | None = None
+    model_flops: float | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> "OverlapReport":
+        """The report that `to_json` wrote, without its timelines.
+
+        Raises:
+          ValueError: it is not such JSON, is of another version, or a field is missing or of another type.
+        """
+        data = record.load(text)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = record.shown(data.get("schema") if isinstance(data, dict) else data)
+            raise ValueError(
+                f"the report's schema is {found}, expected {SCHEMA!r}: write the report again with "
+                "`ringmoe inspect --json`, by the version that reads it"
+            )
+        return record.decode(cls, {key: value for key, value in data.items() if key != "timelines"}, "report")
+
+    @property
+    def exposed_share(self) -> float:
+        """Part of the run that is spent waiting for the wire."""
+        return self.exposed_us / self.us if self.us else 0.0
 
     @property
     def exposed_fraction(self) -> float:
@@ -70,153 +103,145 @@ class OverlapReport:
         return self.exposed_us / self.wire_us if self.wire_us else 0.0
 
     @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: `flops` over what the device's bf16 matmul rate does in the time of a run. What is
+        computed twice counts twice; fp8 and int8 can pass 1."""
+        return self._utilisation(self.flops)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: the same of a device's share of `model_flops`; None when that is not given."""
+        return None if self.model_flops is None else self._utilisation(self.model_flops / max(self.num_devices, 1))
+
+    def _utilisation(self, flops: float) -> float:
+        possible = self.us * 1e-6 * self.peak_flops
+        return flops / possible if possible else 0.0
+
+    @property
     def fits(self) -> bool | None:
         """Whether the program's memory fits the device's; None when the memory is not known."""
         return None if self.peak_bytes is None else self.peak_bytes <= self.hbm_bytes
 
+    @property
+    def by_kind(self) -> tuple[dict[str, Any], ...]:
+        """All executions of the counted collectives, by kind: `kind`, `executions`, `bytes` that one device sends, `wire_us`,
+        `exposed_us`; the longest waited for first."""
+        kinds: dict[str, dict[str, Any]] = {}
+        for c in self.collectives:
+            if c.counted:
+                empty = {"kind": c.kind, "executions": 0, "bytes": 0.0, "wire_us": 0.0, "exposed_us": 0.0}
+                row = kinds.setdefault(c.kind, empty)
+                row["executions"] += c.trip_count
+                row["bytes"] += c.trip_count * c.wire_bytes
+                row["wire_us"] += c.trip_count * c.wire_us
+                row["exposed_us"] += c.trip_count * c.exposed_us
+        return tuple(sorted(kinds.values(), key=lambda row: (-row["exposed_us"], -row["wire_us"])))
+
     def to_json(self, *, indent: int | None = 2) -> str:
-        """Everything above but the timelines, as JSON."""
+        """Everything above but the timelines, as JSON; `from_json` reads it, `inspector/report.schema.json` describes it."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and properties as plain data."""
-        record = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "timelines"
-        }
-        record["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
-        record["choices"] = [dataclasses.asdict(c) | {"uncounted": c.uncounted} for c in self.choices]
-        record["kernels"] = [dataclasses.asdict(k) for k in self.kernels]
-        return record | {"exposed_fraction": self.exposed_fraction, "fits": self.fits}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "timelines"}
+        for name in ("collectives", "operations", "kernels", "choices"):
+            fields[name] = [dataclasses.asdict(entry) for entry in fields[name]]
+        derived = ("exposed_share", "exposed_fraction", "hfu", "mfu", "fits", "by_kind")
+        return {"schema": SCHEMA} | fields | {name: getattr(self, name) for name in derived}
 
     def to_html(self) -> str:
-        """One self-contained page: verdict, memory bar, timeline of each loop, sortable tables."""
+        """One self-contained page: verdict, memory bar, timelines to click through, sortable tables."""
         return html.page(self.to_dict(), self.timelines)
 
+    def to_trace(self) -> str:
+        """The run and each computation as Chrome trace events, JSON that ui.perfetto.dev and others open.
+
+        Raises:
+          ValueError: the report has no timelines, for it was read from JSON.
+        """
+        return trace.chrome(f"{self.program} on {self.target}", self.timelines)
+
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=132, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+        return tables.text(self)
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
-        yield Text(
-            f"{self.program} on {self.target}"
-            + (f", mesh {', '.join(f'{a}={n}' for a, n in self.mesh.items())}" if self.mesh else ""),
-            style="bold",
-        )
-        yield Text(self.verdict(), style="green" if self.exposed_fraction < 0.05 else "red")
+        wide = options.max_width >= tables.WIDE
+        yield Text(words.plain(f"{self.program} on {self.target}{words.mesh(self.mesh)}"), style="bold")
+        yield Text(self.headline(), style="green" if self.exposed_share < 0.05 else "red")
+        yield Text(self.verdict())
+        yield Text(self.utilisation_line())
         yield Text(self.memory_line(), style="red" if self.fits is False else "")
         if self.collectives:
-            yield _collective_table(self.collectives)
-            if len(self.collectives) > _SHOWN:
-                yield Text(f"... and {len(self.collectives) - _SHOWN} more: see the JSON or the HTML")
+            yield tables.kinds(self.by_kind, self.us)
+            waited = sorted(self.collectives, key=lambda c: -c.total_us)
+            yield tables.collectives(waited[:_SHOWN], wide)
+            if len(waited) > _SHOWN:
+                yield Text(f"... and {len(waited) - _SHOWN} more: see the JSON or the HTML")
+        if self.operations:
+            yield tables.operations(self.operations[:_OPERATIONS], self.us, wide)
         if self.kernels:
-            yield _kernel_table(self.kernels)
-        for name, reason in list(self.unestimated.items())[:8]:
-            yield Text(f"not estimated: {name}: {reason}", style="yellow")
-        if len(self.unestimated) > 8:
-            yield Text(f"... and {len(self.unestimated) - 8} more not estimated", style="yellow")
-        if self.unknown_loops:
-            yield Text(
-                f"trip count not in the text, counted once: {', '.join(self.unknown_loops)}",
-                style="yellow",
-            )
-        for choice in self.choices[:8]:
-            yield Text(_choice_line(choice), style="yellow" if choice.uncounted else "dim")
-        if len(self.choices) > 8:
-            yield Text(f"... and {len(self.choices) - 8} more conditionals whose branches differ")
+            yield tables.kernels(self.kernels)
+        yield from (Text(words.plain(note), style="yellow") for note in self._notes())
         if self.xla_optimal_us is not None:
-            yield Text(
-                f"compute with every loop counted once: {_time(self.once_us)}; XLA's own "
-                "optimal_seconds: "
-                f"{_time(self.xla_optimal_us)}",
-                style="dim",
-            )
+            ours, theirs = words.time(self.once_us), words.time(self.xla_optimal_us)
+            line = f"compute with every loop counted once: {ours}; XLA's own optimal_seconds: {theirs}"
+            yield Text(line, style="dim")
+
+    def headline(self) -> str:
+        """One line: the part of a run that is spent waiting."""
+        if not self.collectives:
+            return "no time is spent waiting for the wire: nothing is sent between devices"
+        waiting = f"{words.time(self.exposed_us)} of {words.time(self.us)}"
+        return f"{words.percent(self.exposed_share)} of a step is spent waiting for the wire ({waiting})"
 
     def verdict(self) -> str:
         """One line: the time of a run, and how much of the wire is exposed."""
-        parts = f"{_time(self.compute_us)} compute + {_time(self.exposed_us)} waiting"
-        start = f"{_time(self.us)} a run = {parts}"
-        if not self.wire_us:
-            return f"{start}; nothing is sent between devices"
-        return f"{start}; {self.exposed_fraction:.1%} of {_time(self.wire_us)} wire time is exposed"
+        parts = f"{words.time(self.compute_us)} compute + {words.time(self.exposed_us)} waiting"
+        line = f"{words.time(self.us)} a step = {parts}"
+        if self.wire_us:
+            return f"{line}; {self.exposed_fraction:.1%} of {words.time(self.wire_us)} wire time is exposed"
+        return line + ("; no collective is timed or counted" if self.collectives else "")
+
+    def utilisation_line(self) -> str:
+        """One line: how well the matrix units are used, and what bounds the rest."""
+        peak = f"{words.count(self.peak_flops)}FLOP/s a device"
+        if self.mfu is None:
+            line = f"HFU {words.percent(self.hfu)}: {words.count(self.flops)}FLOP in the compiled program, of {peak}"
+        else:
+            line = (
+                f"MFU {words.percent(self.mfu)}: {words.count(self.model_flops or 0)}FLOP of the model on "
+                f"{self.num_devices} devices, of {peak}; HFU {words.percent(self.hfu)}"
+            )
+        bounds = sorted(((us, name) for name, us in self.bound_us.items() if us > 0), reverse=True)
+        total = sum(us for us, _ in bounds)
+        parts = ", ".join(f"{name} {words.percent(us / total)}" for us, name in bounds if us >= 0.0005 * total)
+        return f"{line}; compute is bound by {parts}" if parts else line
 
     def memory_line(self) -> str:
         """One line: the peak against the device's memory."""
         if self.peak_bytes is None:
-            return f"memory not known from text; a device has {_size(self.hbm_bytes)}"
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
+            return f"memory not known from text; a device has {words.size(self.hbm_bytes)}"
+        parts = ", ".join(f"{name} {words.size(size)}" for name, size in self.memory.items() if size)
         return (
-            f"{_size(self.peak_bytes)} of {_size(self.hbm_bytes)} a device: "
+            f"{words.size(self.peak_bytes)} of {words.size(self.hbm_bytes)} a device: "
             f"{'fits' if self.fits else 'DOES NOT FIT'} ({parts})"
         )
+
+    def _notes(self) -> list[str]:
+        """What the figures leave out."""
+        notes = [f"not estimated: {name}: {reason}" for name, reason in list(self.unestimated.items())[:_NOTES]]
+        if len(self.unestimated) > _NOTES:
+            notes.append(f"... and {len(self.unestimated) - _NOTES} more not estimated")
+        if self.unknown_loops:
+            notes.append(f"trip count not in the text, counted once: {', '.join(self.unknown_loops)}")
+        notes += [_choice_line(choice) for choice in self.choices[:_NOTES]]
+        if len(self.choices) > _NOTES:
+            notes.append(f"... and {len(self.choices) - _NOTES} more conditionals whose branches differ")
+        return notes
 
 
 def _choice_line(choice: Choice) -> str:
     """A conditional: the time of each branch, and those that send and are not counted."""
-    times = ", ".join(f"{name} {_time(us)}" for name, us, _ in choice.branches)
+    times = ", ".join(f"{name} {words.time(us)}" for name, us, _ in choice.branches)
     unsaid = f"; NOT counted though sending: {', '.join(choice.uncounted)}" if choice.uncounted else ""
     return f"at most: {choice.name} counts its slowest branch of {times}{unsaid}"
-
-
-def _collective_table(collectives: tuple[Collective, ...]) -> Table:
-    """The rows that wait longest first."""
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (
-        ("collective", "left"),
-        ("kind", "left"),
-        ("async", "left"),
-        ("bytes", "right"),
-        ("runs", "right"),
-        ("wire", "right"),
-        ("hidden by", "right"),
-        ("exposed", "right"),
-        ("route", "left"),
-    ):
-        table.add_column(
-            name,
-            justify="right" if justify == "right" else "left",
-            no_wrap=name != "route",
-            overflow="ellipsis" if name == "collective" else "fold",
-            min_width=26 if name == "collective" else None,
-        )
-    rows = sorted(collectives, key=lambda c: -c.exposed_us * c.trip_count * c.counted)[:_SHOWN]
-    for c in rows:
-        style = "dim" if not c.counted else "red" if c.exposed_us > 0.05 * c.wire_us else "green"
-        table.add_row(
-            c.name,
-            c.kind,
-            "yes" if c.asynchronous else "NO",
-            _size(c.wire_bytes),
-            f"{round(c.trip_count, 1):.9g}x",
-            _time(c.wire_us),
-            _time(c.compute_us),
-            _time(c.exposed_us),
-            c.route,
-            style=style,
-        )
-    return table
-
-
-def _kernel_table(kernels: tuple[Kernel, ...]) -> Table:
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kernel", "static cost"):
-        table.add_column(name, overflow="fold")
-    for kernel in kernels:
-        table.add_row(kernel.name, kernel.summary())
-    return table
-
-
-def _time(us: float) -> str:
-    """Microseconds in the unit that reads best."""
-    for unit, size in (("s", 1e6), ("ms", 1e3), ("us", 1.0)):
-        if us >= size:
-            return f"{us / size:.3g} {unit}" if us / size < 999.5 else f"{us / size:.0f} {unit}"
-    return f"{us:.2g} us" if us else "0"
-
-
-def _size(size: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size / scale < 999.5 else f"{size / scale:.0f} {unit}"
-    return f"{size:.0f} B"

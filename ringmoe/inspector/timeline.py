@@ -1,6 +1,8 @@
 """What the walk through a schedule writes down."""
 
 import dataclasses
+import heapq
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Collective:
       loop: computation it is in; route: ring or line, neighbours or hops; op_name: where in the JAX
         code.
       counted: False in a branch that is not the slowest of its conditional.
+      source: "file:line" of the JAX code, when the text tells.
+      axes: mesh axes that it goes over, when the mesh is known.
+      hidden_by_ops: where in the JAX code each of `hidden_by` is.
     """
 
     name: str
@@ -36,6 +41,44 @@ class Collective:
     route: str = ""
     op_name: str = ""
     counted: bool = True
+    source: str = ""
+    axes: tuple[str, ...] = ()
+    hidden_by_ops: tuple[str, ...] = ()
+
+    @property
+    def total_us(self) -> float:
+        """Exposed time over all its executions."""
+        return self.exposed_us * self.trip_count * self.counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An instruction that takes time of the device's own, or that the device waits for.
+
+    Attributes:
+      name, opcode: the HLO instruction's; of a wait, the collective's name and kind.
+      bound: the roof that it touches: "matrix", "vector", "memory"; or "wire", for a wait.
+      us: time of one execution, microseconds; of a wait, what is exposed.
+      flops: matmul FLOPs of one execution.
+      trip_count: how often it runs in the whole program. counted: as of a `Collective`.
+      computation: which it is in; op_name: where in the JAX code; source: "file:line", or "".
+    """
+
+    name: str
+    opcode: str
+    bound: str
+    us: float
+    flops: float = 0.0
+    trip_count: float = 1
+    counted: bool = True
+    computation: str = ""
+    op_name: str = ""
+    source: str = ""
+
+    @property
+    def total_us(self) -> float:
+        """Time over all its executions."""
+        return self.us * self.trip_count * self.counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +106,48 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of a timeline, microseconds from the start of its computation; `lane` is "compute",
-    "wire" or "wait"."""
+    """A piece of a timeline, microseconds from the start of its computation; `lane` is "compute", "wire" or "wait".
+    Of a loop, a branch or a call, the computations `inside` run `times` one after another."""
 
     lane: str
     name: str
     start: float
     end: float
+    inside: tuple[str, ...] = ()
+    times: float = 1
 
 
 @dataclasses.dataclass
 class Timeline:
-    """One execution of one computation; `own_us` is its compute outside of loops, branches and
-    calls."""
+    """One execution of one computation. `own_us` is its compute outside of loops, branches and calls, `flops` the matmul
+    FLOPs of that and `bound_us` its time by roof; `operations` are the longest, the sums are of all."""
 
     computation: str
     us: float = 0.0
     compute_us: float = 0.0
     own_us: float = 0.0
+    flops: float = 0.0
+    bound_us: dict[str, float] = dataclasses.field(default_factory=dict)
     trip_count: float = 1
     counted: bool = True
     spans: list[Span] = dataclasses.field(default_factory=list)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+
+    def stamp(self, trip_count: float, counted: bool) -> None:
+        """Says how often it runs, and whether that counts, of itself and of all in it."""
+        self.trip_count, self.counted = trip_count, counted
+        stamp = {"trip_count": trip_count, "counted": counted}
+        self.collectives = [dataclasses.replace(c, **stamp) for c in self.collectives]
+        self.operations = [dataclasses.replace(o, **stamp) for o in self.operations]
+
+
+def longest(timelines: Iterable[Timeline], count: int) -> tuple[Operation, ...]:
+    """The operations that take most of the whole program, waits for the wire among them."""
+    found = [operation for timeline in timelines for operation in (*timeline.operations, *_waits(timeline))]
+    return tuple(heapq.nlargest(count, (o for o in found if o.total_us > 0), key=lambda o: o.total_us))
+
+
+def _waits(timeline: Timeline) -> Iterable[Operation]:
+    for c in timeline.collectives:
+        yield Operation(c.name, c.kind, "wire", c.exposed_us, 0.0, c.trip_count, c.counted, c.loop, c.op_name, c.source)
