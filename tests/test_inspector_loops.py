@@ -88,6 +88,8 @@ def test_bounds_that_a_comparison_chooses():
     lines = "%p = pred[] compare(%d, %c5), direction=GE", "%q = pred[] not(%p)", "%b = s32[] select(%q, %c3, %c2)"
     assert counts(*lines, *loop("b")) == {"loop": 3}
     assert counts(*lines, *loop("b"), devices=5) == {"loop": 3}
+    always = lines[0].replace("%c5", "%minus")
+    assert counts(always, *lines[1:], *loop("b")) == {"loop": 2}
     assert counts(lines[0], lines[2].replace("%q", "%p"), *loop("b"), devices=5) == {"loop": 2}
 
 

@@ -274,6 +274,20 @@ def test_time_is_linear_in_the_number_of_instructions():
     assert min(seconds(40_000) for _ in range(3)) < 10 * min(seconds(10_000) for _ in range(3))
 
 
+def test_what_ends_an_exchange_is_none():
+    text = SMALL.replace("all-reduce(%x)", "all-@(%x)")
+    kinds = {
+        "reduce": "all-reduce",
+        "foo-start": "unknown",
+        "foo-done": "",
+        "foo-update": "",
+        "gather-start": "all-gather",
+    }
+    for opcode, kind in kinds.items():
+        module = reader.parse(text.replace("@", opcode))
+        assert module.entry.by_name["r"].exchange == kind
+
+
 MARKED = {
     "tpu": SMALL.replace("replica_count=2", "replica_count=1"),
     "gpu": SMALL.replace(":T(8,128)S(1)", "")
