@@ -16,6 +16,7 @@ from ringmoe.inspector.collectives import (
     holds,
     is_host_transfer,
     post_order,
+    slice_exchange,
     wrapped,
 )
 from ringmoe.inspector.estimate import Roofline
@@ -164,7 +165,7 @@ class _Walk:
         if opcode.endswith("-update") and opcode.startswith("async"):
             return
         if is_host_transfer(instruction):
-            self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
+            self._by_host(instruction)
             return
         if opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
@@ -209,7 +210,7 @@ class _Walk:
             return
         transfer = self.schedule.wire.transfer(inner, home, kind)
         queue = inner.config.get("collective_backend_config")
-        asynchronous = instruction.opcode.endswith("-start") or kind in ("send", "recv")
+        asynchronous = instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv")
         if instruction.opcode == "fusion":
             asynchronous = holds(home, "AsyncCollectiveStart")
             if self.schedule.roofline.work(instruction, self.computation).flops:
@@ -229,6 +230,20 @@ class _Walk:
         self._depart(flight)
         if not asynchronous:
             self.wait(flight)
+
+    def _by_host(self, instruction: Instruction) -> None:
+        """A transfer with the host. Exchanges between slices go that way, under way from their send to their
+        recv-done; others have no figure."""
+        ends = self.computation.by_name.get(instruction.operands[0]) if instruction.operands else None
+        exchange = slice_exchange(instruction) or (ends and slice_exchange(ends))
+        if not exchange:
+            self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
+        elif instruction.opcode == "send":
+            self._communicate(instruction, exchange.kind)
+            self.flights[exchange.key] = self.flights.pop(instruction.name)
+        elif instruction.opcode == "recv-done":
+            if exchange.key in self.flights:
+                self.wait(self.flights[exchange.key])
 
     def _remote_dma(self, instruction: Instruction) -> None:
         """A Pallas kernel that sends data itself: it takes as long as the slower of its compute and
@@ -370,4 +385,5 @@ class _Walk:
 def _share(one: Transfer, other: Transfer) -> bool:
     """Whether two transfers use the same links. Permutes by different pairs are taken to use
     different ones."""
-    return one.lane == other.lane or "all" in (one.lane, other.lane)
+    lanes = {one.lane, other.lane}
+    return len(lanes) == 1 or ("all" in lanes and "network" not in lanes)

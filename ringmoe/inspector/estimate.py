@@ -137,6 +137,7 @@ _FREE_CALLS = frozenset(
         "MoveToDevice",
         "AssumeGatherIndicesInBound",
         "xla.sdy.FuncResultSharding",
+        "SliceId",
     }
 )
 # Vector operations that one transcendental costs: its unit has a quarter of the vector slots.

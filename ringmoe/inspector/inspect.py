@@ -114,9 +114,9 @@ def _report(
             f"the program is for {module.num_devices} devices, target {machine.name!r} has "
             f"{machine.num_devices}: pass the target and mesh it was compiled for"
         )
-    coords: list[tuple[int, ...]] = [()] * machine.num_devices
-    if machine.torus:
-        coords = machine.coords(list(grid.devices.flat) if grid is not None else machine.devices())
+    coords = machine.coords(list(grid.devices.flat) if grid is not None else None)
+    if module.num_devices <= machine.domain:  # the program of one slice, which all slices run
+        coords = [place for place in coords if place[0] == coords[0][0]]
     roofline = Roofline(module, machine)
     schedule = Schedule(module, roofline, Wire(machine, coords))
     timelines = tuple(schedule.timelines.values())
