@@ -159,14 +159,11 @@ def test_axis_types_are_kept():
     assert seen == [P("seq", None)]
 
 
-def test_memory_that_does_not_fit():
+def test_memory_by_part():
     x = programs.spec((8, 2**30), jnp.bfloat16, {"devices": 1})
     report = inspector.inspect(lambda a: a + 1, x, target="v5p:1x1x1")
-    assert report.fits and report.peak_bytes == sum(report.memory.values()) and report.memory["arguments"] == 2**34
-    compiled_for_more = inspector.inspect(
-        lambda a: a + 1, programs.spec((2**34,), jnp.bfloat16, {"devices": 1}), target="cpu"
-    )
-    assert compiled_for_more.fits is False and "DOES NOT FIT" in str(compiled_for_more)
+    assert report.fits and report.memory["arguments"] == report.memory["results"] == 2**34
+    assert report.peak_bytes == pytest.approx(2**35, rel=1e-3)
 
 
 def test_reads_well(hidden_ring):
@@ -245,12 +242,3 @@ def test_what_does_not_compile_raises_its_own_error():
         error=TypeError,
     )
     assert any("target 'v5e:2x2', mesh {'devices': 4}" in note for note in error.__notes__)
-    big = programs.spec((2**38,), jnp.bfloat16, {"devices": 1})
-    error = raises(
-        "RESOURCE_EXHAUSTED",
-        lambda a: a + 1,
-        big,
-        target="v5e:1x1",
-        error=jax.errors.JaxRuntimeError,
-    )
-    assert any("target 'v5e:1x1'" in note for note in error.__notes__)

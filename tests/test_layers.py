@@ -23,7 +23,7 @@ FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
 ALONE = ("inspector",)  # imports nothing of ringmoe
 # Its rooms, lowest first.
 ROOMS = ("__init__", "chips", "networks", "topology", "machines", "reader", "loops", "flops", "collectives", "wire",
-         "estimate", "timeline", "clock", "kernels", "html", "report", "inspect", "command")  # fmt: skip
+         "estimate", "timeline", "clock", "kernels", "memory", "html", "report", "inspect", "command")  # fmt: skip
 PUBLIC = ("__init__",)  # imports the public parts
 
 # (file, imported module): why it is imported inside a function.

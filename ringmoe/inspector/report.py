@@ -12,8 +12,10 @@ from rich.text import Text
 
 from ringmoe.inspector import html
 from ringmoe.inspector.kernels import Kernel
+from ringmoe.inspector.memory import Oversize
 from ringmoe.inspector.timeline import Collective, Timeline
 
+_BUFFERS = 10
 _SHOWN = 30  # rows of the text table; the JSON and the HTML have them all
 
 
@@ -28,10 +30,11 @@ class OverlapReport:
         `Collective`.
       us: estimated time of one run: compute plus exposed wire time.
       wire_us, compute_us, exposed_us: sums over the run, loops multiplied out.
-      peak_bytes: the compiler's memory analysis (arguments, results, temporaries, code); None for
-        text.
-      hbm_bytes: memory of one device. fits: peak_bytes <= hbm_bytes, None when peak is unknown.
-      memory: the parts of peak_bytes by name.
+      peak_bytes: most bytes in use at once by the compiler's memory analysis, which decides whether the program fits;
+        None for text.
+      hbm_bytes: memory of one device. fits: whether the peak does, None when it is unknown.
+      memory: arguments, results, temporaries and code; they may add up to more than the peak, as not all of them are
+        alive at once. {} when the compiler gave up.
       unestimated: instruction -> why its time or bytes had no model (it is timed by the bytes it
         touches).
       unknown_loops: loops whose trip count the text does not tell; counted once.
@@ -41,6 +44,7 @@ class OverlapReport:
       timelines: one per computation that runs, for pictures.
       kernels: static cost of each Pallas kernel, when asked for.
       compile_seconds: time the compiler took; None when given compiled.
+      oversize: of a program that does not fit, how much too much and what is alive at the peak.
     """
 
     program: str
@@ -61,6 +65,7 @@ class OverlapReport:
     timelines: tuple[Timeline, ...] = dataclasses.field(repr=False)
     kernels: tuple[Kernel, ...] = ()
     compile_seconds: float | None = None
+    oversize: Oversize | None = None
 
     @property
     def exposed_fraction(self) -> float:
@@ -70,7 +75,7 @@ class OverlapReport:
     @property
     def fits(self) -> bool | None:
         """Whether the program's memory fits the device's; None when the memory is not known."""
-        return None if self.peak_bytes is None else self.peak_bytes <= self.hbm_bytes
+        return None if self.peak_bytes is None else self.oversize is None and self.peak_bytes <= self.hbm_bytes
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Everything above but the timelines, as JSON."""
@@ -83,6 +88,7 @@ class OverlapReport:
         }
         record["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
         record["kernels"] = [dataclasses.asdict(k) for k in self.kernels]
+        record["oversize"] = dataclasses.asdict(self.oversize) if self.oversize else None
         return record | {"exposed_fraction": self.exposed_fraction, "fits": self.fits}
 
     def to_html(self) -> str:
@@ -102,6 +108,8 @@ class OverlapReport:
         )
         yield Text(self.verdict(), style="green" if self.exposed_fraction < 0.05 else "red")
         yield Text(self.memory_line(), style="red" if self.fits is False else "")
+        if self.oversize is not None and self.oversize.buffers:
+            yield _buffer_table(self.oversize)
         if self.collectives:
             yield _collective_table(self.collectives)
             if len(self.collectives) > _SHOWN:
@@ -138,6 +146,11 @@ class OverlapReport:
         if self.peak_bytes is None:
             return f"memory not known from text; a device has {_size(self.hbm_bytes)}"
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
+        if self.oversize is not None:
+            least = f"{_size(self.oversize.needed_bytes)} of {_size(self.oversize.available_bytes)} a device"
+            return (
+                f"{least}: DOES NOT FIT, {_size(self.oversize.excess_bytes)} too much{f' ({parts})' if parts else ''}"
+            )
         return (
             f"{_size(self.peak_bytes)} of {_size(self.hbm_bytes)} a device: "
             f"{'fits' if self.fits else 'DOES NOT FIT'} ({parts})"
@@ -180,6 +193,16 @@ def _collective_table(collectives: tuple[Collective, ...]) -> Table:
             c.route,
             style=style,
         )
+    return table
+
+
+def _buffer_table(oversize: Oversize) -> Table:
+    """What is alive at the peak, largest first."""
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("alive at the peak", "shape", "made by"):
+        table.add_column(name, justify="right" if name == "alive at the peak" else "left", overflow="fold")
+    for buffer in oversize.buffers[:_BUFFERS]:
+        table.add_row(_size(buffer.bytes), buffer.shape, buffer.op_name or buffer.name)
     return table
 
 
