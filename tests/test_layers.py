@@ -22,7 +22,7 @@ AMONG_EQUALS = {("interface", "masks"), ("masks", "errors"), ("moe", "router")}
 FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
 ALONE = ("inspector",)  # imports nothing of ringmoe
 # Its rooms, lowest first.
-ROOMS = ("__init__", "chips", "networks", "topology", "machines", "reader", "loops", "flops", "collectives", "wire",
+ROOMS = ("__init__", "guard", "chips", "networks", "topology", "machines", "reader", "loops", "flops", "collectives", "wire",
          "estimate", "timeline", "clock", "kernels", "memory", "html", "report", "inspect", "command")  # fmt: skip
 PUBLIC = ("__init__",)  # imports the public parts
 

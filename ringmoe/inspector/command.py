@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import sys
 from typing import Any
 
@@ -72,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser, command: str = "inspect") -> 
         type=_percent,
         help="exit with 1 when more of the wire time than this is exposed",
     )
+    parser.add_argument("--timeout", metavar="SECONDS", type=_positive, help="give up after so long")
+    parser.add_argument(
+        "--memory", metavar="GIB", type=_gib, help="give up when it takes more of this machine's memory (Linux; from 1)"
+    )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="no process of its own, which otherwise bears it when a compiler dies; no --timeout or --memory then",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -83,10 +93,10 @@ def main(args: argparse.Namespace) -> int:
     errors = Console(stderr=True)
     try:
         reports = _inspect_all(args, errors)
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, RuntimeError, MemoryError) as error:
         errors.print(
             "error:",
-            error,
+            error if str(error) else type(error).__name__,
             *getattr(error, "__notes__", ()),
             style="red",
             markup=False,
@@ -250,6 +260,24 @@ def _percent(text: str) -> float:
     value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text}, expected a part of the wire time such as 5% or 0.05")
+    return value
+
+
+def _positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}, expected a number above 0")
+    return value
+
+
+def _gib(text: str) -> float:
+    """GiB for a process that has to hold a compiler."""
+    value = _positive(text)
+    if value < 1 or not hasattr(resource, "prlimit"):
+        raise argparse.ArgumentTypeError(
+            f"{text}, expected 1 or more, on Linux: compilers need half of that for themselves"
+        )
     return value
 
 
