@@ -65,6 +65,12 @@ def test_the_peak_decides_not_the_sum_of_the_parts():
     assert report.peak_bytes < 15.75 * 2**30 < sum(report.memory.values())
 
 
+def test_what_a_tpu_compiler_takes_fits():
+    """v5p has 95 GiB by its documentation, and 95.7 by its compiler."""
+    report = inspector.inspect(lambda a: a[0], alone(49_900_000, 1024), target="v5p:1x1x1")
+    assert report.fits and report.peak_bytes > report.hbm_bytes
+
+
 def test_a_lowered_program_too_large_says_it_needs_its_target():
     low, mesh = lowered(chain, alone(53248, 53248), "v5e:1x1")
     with pytest.raises(ValueError, match=r"does not fit its devices' memory.*pass target="):

@@ -168,11 +168,11 @@ def _report(built: _Built, machine: machines.Target, grid: Mesh | None, seconds:
 
 
 def _oversize(built: _Built, module: reader.Module, machine: machines.Target) -> memory.Oversize | None:
-    """What does not fit: the compiler gave up, or, where it compiles any size, the peak is above the device's memory."""
+    """What does not fit: XLA:TPU gave up, or the peak is above the device's memory, where any size compiles."""
     if built.dump is not None:
         return built.dump.oversize(module, built.available or machine.hbm_bytes)
     peak = memory.peak(built.executable)
-    if peak is None or peak <= machine.hbm_bytes:
+    if peak is None or machine.kind == "tpu" or peak <= machine.hbm_bytes:
         return None
     dump = memory.dump(built.lowered) if built.lowered is not None else None
     found = dump.oversize(module, machine.hbm_bytes) if dump else memory.Oversize(peak, machine.hbm_bytes)

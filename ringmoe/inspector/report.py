@@ -75,7 +75,7 @@ class OverlapReport:
     @property
     def fits(self) -> bool | None:
         """Whether the program's memory fits the device's; None when the memory is not known."""
-        return None if self.peak_bytes is None else self.oversize is None and self.peak_bytes <= self.hbm_bytes
+        return None if self.peak_bytes is None else self.oversize is None
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Everything above but the timelines, as JSON."""
