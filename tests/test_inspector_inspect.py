@@ -64,7 +64,7 @@ def test_a_kernel_that_moves_data_itself():
         1024 * 1024 * 2,
         True,
     )
-    assert found.wire_us == pytest.approx(2 * 2**20 / 100e9 * 1e6)
+    assert found.wire_us == pytest.approx(2 * 2**20 / 100e9 * 1e6 + 1)
     assert found.exposed_us == pytest.approx(found.wire_us - found.compute_us) and found.compute_us > 0
 
 
@@ -101,6 +101,18 @@ def test_gradients_are_summed_over_the_network_between_slices_and_hosts(target):
     if target.startswith("2*"):
         assert all(c.asynchronous and c.wire_us > 100 for c in outside) and len(outside) == 2
     assert not any("host" in reason for reason in report.unestimated.values())
+
+
+@pytest.mark.parametrize(("target", "mesh"), [("2*v5e:2x2", {"a": 8}), ("6*v5e:2x2", {"a": 4, "b": 6})])
+def test_the_program_of_one_slice_is_for_its_devices(target, mesh):
+    """XLA:TPU prints what each slice runs, its devices numbered from 0, wherever the mesh puts them."""
+    for groups in ("{}", "{{0,1,2,3}}"):
+        text = (
+            "HloModule t, is_scheduled=true, num_partitions=4\n\nENTRY %e (p: f32[8]) -> f32[32] {\n  %p = f32[8] "
+            f"parameter(0)\n  ROOT %g = f32[32] all-gather(%p), replica_groups={groups}\n}}\n"
+        )
+        (found,) = inspector.inspect(text, target=target, mesh=mesh).collectives
+        assert (found.route, found.wire_bytes) == ("line of 2 x line of 2", 3 * 32)
 
 
 def case(mesh_axes=RING, width=1024):

@@ -124,6 +124,7 @@ def test_a_thousand_small_all_reduces_wait_for_their_hops():
     # Rings and trees of NCCL's quickest protocol: a launch of 6.6 us, 0.6 us a GPU, 5 us a level of the tree of hosts.
     assert hosts("h200x8").exchange("all-reduce", 1024, "{}").us == pytest.approx(6.6 + 14 * 0.6, rel=0.01)
     assert hosts("h200x64").exchange("all-reduce", 1024, "{}").us == pytest.approx(6.6 + 14 * 0.6 + 6 * 5.0, rel=0.01)
+    assert hosts("h200x64").exchange("all-to-all", 1024, "{}").us == pytest.approx(6.6 + 0.6 + 5.0, rel=0.01)
     assert hosts("h200x64").exchange("all-gather", 16, "{}").us == pytest.approx(6.6 + 56 * 0.6 + 7 * 5.0, rel=0.01)
 
 

@@ -254,8 +254,7 @@ class _Walk:
                 instruction.name,
                 "kernel moves data between devices but its cost estimate has no remote_bytes_transferred: wire time 0",
             )
-        wire = self.schedule.wire
-        us = (from_author or 0.0) / wire.target.link_bandwidth * 1e6
+        us = self.schedule.wire.neighbour(from_author).us if from_author else 0.0
         busy = self.schedule.roofline.us(instruction, self.computation)
         exposed = max(0.0, us - busy)
         self.timeline.spans.append(Span("wire", instruction.name, self.now, self.now + us))

@@ -142,9 +142,14 @@ class Wire:
             return Transfer(size, self._us(size / self._links_rate(), 0.0, 1, 0), "switch", "switch")
         if hops == 0:
             return Transfer(size, self._us(size / self.target.hbm_bandwidth, 0.0, 0, 0), "chip", "same chip")
-        route = "neighbours" if hops == 1 else f"up to {hops} hops"
-        route += f", {load} share a link" if load > 1 else ""
+        if hops == load == 1:
+            return self.neighbour(size, pairs)
+        route = f"up to {hops} hops" + (f", {load} share a link" if load > 1 else "")
         return Transfer(size, self._us(size * load / self._link_rate(), 0.0, hops, 0), pairs, route)
+
+    def neighbour(self, size: float, lane: str = "") -> Transfer:
+        """`size` bytes over one link."""
+        return Transfer(size, self._us(size / self._link_rate(), 0.0, 1, 0), lane, "neighbours")
 
     def exchange(self, kind: str, size: float, groups: str) -> Transfer:
         """A collective of `kind` over `groups` (as printed) whose operands hold `size` bytes."""
