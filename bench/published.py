@@ -86,7 +86,7 @@ _old = functools.partial(
     Run, gated=False, parallel=True, tied=True, vocab=32768, tokens=2048, kernel="flash", block=512
 )
 _RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium/"
-_offloaded = functools.partial(Run, vocab=128256, tokens=8192, remat="offload", options=tuple((GATHERS | VMEM).items()))
+_offloaded = functools.partial(Run, vocab=128256, tokens=8192, remat="offload", options=tuple(VMEM.items()))
 
 RUNS = (
     _old("16B v5e-256", "v5e:16x16", 5120, 32, 32, 32, 256, 32768, batch=6, rate=120, source=_CONFIGS + "v5e/16b.sh",

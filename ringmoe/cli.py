@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from ringmoe.inspector import command
+from ringmoe.inspector import command, guard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "inspect" and not args.in_process:
+        words = [*(sys.argv[1:] if argv is None else argv), "--in-process"]
+        return guard.run([sys.executable, "-m", "ringmoe.cli", *words], timeout=args.timeout, memory=args.memory)
     return command.main(args)
 
 

@@ -326,3 +326,18 @@ def corpus(axes):
         ),
         "name": (jax.named_call(lambda y: y * 2, name='od"d {name}, ((%x = '), x),
     }
+
+
+def data_parallel(axes, *, layers=2, width=1024, rows=1024):
+    """A step of gradient descent: weights sharded over "fsdp", rows over both axes."""
+
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    def step(weights, x):
+        return [w - 0.01 * g for w, g in zip(weights, jax.grad(loss)(weights, x), strict=True)]
+
+    weights = [spec((width, width), jnp.bfloat16, axes, "fsdp")] * layers
+    return step, weights, spec((rows, width), jnp.bfloat16, axes, ("data", "fsdp"))

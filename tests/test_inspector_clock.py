@@ -11,7 +11,8 @@ import pytest
 from ringmoe import inspector
 
 DOT = 2 * 1024 * 4096 * 4096 / 989.4e12 * 1e6
-WIRE = 4096 * 4096 * 2 / 450e9 * 1e6
+LATENCY = 8.4 + 3.4  # a launch and a step
+WIRE = LATENCY + 4096 * 4096 * 2 / (18 * 20.6e9) * 1e6
 BIG, THIN = "bf16[4096,4096]", "bf16[1024,4096]"
 PAIRS = "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}"
 
@@ -104,7 +105,9 @@ def test_two_transfers_share_their_links():
 def test_a_short_transfer_does_not_wait_for_a_long_one():
     small = f"%s = {THIN} collective-permute(%a), {PAIRS}"
     report = inspect(program(start(), small, *dots(9), done()))
-    assert report.exposed_us == pytest.approx(2 * WIRE / 4)  # both progress while the short one is under way
+    assert report.exposed_us == pytest.approx(
+        2 * (LATENCY + (WIRE - LATENCY) / 4)
+    )  # both progress while the short one is under way
 
 
 def test_opposite_ways_round_a_ring_do_not_share():
@@ -442,3 +445,67 @@ def test_what_is_sent_only_in_a_branch_that_is_not_taken_is_listed():
     found = only(report)
     assert (report.wire_us, found.counted, found.trip_count) == (0, False, 1)
     assert report.choices[0].uncounted == ("fast",)
+
+
+def between_slices(kind, target, sent="f32[1024]", got="f32[1024]", number=""):
+    """The four instructions of an exchange between slices, as XLA:TPU prints them."""
+    names = (
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous='
+        f'"r{number}",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}",is_spmd_generated="true"}}'
+    )
+    host = "channel_id=2, is_host_transfer=true"
+    return (
+        f"%x{number} = {sent} broadcast(%w)",
+        f"%t{number} = token[] after-all()",
+        f"%s{number} = ({sent}, u32[], token[]) send(%x{number}, %t{number}), {host}, {names}",
+        f"%r{number} = ({got}, u32[], token[]) recv(%t{number}), {host}, {names}",
+        f"%sd{number} = token[] send-done(%s{number}), {host}",
+        f"%rd{number} = ({got}, token[]) recv-done(%r{number}), {host}",
+    )
+
+
+TO_ALL = '"{1,2,3,4}x{0:3}"'
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name", "part", "hops"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', "all-reduce", 1, 2),
+        ("ALL_REDUCE", TO_ALL, "all-reduce", 6 / 4, 2),
+        ("ALL_REDUCE", '"{1:4}x{0:3}"', "all-reduce", 6 / 4, 2),
+        ("ALL_GATHER", TO_ALL, "all-gather", 3, 1),
+        ("REDUCE_SCATTER", TO_ALL, "reduce-scatter", 3 / 4, 1),
+        ("ALL_TO_ALL", "{{100000,100001,200000,200001}}", "all-to-all", 1 / 2, 1),
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", "all-to-all", 1 / 2, 1),
+        ("ONE_TO_ONE", "{{100000->200000},{200000->100000}}", "collective-permute", 1, 1),
+        ("SOMETHING_NEW", "nobody knows", "something_new", 1 / 2, 1),
+    ],
+)
+def test_exchanges_between_slices(kind, target, name, part, hops):
+    text = program(*between_slices(kind, target, sent=BIG, got=BIG))
+    report = inspector.inspect(text.replace("num_partitions=8", "num_partitions=4"), target="4*v5e:2x2")
+    found = only(report)
+    size = 4096 * 4096 * 2 * part
+    assert (found.kind, found.asynchronous, found.wire_bytes) == (name, True, pytest.approx(size))
+    assert found.wire_us == pytest.approx(hops * 50 + size / 3.125e9 * 1e6) and found.exposed_us == found.wire_us
+    assert found.route.startswith("network, ") and report.unestimated == {}
+
+
+def test_exchanges_between_slices_are_under_way_from_send_to_recv_done():
+    before = between_slices("ALL_REDUCE", '"{1,2}x{0:3}"', sent=BIG, got=BIG)
+    text = program(*before[:3], *dots(3), *before[3:]).replace("num_partitions=8", "num_partitions=4")
+    found = only(inspector.inspect(text, target="2*v5e:2x2"))
+    assert found.compute_us > 0 and found.exposed_us == pytest.approx(found.wire_us - found.compute_us)
+    # A recv-done without its send, and a send never received, cost what they cost and no more.
+    assert inspector.inspect(program(*before[3:]), target="2*v5e:2x4").collectives == ()
+    alone = only(inspector.inspect(program(*before[:3]), target="2*v5e:2x4"))
+    assert alone.exposed_us == alone.wire_us
+
+
+def test_links_and_the_network_are_not_shared():
+    before = between_slices("ALL_REDUCE", '"{1,2}x{0:3}"', sent=BIG, got=BIG)
+    gather = "%g = bf16[16384,4096] all-gather(%w), replica_groups={{0,1,2,3}}, dimensions={0}"
+    text = program(*before[:3], gather, *before[3:]).replace("num_partitions=8", "num_partitions=4")
+    found = {c.kind: c for c in inspector.inspect(text, target="2*v5e:2x2").collectives}
+    assert found["all-gather"].exposed_us == found["all-gather"].wire_us
+    assert found["all-reduce"].exposed_us == pytest.approx(found["all-reduce"].wire_us - found["all-gather"].wire_us)

@@ -29,8 +29,8 @@ def test_a_ring_merged_outside_its_kernel_is_exposed_on_v5p():
     assert report.exposed_fraction > 0.9 and not any(
         "splash" in name for c in report.collectives for name in c.hidden_by
     )
-    # 8 heads x 4096 x 128 bf16 over one link of 100 GB/s
-    assert report.collectives[0].wire_us == pytest.approx(8 * 4096 * 128 * 2 / 100e9 * 1e6)
+    # 8 heads x 4096 x 128 bf16 over one link of 100 GB/s, and one hop
+    assert report.collectives[0].wire_us == pytest.approx(8 * 4096 * 128 * 2 / 100e9 * 1e6 + 1)
 
 
 def test_a_ring_merged_inside_its_kernel_is_hidden_on_v5p(hidden_ring):
@@ -44,7 +44,7 @@ def test_on_a_large_v5e_slice_the_ring_is_synchronous():
     report = inspector.inspect(*programs.splash_ring(RING_32), target="v5e:4x8", mesh=RING_32)
     assert [(c.asynchronous, c.trip_count) for c in report.collectives] == [(False, 32)] * 2
     assert report.exposed_fraction == pytest.approx(1) and report.exposed_us == pytest.approx(
-        32 * 2 * 8 * 2**20 / 50e9 * 1e6
+        32 * 2 * (8 * 2**20 / 50e9 * 1e6 + 10)  # the ring's ends are ten hops apart
     )
 
 
@@ -64,7 +64,7 @@ def test_a_kernel_that_moves_data_itself():
         1024 * 1024 * 2,
         True,
     )
-    assert found.wire_us == pytest.approx(2 * 2**20 / 100e9 * 1e6)
+    assert found.wire_us == pytest.approx(2 * 2**20 / 100e9 * 1e6 + 1)
     assert found.exposed_us == pytest.approx(found.wire_us - found.compute_us) and found.compute_us > 0
 
 
@@ -84,6 +84,35 @@ def test_train_step_on_a_small_slice():
     kinds = {c.kind for c in report.collectives}
     assert {"collective-permute", "all-gather"} <= kinds and report.unknown_loops == ()
     assert {c.trip_count for c in report.collectives if c.kind == "collective-permute"} == {2 * 4}
+
+
+@pytest.mark.parametrize("target", ["2*v5e:2x2", "2*v5p:2x2x1", "h200x16"])
+def test_gradients_are_summed_over_the_network_between_slices_and_hosts(target):
+    machine = machines.target(target)
+    axes = {"data": 2, "fsdp": machine.domain}
+    report = inspector.inspect(*programs.data_parallel(axes), target=target, mesh=axes)
+    outside = [c for c in report.collectives if c.route.startswith("network, 2")]
+    inside = [c for c in report.collectives if c not in outside]
+    assert {c.kind for c in outside} == {"all-reduce"} and {"all-gather"} <= {c.kind for c in inside}
+    # Each device sums its part of two gradients, in bf16, over two slices: it sends it once.
+    assert sum(c.wire_bytes for c in outside) == pytest.approx(2 * 1024 * 1024 * 2 / machine.domain)
+    for c in outside:
+        assert c.wire_us > c.wire_bytes / machine.network_bandwidth * 1e6
+    if target.startswith("2*"):
+        assert all(c.asynchronous and c.wire_us > 100 for c in outside) and len(outside) == 2
+    assert not any("host" in reason for reason in report.unestimated.values())
+
+
+@pytest.mark.parametrize(("target", "mesh"), [("2*v5e:2x2", {"a": 8}), ("6*v5e:2x2", {"a": 4, "b": 6})])
+def test_the_program_of_one_slice_is_for_its_devices(target, mesh):
+    """XLA:TPU prints what each slice runs, its devices numbered from 0, wherever the mesh puts them."""
+    for groups in ("{}", "{{0,1,2,3}}"):
+        text = (
+            "HloModule t, is_scheduled=true, num_partitions=4\n\nENTRY %e (p: f32[8]) -> f32[32] {\n  %p = f32[8] "
+            f"parameter(0)\n  ROOT %g = f32[32] all-gather(%p), replica_groups={groups}\n}}\n"
+        )
+        (found,) = inspector.inspect(text, target=target, mesh=mesh).collectives
+        assert (found.route, found.wire_bytes) == ("line of 2 x line of 2", 3 * 32)
 
 
 def case(mesh_axes=RING, width=1024):
@@ -142,14 +171,11 @@ def test_axis_types_are_kept():
     assert seen == [P("seq", None)]
 
 
-def test_memory_that_does_not_fit():
+def test_memory_by_part():
     x = programs.spec((8, 2**30), jnp.bfloat16, {"devices": 1})
     report = inspector.inspect(lambda a: a + 1, x, target="v5p:1x1x1")
-    assert report.fits and report.peak_bytes == sum(report.memory.values()) and report.memory["arguments"] == 2**34
-    compiled_for_more = inspector.inspect(
-        lambda a: a + 1, programs.spec((2**34,), jnp.bfloat16, {"devices": 1}), target="cpu"
-    )
-    assert compiled_for_more.fits is False and "DOES NOT FIT" in str(compiled_for_more)
+    assert report.fits and report.memory["arguments"] == report.memory["results"] == 2**34
+    assert report.peak_bytes == pytest.approx(2**35, rel=1e-3)
 
 
 def test_reads_well(hidden_ring):
@@ -228,15 +254,6 @@ def test_what_does_not_compile_raises_its_own_error():
         error=TypeError,
     )
     assert any("target 'v5e:2x2', mesh {'devices': 4}" in note for note in error.__notes__)
-    big = programs.spec((2**38,), jnp.bfloat16, {"devices": 1})
-    error = raises(
-        "RESOURCE_EXHAUSTED",
-        lambda a: a + 1,
-        big,
-        target="v5e:1x1",
-        error=jax.errors.JaxRuntimeError,
-    )
-    assert any("target 'v5e:1x1'" in note for note in error.__notes__)
 
 
 @pytest.mark.parametrize(

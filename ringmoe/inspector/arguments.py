@@ -6,6 +6,7 @@ import inspect as python_inspect
 import math
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -124,6 +125,16 @@ def positive(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0 such as 1.2e15")
+    return value
+
+
+def gib(text: str) -> float:
+    """GiB for a process that has to hold a compiler."""
+    value = positive(text)
+    if value < 1 or not hasattr(resource, "prlimit"):
+        raise argparse.ArgumentTypeError(
+            f"{text}, expected 1 or more, on Linux: compilers need half of that for themselves"
+        )
     return value
 
 

@@ -101,9 +101,10 @@ def _gpu(
     link_gb_s: float,
     sheet: str,
     kinds: tuple[str, ...],
+    shapes: tuple[str, ...] = ("", "x8", "x64"),
 ) -> Chip:
-    """An NVIDIA GPU from its data sheet; 18 NVLinks to a switch that connects all GPUs of the
-    host."""
+    """An NVIDIA GPU from its data sheet; 18 NVLinks to a switch that connects all GPUs of its
+    domain, see networks.py."""
     rates = {
         "bf16": bf16,
         "f16": bf16,
@@ -132,7 +133,7 @@ def _gpu(
         MappingProxyType(sources),
         1,
         kinds,
-        ("", "x8"),
+        shapes,
     )
 
 
@@ -191,6 +192,20 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             ("NVIDIA H200",),
         ),
         "b200": _gpu(2250, 4500, 1125, 75, 37, 9000, 191503138816, 8000, 50, "HGX B200", ("NVIDIA B200",)),
+        "gb200": _gpu(
+            2500,
+            5000,
+            1250,
+            80,
+            40,
+            10000,
+            197897748480,
+            8000,
+            50,
+            "GB200 NVL72",
+            ("NVIDIA GB200",),
+            ("", "x8", "x72", "x144"),
+        ),
         "cpu": Chip(
             "cpu",
             MappingProxyType({"bf16": 0.35 * _TERA, "f32": 0.17 * _TERA}),

@@ -16,6 +16,7 @@ from ringmoe.inspector.collectives import (
     collective_kind,
     flow,
     post_order,
+    slice_exchange,
     wrapped,
 )
 from ringmoe.inspector.estimate import Cost, Roofline
@@ -211,7 +212,7 @@ class _Walk:
         elif instruction.name in self.later:
             return
         elif instruction.is_host_transfer:
-            self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
+            self._by_host(instruction)
         elif opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
         elif opcode in ("while", "conditional", "call"):
@@ -286,7 +287,7 @@ class _Walk:
                 f"{what!r} looks like communication of a kind that isn't known: timed as if its operands were sent once",
             )
         queue = inner.config.get("collective_backend_config")
-        asynchronous = instruction.opcode.endswith("-start") or kind in ("send", "recv")
+        asynchronous = instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv")
         if instruction.opcode == "fusion":
             asynchronous = "AsyncCollectiveStart" in home.targets
             if self.schedule.roofline.work(instruction, self.computation).flops:
@@ -309,6 +310,20 @@ class _Walk:
         if not asynchronous:
             self.wait(flight)
 
+    def _by_host(self, instruction: Instruction) -> None:
+        """A transfer with the host. Exchanges between slices go that way, under way from their send to their
+        recv-done; others have no figure."""
+        ends = self.computation.by_name.get(instruction.operands[0]) if instruction.operands else None
+        exchange = slice_exchange(instruction) or (ends and slice_exchange(ends))
+        if not exchange:
+            self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
+        elif instruction.opcode == "send":
+            self._communicate(instruction, exchange.kind)
+            self.flights[exchange.key] = self.flights.pop(instruction.name)
+        elif instruction.opcode == "recv-done":
+            if exchange.key in self.flights:
+                self.wait(self.flights[exchange.key])
+
     def _remote_dma(self, instruction: Instruction) -> None:
         """A Pallas kernel that sends data itself: it takes as long as the slower of its compute and
         its wire."""
@@ -318,8 +333,7 @@ class _Walk:
                 instruction.name,
                 "kernel moves data between devices but its cost estimate has no remote_bytes_transferred: wire time 0",
             )
-        wire = self.schedule.wire
-        us = (from_author or 0.0) / wire.target.link_bandwidth * 1e6
+        us = self.schedule.wire.neighbour(from_author).us if from_author else 0.0
         self.timeline.spans.append(Span("wire", instruction.name, self.now, self.now + us))
         busy = self._work(instruction)
         exposed = max(0.0, us - busy)
@@ -461,4 +475,5 @@ class _Walk:
 def _share(one: Transfer, other: Transfer) -> bool:
     """Whether two transfers use the same links. Permutes by different pairs are taken to use
     different ones."""
-    return one.lane == other.lane or "all" in (one.lane, other.lane)
+    lanes = {one.lane, other.lane}
+    return len(lanes) == 1 or ("all" in lanes and "network" not in lanes)

@@ -1,9 +1,31 @@
 """Which instructions communicate, and which computations run as part of the schedule."""
 
-from ringmoe.inspector.reader import STARTS, Computation, Instruction, Module
+import dataclasses
+import functools
+import re
+
+from ringmoe.inspector.reader import PERMUTE, STARTS, Computation, Instruction, Module, split
 
 _WRAPPERS = (*STARTS, "fusion", "fusion-start")
 _LEVELS = 4  # a start inside a start: XLA:TPU prints two for the SparseCore
+# What XLA:TPU's runtime for several slices calls its exchanges, and what they are called elsewhere.
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": PERMUTE,
+}
+_SLICE = 100_000  # device number / this is the number of its slice
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceExchange:
+    """An exchange between slices, which the host carries out: `key` is the same on its send and its recv."""
+
+    key: str
+    kind: str
+    slices: int
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:
@@ -21,6 +43,30 @@ def collective_kind(module: Module, instruction: Instruction) -> str:
     kind, root = collective.exchange, inside.root
     sliced = root is not None and root.opcode == "dynamic-slice" and root.operands[:1] == (collective.name,)
     return "reduce-scatter" if kind == "all-reduce" and sliced else kind
+
+
+def slice_exchange(instruction: Instruction) -> SliceExchange | None:
+    """The exchange between slices that a send starts or a recv ends; None for anything else."""
+    if instruction.opcode not in ("send", "recv") or "_xla_megascale_transfer_type" not in instruction.tail:
+        return None
+    parts = split(instruction.attributes.get("frontend_attributes", "{}")[1:-1])
+    found = {key.strip(): value.strip('"') for key, _, value in (part.partition("=") for part in parts)}
+    kind = found.get("_xla_megascale_transfer_type", "")
+    slices = _slices(found.get("_xla_megascale_target", ""))
+    return SliceExchange(
+        found.get("_xla_host_transfer_rendezvous", ""), _BETWEEN_SLICES.get(kind, kind.lower()), slices
+    )
+
+
+@functools.cache
+def _slices(target: str) -> int:
+    """Slices in one group of "{1,2}x{0:7}" (slices, then devices of each), of "{{100000,200000},...}" (devices) or of
+    "{{100000->200000},...}" (pairs)."""
+    groups = re.findall(r"\{([\d,:\s>-]+)\}", target)
+    if target.startswith("{{"):
+        return max((len({int(n) // _SLICE for n in re.findall(r"\d+", group)}) for group in groups), default=2)
+    ranges = re.findall(r"(\d+)(?::(\d+))?", groups[0] if groups else "")
+    return max(2, sum(int(last or first) - int(first) + 1 for first, last in ranges))
 
 
 def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:

@@ -75,6 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser, command: str = "inspect") -> 
     limits.add_argument(
         "--tolerance", metavar="PERCENT", type=arguments.percent, default=0.03, help="what --baseline allows (3%%)"
     )
+    add("--timeout", metavar="SECONDS", type=arguments.positive, help="give up after so long")
+    add(
+        "--memory",
+        metavar="GIB",
+        type=arguments.gib,
+        help="give up when it takes more of this machine's memory (Linux; from 1)",
+    )
+    add(
+        "--in-process",
+        action="store_true",
+        help="no process of its own, which otherwise bears it when a compiler dies; no --timeout or --memory then",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -89,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         if not isinstance(error, (ValueError, ImportError, RuntimeError, OSError)):
             traceback.print_exc()  # the program's own: where in it
         notes = getattr(error, "__notes__", ())
-        text = " ".join(words.plain(line) for line in (f"error: {error}", *notes))
+        text = " ".join(words.plain(line) for line in (f"error: {error or type(error).__name__}", *notes))
         errors.print(text, style="red", markup=False, highlight=False)
         return 2
 

@@ -140,6 +140,7 @@ _FREE_CALLS = frozenset(
         "MoveToDevice",
         "AssumeGatherIndicesInBound",
         "xla.sdy.FuncResultSharding",
+        "SliceId",
     }
 )
 _NO_MODEL = "COST_MODEL_TYPE_INVALID"

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ringmoe.inspector import kernels as kernel_costs
-from ringmoe.inspector import machines, reader
+from ringmoe.inspector import machines, memory, reader
 from ringmoe.inspector.axes import Axes
 from ringmoe.inspector.clock import Schedule
 from ringmoe.inspector.estimate import Roofline
@@ -49,12 +49,13 @@ def inspect(
       progress: called with a line when a step begins.
 
     Returns:
-      OverlapReport, per device and run.
+      OverlapReport, per device and run; of a program too large for the device's memory too, as far as the compiler
+      came: it then says what is alive at the peak.
 
     Raises:
       ValueError: text that is not scheduled HLO, an unknown target, a mesh whose size is not the
         target's, no target for text, arguments for a program that is compiled already.
-      Exception: what compiling the function raised, with a note that names the target.
+      Exception: what compiling raised, with a note that names the target, or asks for it.
     """
     say = progress or (lambda line: None)
     _check(program, len(args) + len(kwargs))
@@ -62,24 +63,46 @@ def inspect(
         dumps = stack.enter_context(kernel_costs.dumping()) if kernels else None
         started = time.perf_counter()
         if isinstance(program, (str, os.PathLike)):
-            compiled, text, machine, grid = None, _read(program), *_machine_for_text(target, mesh)
+            built, machine, grid = _Built(_read(program)), *_machine_for_text(target, mesh)
         elif _is_stage(program):
             say("compiling")
-            stage: Any = program
-            compiled = stage.compile() if hasattr(stage, "compile") else stage
-            text, machine, grid = compiled.as_text(), *_machine_of(compiled, target, mesh)
+            built = _build(program) if hasattr(program, "compile") else _Built(program.as_text(), program)
+            machine, grid = _machine_of(built, target, mesh)
         else:
             machine, grid = _machine_for(target, mesh, (args, kwargs))
             say(f"compiling for {machine.name}")
-            compiled = _compile(program, args, kwargs, machine, grid)
-            text = compiled.as_text()
-        seconds = time.perf_counter() - started if compiled is not None else None
+            built = _compile(program, args, kwargs, machine, grid)
+        seconds = time.perf_counter() - started if built.lowered or built.executable else None
         say("reading the schedule")
-        report = _report(text, machine, grid, compiled, seconds)
+        report = _report(built, machine, grid, seconds)
         if dumps is None:
             return report
-        names = frozenset(_pallas_tpu_kernels(text)) if compiled is not None else frozenset()
+        names = frozenset(_pallas_tpu_kernels(built.text)) if built.executable is not None else frozenset()
         return dataclasses.replace(report, kernels=kernel_costs.read(dumps, names))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """A compiled program as far as there is one: its text, the executable, what it was compiled from, and what the
+    compiler says of its memory when it was too much."""
+
+    text: str
+    executable: Any = None
+    lowered: Any = None
+    dump: memory.Dump | None = None
+    available: int | None = None
+
+
+def _build(lowered: Any) -> _Built:
+    """Compiles; a program that does not fit the device's memory as far as the compiler goes."""
+    try:
+        executable = lowered.compile()
+        return _Built(executable.as_text(), executable, lowered)
+    except jax.errors.JaxRuntimeError as error:
+        dump = memory.dump(lowered) if memory.lacks_memory(error) else None
+        if dump is None:
+            raise
+        return _Built(dump.text, None, lowered, dump, memory.available(error))
 
 
 def _check(program: Any, num_arguments: int) -> None:
@@ -108,11 +131,9 @@ def _pallas_tpu_kernels(text: str) -> list[str]:
     ]
 
 
-def _report(
-    text: str, machine: machines.Target, grid: Mesh | None, compiled: Any, seconds: float | None
-) -> OverlapReport:
+def _report(built: _Built, machine: machines.Target, grid: Mesh | None, seconds: float | None) -> OverlapReport:
     """Reads and times a schedule."""
-    module, printed_by = reader.parse(text), reader.platform(text)
+    module, printed_by = reader.parse(built.text), reader.platform(built.text)
     if printed_by not in ("", machine.kind):
         raise ValueError(
             f"the program was compiled for a {printed_by.upper()}, target {machine.name!r} is a {machine.kind.upper()}: "
@@ -123,9 +144,9 @@ def _report(
             f"the program is for {module.num_devices} devices, target {machine.name!r} has "
             f"{machine.num_devices}: pass the target and mesh it was compiled for"
         )
-    coords: list[tuple[int, ...]] = [()] * machine.num_devices
-    if machine.torus:
-        coords = machine.coords(list(grid.devices.flat) if grid is not None else machine.devices())
+    coords = machine.coords(list(grid.devices.flat) if grid is not None else None)
+    if module.num_devices <= machine.domain:  # the program of one slice, which all slices run
+        coords = [place for place in coords if place[0] == coords[0][0]]
     roofline = Roofline(module, machine)
     shape = {str(name): size for name, size in grid.shape.items()} if grid is not None else {}
     schedule = Schedule(module, roofline, Wire(machine, coords), Axes(shape))
@@ -134,7 +155,7 @@ def _report(
     collectives = tuple(c for timeline in timelines for c in timeline.collectives)
     counted = [c for c in collectives if c.counted]
     running = [timeline for timeline in timelines if timeline.counted]
-    memory = _memory(compiled)
+    oversize = _oversize(built, module, machine)
     return OverlapReport(
         program=module.name,
         target=machine.name,
@@ -149,16 +170,17 @@ def _report(
         peak_flops=machine.matmul_flops["bf16"],
         bound_us=_bound_us(running),
         operations=longest(timelines, _OPERATIONS),
-        peak_bytes=sum(memory.values()) if memory else None,
+        peak_bytes=oversize.needed_bytes if oversize else memory.peak(built.executable),
         hbm_bytes=machine.hbm_bytes,
-        memory=memory,
+        memory=memory.parts(built.executable),
         unestimated=roofline.unestimated,
         unknown_loops=tuple(schedule.unknown_loops),
         choices=tuple(schedule.choices),
-        xla_optimal_us=_optimal_us(compiled),
+        xla_optimal_us=_optimal_us(built.executable),
         once_us=sum(timeline.own_us for timeline in timelines),
         timelines=timelines,
         compile_seconds=seconds,
+        oversize=oversize,
     )
 
 
@@ -169,6 +191,18 @@ def _bound_us(timelines: list[Timeline]) -> dict[str, float]:
         for bound, us in timeline.bound_us.items():
             total[bound] = total.get(bound, 0.0) + us * timeline.trip_count
     return total
+
+
+def _oversize(built: _Built, module: reader.Module, machine: machines.Target) -> memory.Oversize | None:
+    """What does not fit: XLA:TPU gave up, or the peak is above the device's memory, where any size compiles."""
+    if built.dump is not None:
+        return built.dump.oversize(module, built.available or machine.hbm_bytes)
+    peak = memory.peak(built.executable)
+    if peak is None or machine.kind == "tpu" or peak <= machine.hbm_bytes:
+        return None
+    dump = memory.dump(built.lowered) if built.lowered is not None else None
+    found = dump.oversize(module, machine.hbm_bytes) if dump else memory.Oversize(peak, machine.hbm_bytes)
+    return dataclasses.replace(found, needed_bytes=peak)
 
 
 def _is_stage(program: Any) -> bool:
@@ -198,9 +232,15 @@ def _machine_for_text(target: str | None, mesh: Any) -> tuple[machines.Target, M
     return machine, _grid(machine, mesh) if mesh is not None else None
 
 
-def _machine_of(compiled: Any, target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:
+def _machine_of(built: _Built, target: str | None, mesh: Any) -> tuple[machines.Target, Mesh | None]:
     """Target and mesh of a compiled program: those asked for, else those of its own shardings."""
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    if built.executable is None and target is None:
+        raise ValueError(
+            "the program does not fit its devices' memory, and does not say which they are before it is compiled: "
+            "pass target=, one of ringmoe.targets(), and mesh= for a report"
+        )
+    compiled = built.executable
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)) if compiled is not None else []
     own = next(
         (s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)),
         None,
@@ -248,7 +288,7 @@ def _grid(machine: machines.Target, mesh: Any, kinds: Mapping[str, AxisType] | N
     return machine.mesh(mesh, axis_types=tuple((kinds or {}).get(name, AxisType.Auto) for name in names))
 
 
-def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> Any:
+def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> _Built:
     """Compiles for the mesh, with every argument's sharding moved onto it."""
 
     def place(leaf: Any) -> Any:
@@ -275,7 +315,7 @@ def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, gr
     lower = getattr(function, "lower", None) or jax.jit(function).lower
     try:
         with jax.set_mesh(grid):
-            return lower(*args, **kwargs).compile()
+            return _build(lower(*args, **kwargs))
     except Exception as error:
         error.add_note(
             f"while compiling {getattr(function, '__name__', 'the function')} for target "
@@ -283,19 +323,6 @@ def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, gr
             f"{dict(grid.shape)}"
         )
         raise
-
-
-def _memory(compiled: Any) -> dict[str, int]:
-    """Bytes on one device by part, from the compiler's memory analysis; {} when there is none."""
-    stats = compiled.memory_analysis() if compiled is not None else None
-    if stats is None:
-        return {}
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,  # aliased ones lie in the arguments
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
 
 
 def _optimal_us(compiled: Any) -> float | None:

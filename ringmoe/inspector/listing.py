@@ -20,6 +20,8 @@ def print_targets(console: Console) -> None:
         "HBM rate",
         "links",
         "link, one way",
+        "joined by links",
+        "network, one way",
     ):
         table.add_column(title, justify="left" if title == "chip" else "right")
     groups = {
@@ -39,19 +41,25 @@ def print_targets(console: Console) -> None:
             f"{one.hbm_bandwidth / 1e9:.4g} GB/s",
             str(one.num_links),
             f"{one.link_bandwidth / 1e9:.4g} GB/s",
+            f"{machines.NETWORKS[chip].domain} GPUs" if one.kind == "gpu" else "a slice" if one.kind == "tpu" else "",
+            f"{one.network_bandwidth / 1e9:.4g} GB/s",
         )
     console.print(
-        "Dense FLOP/s, memory and bandwidth of one device; links of one chip.",
+        "Dense FLOP/s, memory, bandwidth and network of one device; links of one chip.",
         table,
         "",
         sep="\n",
         highlight=False,
     )
-    console.print("Names for --target (libtpu takes other TPU shapes too, and a GPU name any count, as h200x4):")
+    console.print(
+        "Names for --target (libtpu takes other TPU shapes too; 2*v5p:4x4x4 is two slices; a GPU name takes any count "
+        "that links join, as h200x4, and whole multiples of that, as h200x24):"
+    )
     for names in groups.values():
         console.print("  " + "  ".join(names), highlight=False)
     console.print("\nWhere the figures come from:")
-    for chip, spec in machines.CHIPS.items():
-        for source in dict.fromkeys(spec.sources.values()):
-            figures = ", ".join(name for name, value in spec.sources.items() if value == source)
+    for chip, names in groups.items():
+        sources = machines.target(names[0]).sources
+        for source in dict.fromkeys(sources.values()):
+            figures = ", ".join(name for name, value in sources.items() if value == source)
             console.print(f"  {chip}: {figures}: {source}", highlight=False, markup=False)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ringmoe.inspector import html, record, tables, trace, words
 from ringmoe.inspector.kernels import Kernel
+from ringmoe.inspector.memory import Oversize
 from ringmoe.inspector.timeline import Choice, Collective, Operation, Timeline
 
 SCHEMA = "ringmoe.report/2"  # of the JSON; report.schema.json describes it
@@ -31,10 +32,11 @@ class OverlapReport:
       peak_flops: bf16 matmul FLOP/s of one device.
       bound_us: compute time by the roof it touches: "matrix", "vector", "memory".
       operations: the longest operations and waits, those that take most of the run first.
-      peak_bytes: the compiler's memory analysis (arguments, results, temporaries, code); None for
-        text.
-      hbm_bytes: memory of one device. fits: peak_bytes <= hbm_bytes, None when peak is unknown.
-      memory: the parts of peak_bytes by name.
+      peak_bytes: most bytes in use at once by the compiler's memory analysis, which decides whether the program fits;
+        None for text.
+      hbm_bytes: memory of one device. fits: whether the peak does, None when it is unknown.
+      memory: arguments, results, temporaries and code; they may add up to more than the peak, as not all of them are
+        alive at once. {} when the compiler gave up.
       unestimated: instruction -> why its time or bytes had no model (it is timed by the bytes it
         touches).
       unknown_loops: loops whose trip count the text does not tell; counted once.
@@ -48,6 +50,7 @@ class OverlapReport:
       compile_seconds: time the compiler took; None when given compiled.
       model_flops: FLOPs that the model itself needs for one run on all devices, when the user
         tells: `dataclasses.replace(report, model_flops=1.2e15)`.
+      oversize: of a program that does not fit, how much too much and what is alive at the peak.
     """
 
     program: str
@@ -75,6 +78,7 @@ class OverlapReport:
     choices: tuple[Choice, ...] = ()
     compile_seconds: float | None = None
     model_flops: float | None = None
+    oversize: Oversize | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "OverlapReport":
@@ -120,7 +124,7 @@ class OverlapReport:
     @property
     def fits(self) -> bool | None:
         """Whether the program's memory fits the device's; None when the memory is not known."""
-        return None if self.peak_bytes is None else self.peak_bytes <= self.hbm_bytes
+        return None if self.peak_bytes is None else self.oversize is None
 
     @property
     def by_kind(self) -> tuple[dict[str, Any], ...]:
@@ -146,6 +150,7 @@ class OverlapReport:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "timelines"}
         for name in ("collectives", "operations", "kernels", "choices"):
             fields[name] = [dataclasses.asdict(entry) for entry in fields[name]]
+        fields["oversize"] = dataclasses.asdict(self.oversize) if self.oversize else None
         derived = ("exposed_share", "exposed_fraction", "hfu", "mfu", "fits", "by_kind")
         return {"schema": SCHEMA} | fields | {name: getattr(self, name) for name in derived}
 
@@ -171,6 +176,8 @@ class OverlapReport:
         yield Text(self.verdict())
         yield Text(self.utilisation_line())
         yield Text(self.memory_line(), style="red" if self.fits is False else "")
+        if self.oversize is not None and self.oversize.buffers:
+            yield tables.buffers(self.oversize.buffers[:_OPERATIONS])
         if self.collectives:
             yield tables.kinds(self.by_kind, self.us)
             waited = sorted(self.collectives, key=lambda c: -c.total_us)
@@ -222,6 +229,9 @@ class OverlapReport:
         if self.peak_bytes is None:
             return f"memory not known from text; a device has {words.size(self.hbm_bytes)}"
         parts = ", ".join(f"{name} {words.size(size)}" for name, size in self.memory.items() if size)
+        if self.oversize is not None:
+            least = f"{words.size(self.oversize.needed_bytes)} of {words.size(self.oversize.available_bytes)} a device"
+            return f"{least}: DOES NOT FIT, {words.size(self.oversize.excess_bytes)} too much{f' ({parts})' if parts else ''}"
         return (
             f"{words.size(self.peak_bytes)} of {words.size(self.hbm_bytes)} a device: "
             f"{'fits' if self.fits else 'DOES NOT FIT'} ({parts})"

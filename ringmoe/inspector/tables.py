@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ringmoe.inspector.kernels import Kernel
+from ringmoe.inspector.memory import Buffer
 from ringmoe.inspector.timeline import Collective, Operation
-from ringmoe.inspector.words import count, label, mesh, percent, plain, size, time
+from ringmoe.inspector.words import count, label, mesh, percent, plain, runs, size, time
 
 WIDE = 110  # columns from which a terminal has room for every column of a table
 
@@ -28,7 +29,7 @@ def kinds(rows: Iterable[dict[str, Any]], us: float) -> Table:
     table = _table("in all", "runs>", "bytes>", "wire>", "exposed>", "of a step>")
     for row in rows:
         exposed = row["exposed_us"]
-        values = (f"{row['executions']}x", size(row["bytes"]), time(row["wire_us"]), time(exposed))
+        values = (runs(row["executions"]), size(row["bytes"]), time(row["wire_us"]), time(exposed))
         share = percent(exposed / us if us else 0.0)
         _add(table, row["kind"], *values, share, style=_tone(exposed, row["wire_us"]))
     return table
@@ -42,7 +43,7 @@ def collectives(rows: Sequence[Collective], wide: bool) -> Table:
     for c in rows:
         row = [c.name if c.name.startswith(c.kind) else f"{c.kind} {c.name}"]
         row += [] if wide else ["yes" if c.asynchronous else "NO"]
-        row += [size(c.wire_bytes), f"{c.trip_count}x", time(c.wire_us), time(c.exposed_us)]
+        row += [size(c.wire_bytes), runs(c.trip_count), time(c.wire_us), time(c.exposed_us)]
         if wide:
             row.append(
                 f"{time(c.compute_us)}, {', '.join(behind(c))}" if c.compute_us else "" if c.asynchronous else "SYNC"
@@ -99,6 +100,14 @@ def trials(rows: Sequence[Any], shown: int = 12) -> Table:
         table.add_row(*(Text(cell, no_wrap=True) for cell in cells), Text(plain(trial.reason)), style=style)
     if len(rows) > shown:
         table.caption = f"... and {len(rows) - shown} more"
+    return table
+
+
+def buffers(rows: Iterable[Buffer]) -> Table:
+    """What is alive at the peak of a program that doesn't fit."""
+    table = _table("made by", "alive at the peak>", "shape")
+    for buffer in rows:
+        _add(table, label(buffer.op_name, buffer.name), size(buffer.bytes), buffer.shape)
     return table
 
 

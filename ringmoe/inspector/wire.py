@@ -1,17 +1,28 @@
 """What one collective puts on the wire, and how long the wire of a target takes for it.
 
-Bytes per device and exchange, n devices in a group, B bytes of operands:
+    us = min over protocols( launch + links x link_us + hops x network_us + max(L / links' rate, N / network's rate) / share )
 
-    collective-permute, collective-broadcast, recv    B
-    all-to-all, ragged-all-to-all, reduce-scatter     B (n - 1) / n
-    all-gather                                        B (n - 1)
-    all-reduce                                        2 B (n - 1) / n
+for n devices in a group, m of them in each of d domains (slices, or GPUs behind one switch), B bytes of operands:
 
-Behind a switch, time is bytes over all links of a device. On a torus a permute is routed dimension
-by dimension, the shorter way round, and the fullest link decides; a gather or reduction streams
-over every link that its group spans; an all-to-all is bound by the cut through the middle of its
-longest dimension. Latency is not modelled: a transfer of a few kilobytes takes longer than said
-here. A ragged-all-to-all counts as if its buffers were full and even.
+    kind                                      L: on links     N: on the network    links: steps    hops
+    collective-permute, recv                  B x load        B                    longest route   1
+    collective-broadcast                      B               B / m                reach           1
+    all-to-all, ragged-all-to-all             B (n - 1) / n   B (d - 1) / d        reach           1
+    reduce-scatter                            B (n - 1) / n   B (d - 1) / (m d)    reach           d - 1
+    all-gather                                B (n - 1)       B (d - 1)            reach           d - 1
+    all-reduce                                twice reduce-scatter's               2 x reach       2 log2 d
+
+Without a second domain N and hops are 0. L is also what is reported as bytes sent by a device, or N where only the
+network is used.
+
+Behind a switch L goes over all links of a device; reach is 1 for a broadcast and an all-to-all, else the n - d steps of
+a ring (of an all-reduce m - 1: its domains are joined by a tree). On a torus a permute is routed dimension by dimension,
+the shorter way round, and the fullest link decides; a gather or reduction streams over every link that its group spans;
+an all-to-all is bound by the cut through the middle of its longest dimension; reach is the sum over dimensions of half a
+ring or all of a line. Each device has its share of its host's network, even when its neighbours send nothing.
+
+XLA:TPU splits what spans slices by itself: links inside, and a transfer by the host between slices (`_between_slices`),
+which is all network, in one hop, an all-reduce in two. A ragged-all-to-all counts as if its buffers were full and even.
 """
 
 import collections
@@ -22,6 +33,7 @@ import re
 
 import numpy as np
 
+from ringmoe.inspector.collectives import SliceExchange, slice_exchange
 from ringmoe.inspector.machines import Target
 from ringmoe.inspector.reader import PERMUTE, Computation, Instruction
 
@@ -54,7 +66,7 @@ def replica_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         shape, dims, order = ([int(n) for n in (part or "").split(",") if n] for part in iota.groups())
-        if math.prod(shape) == math.prod(dims) <= 2**24:
+        if 0 < math.prod(shape) == math.prod(dims) <= 2**24:
             ids = np.arange(math.prod(dims)).reshape(dims)
             ids = ids.transpose(order) if sorted(order) == list(range(len(dims))) else ids
             return [tuple(row) for row in ids.reshape(shape[0], -1).tolist()]
@@ -71,7 +83,7 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     listed = re.search(r"device_ids=\(?\[?([\d,\s]+)", description)
     ids = [int(n) for n in listed.group(1).split(",") if n.strip()] if listed else []
     grid = np.array(ids) if len(ids) == total else np.arange(min(total, 2**24))
-    if not sizes or len(grid) != total:
+    if not sizes or not total or len(grid) != total:
         return [tuple(range(num_devices))]
     axes, dims = [], []
     picked = {
@@ -79,7 +91,7 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     }
     for name, size in sizes.items():
         before, part = picked.get(name, (1, 1))
-        if size % (before * part):
+        if not before * part or size % (before * part):
             before, part = 1, size
         dims += [before, part, size // before // part]
         axes.append(len(dims) - 2)
@@ -92,8 +104,7 @@ class Wire:
 
     Args:
       target: whose links.
-      coords: place on the torus of each device, in the order of the program's device numbers; see
-        `Target.coords`.
+      coords: place of each device, in the order of the program's device numbers; see `Target.coords`.
     """
 
     def __init__(self, target: Target, coords: list[tuple[int, ...]]):
@@ -104,9 +115,11 @@ class Wire:
 
     def transfer(self, instruction: Instruction, computation: Computation, kind: str) -> Transfer:
         """The transfer that one collective instruction of this kind starts."""
-        attributes = instruction.attributes
+        attributes, between = instruction.attributes, slice_exchange(instruction)
         sizes = (computation.by_name[name].shape.bytes for name in instruction.operands if name in computation.by_name)
         size = sum(sizes)
+        if between is not None:
+            return self._between_slices(size, between)
         if kind in (PERMUTE, "recv") or "source_target_pairs" in attributes:
             if kind == "recv":
                 # A device of a ring gets what it sends; counted here, where the program waits.
@@ -121,78 +134,136 @@ class Wire:
 
     def permute(self, size: float, pairs: str) -> Transfer:
         """`size` bytes from each source to its target; `pairs` as printed, "{{0,1},{1,0}}"."""
-        hops, load = self._permute_load(pairs)
+        hops, load, crosses = self._permute_load(pairs)
+        if crosses:
+            us = self._us(size / self._links_rate(), size / self.target.network_bandwidth, 0, 1)
+            return Transfer(size, us, "network", "network")
         if not self.target.torus:
-            return Transfer(size, _us(size, self._all_links()), "switch", "switch")
+            return Transfer(size, self._us(size / self._links_rate(), 0.0, 1, 0), "switch", "switch")
         if hops == 0:
-            return Transfer(size, _us(size, self.target.hbm_bandwidth), "chip", "same chip")
-        route = "neighbours" if hops == 1 else f"up to {hops} hops"
-        route += f", {load} share a link" if load > 1 else ""
-        return Transfer(size, _us(size * load, self.target.link_bandwidth), pairs, route)
+            return Transfer(size, self._us(size / self.target.hbm_bandwidth, 0.0, 0, 0), "chip", "same chip")
+        if hops == load == 1:
+            return self.neighbour(size, pairs)
+        route = f"up to {hops} hops" + (f", {load} share a link" if load > 1 else "")
+        return Transfer(size, self._us(size * load / self._link_rate(), 0.0, hops, 0), pairs, route)
+
+    def neighbour(self, size: float, lane: str = "") -> Transfer:
+        """`size` bytes over one link."""
+        return Transfer(size, self._us(size / self._link_rate(), 0.0, 1, 0), lane, "neighbours")
 
     def exchange(self, kind: str, size: float, groups: str) -> Transfer:
         """A collective of `kind` over `groups` (as printed) whose operands hold `size` bytes."""
-        n, bandwidth, cut, spans = self._span(groups)
-        factor = {
-            "all-gather": n - 1,
-            "all-reduce": 2 * (n - 1) / n,
-            "collective-broadcast": float(n > 1),
-        }
-        wire_bytes = size * factor.get(kind, (n - 1) / n)
-        if kind.endswith("all-to-all") and self.target.torus and cut:
-            return Transfer(wire_bytes, _us(size * cut, self.target.link_bandwidth), "all", spans)
-        return Transfer(wire_bytes, _us(wire_bytes, bandwidth), "all" if self.target.torus else "switch", spans)
+        span = self._span(groups)
+        n, domains, twice = span.size, span.domains, 2 if kind == "all-reduce" else 1
+        spread = {"all-gather": n - 1, "collective-broadcast": float(n > 1)}
+        wire_bytes = twice * size * spread.get(kind, (n - 1) / n)
+        lane = "network" if domains > 1 else "all" if self.target.torus else "switch"
+        if n == 1:
+            return Transfer(0.0, 0.0, lane, span.route)
+        hops = math.ceil(math.log2(domains)) if kind == "all-reduce" else domains - 1
+        links = span.reach
+        if not self.target.torus:
+            links = n // domains - 1 if kind == "all-reduce" else n - domains
+        if kind.endswith("all-to-all") or kind == "collective-broadcast":
+            links, hops = links if self.target.torus else 1, min(hops, 1)
+        seconds = wire_bytes / span.rate
+        if kind.endswith("all-to-all") and span.cut:
+            seconds = size * span.cut / self._link_rate()
+        network = _network_bytes(kind, size, n // domains, domains) / self.target.network_bandwidth
+        return Transfer(wire_bytes, self._us(seconds, network, twice * links, twice * hops), lane, span.route)
 
-    def _all_links(self) -> float:
-        return self.target.num_links * self.target.link_bandwidth
+    def _between_slices(self, size: float, between: SliceExchange) -> Transfer:
+        """An exchange of `size` bytes a device that goes over the network alone."""
+        sent = _network_bytes(between.kind, size, 1, between.slices)
+        hops = 2 if between.kind == "all-reduce" else 1
+        us = self._us(0.0, sent / self.target.network_bandwidth, 0, hops)
+        return Transfer(sent, us, "network", f"network, {between.slices} slices")
 
-    def _permute_load_uncached(self, pairs: str) -> tuple[int, int]:
-        """Longest route in hops, and how many routes share the fullest link."""
+    def _us(self, link_seconds: float, network_seconds: float, links: int, hops: int) -> float:
+        """Microseconds by the protocol that is fastest for these times at full rate, and these steps."""
+        us = 1e6 * max(link_seconds, network_seconds)
+        return min(p.launch_us + links * p.link_us + hops * p.network_us + us / p.share for p in self.target.protocols)
+
+    def _link_rate(self) -> float:
+        return self.target.link_bandwidth * self.target.link_share
+
+    def _links_rate(self) -> float:
+        return self.target.num_links * self._link_rate()
+
+    def _permute_load_uncached(self, pairs: str) -> tuple[int, int, bool]:
+        """Longest route in hops, how many routes share the fullest link, and whether any leaves its domain."""
         links: collections.Counter = collections.Counter()
-        longest = 0
+        longest, crosses = 0, False
         for source, destination in _PAIR.findall(pairs):
             if max(int(source), int(destination)) >= len(self.coords):
                 continue
-            place, end, hops = list(self.coords[int(source)]), self.coords[int(destination)], 0
+            (domain, *place), (other, *end) = self.coords[int(source)], self.coords[int(destination)]
+            if domain != other:
+                crosses = True
+                continue
+            hops = 0
             for dim, length in enumerate(self.target.torus):
                 distance = end[dim] - place[dim]
                 if self.target.wraps[dim]:
                     distance = (distance + (length - 1) // 2) % length - (length - 1) // 2
                 step = 1 if distance > 0 else -1
                 for _ in range(abs(distance)):
-                    links[(*place, dim, step)] += 1
+                    links[(domain, *place, dim, step)] += 1
                     place[dim] = (place[dim] + step) % length
                 hops += abs(distance)
             longest = max(longest, hops)
-        return longest, max(links.values(), default=0)
+        return longest, max(links.values(), default=0), crosses
 
-    def _span_uncached(self, groups: str) -> tuple[int, float, float, str]:
-        """Group size, bytes/s into a device, all-to-all cut load per operand byte, and words; of
-        the slowest group."""
-        slowest = None
+    def _span_uncached(self, groups: str) -> "_Span":
+        """The slowest group."""
+        spans = []
         for group in replica_groups(groups, len(self.coords)):
             places = [self.coords[i] for i in group if i < len(self.coords)]
-            found = (max(len(group), 1), *self._reach(places))
-            slowest = min(slowest, found, key=lambda f: f[1]) if slowest else found
-        return slowest or (1, self._all_links(), 0.0, "")
+            spans.append(self._reach(max(len(group), 1), places))
+        return min(spans, key=lambda span: (-span.domains, span.rate, -span.size, -span.reach))
 
-    def _reach(self, places: list[tuple[int, ...]]) -> tuple[float, float, str]:
-        """Bytes/s, cut load and words for one group of devices at these places."""
+    def _reach(self, size: int, places: list[tuple[int, ...]]) -> "_Span":
+        """The span of one group of devices at these places."""
+        domains = len({place[0] for place in places}) or 1
+        beyond = f"network, {domains} {'slices' if self.target.torus else 'hosts'}"
         if not self.target.torus or not places:
-            return self._all_links(), 0.0, "switch"
-        links, cut, words = 0, 0.0, []
+            return _Span(size, domains, self._links_rate(), route=beyond if domains > 1 else "switch")
+        links, cut, reach, words = 0, 0.0, 0, []
         per_chip = len(places) / len(set(places))
-        for dim, length in enumerate(self.target.torus):
+        for dim, length in enumerate(self.target.torus, 1):
             extent = len({place[dim] for place in places})
             if extent > 1:
-                ring = self.target.wraps[dim] and extent == length
+                ring = self.target.wraps[dim - 1] and extent == length
                 links += 2 if ring else 1
+                reach += extent // 2 if ring else extent - 1
                 cut = max(cut, per_chip * extent / (8 if ring else 4))
                 words.append(f"{'ring' if ring else 'line'} of {extent}")
-        if not links:
-            return self.target.hbm_bandwidth, 0.0, "same chip"
-        return links * self.target.link_bandwidth, cut, " x ".join(words)
+        words += [beyond] if domains > 1 else []
+        rate = links * self._link_rate() if links else self.target.hbm_bandwidth
+        return _Span(size, domains, rate, cut, reach, " x ".join(words) or "same chip")
 
 
-def _us(size: float, bandwidth: float) -> float:
-    return size / bandwidth * 1e6
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """How far a group of devices reaches: bytes/s into a device, an all-to-all's load on the fullest cut per operand
+    byte, and links from end to end (of a torus)."""
+
+    size: int
+    domains: int
+    rate: float
+    cut: float = 0.0
+    reach: int = 0
+    route: str = ""
+
+
+def _network_bytes(kind: str, size: float, each: int, domains: int) -> float:
+    """Bytes that one device puts on the network, `each` devices of the group being in every domain."""
+    if domains == 1:
+        return 0.0
+    return size * {
+        "all-gather": domains - 1,
+        "reduce-scatter": (domains - 1) / (each * domains),
+        "all-reduce": 2 * (domains - 1) / (each * domains),
+        "collective-broadcast": 1 / each,
+        "collective-permute": 1,
+    }.get(kind, (domains - 1) / domains)

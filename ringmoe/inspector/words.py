@@ -33,6 +33,11 @@ def count(number: float) -> str:
     return f"{number:.0f} "
 
 
+def runs(number: float) -> str:
+    """How often something runs; a mean over iterations has a tenth."""
+    return f"{round(number, 1):.9g}x"
+
+
 def percent(part: float) -> str:
     """A part of 1: whole percents from 10 % on, tenths below."""
     return f"{part:.0%}" if part >= 0.0995 or not part else f"{part:.1%}"
