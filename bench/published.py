@@ -10,6 +10,7 @@ that. One rule predicts all rows; `Run.fitted` tells the rows that the rule's co
 import argparse
 import dataclasses
 import functools
+import pathlib
 import sys
 import time
 from typing import Any
@@ -251,19 +252,16 @@ def program(run: Run):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="rows whose name contains one of these; all without")
-    parser.add_argument("--keep", help="folder for the programs' HLO text")
+    parser.add_argument("--keep", help="folder for the reports")
     args = parser.parse_args()
     for run in RUNS:
         if args.names and not any(name in run.name for name in args.names):
             continue
         started = time.perf_counter()
         function, arguments, mesh = program(run)
-        with jax.set_mesh(mesh):
-            compiled = function.lower(*arguments).compile()
+        report = ringmoe.inspect(function, *arguments, target=run.target, mesh=mesh)
         if args.keep:
-            with open(f"{args.keep}/{run.name.replace(' ', '-')}.txt", "w") as file:
-                file.write(compiled.as_text())
-        report = ringmoe.inspect(compiled, target=run.target, mesh=mesh)
+            pathlib.Path(args.keep, run.name.replace(" ", "-")).with_suffix(".json").write_text(report.to_json())
         print(f"{run.name}: predicted {report.us / 1e6:.2f} s, published {run.seconds:.2f} s, ratio "
               f"{report.us / 1e6 / run.seconds:.3f}; waiting {report.exposed_us / 1e6:.2f} s, {report.peak_bytes / 2**30:.1f} "
               f"GiB; {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip

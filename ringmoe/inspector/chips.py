@@ -68,8 +68,7 @@ def _tpu(
         "hbm_bandwidth": documented,
         "num_links": documented + " (ICI ports)",
         "link_bandwidth": documented + " (bidirectional ICI bandwidth / ports / 2)",
-        "vector_flops": f"derived: {cores} cores x 8 x 128 lanes x 4 ALUs x {clock_ghz} GHz",
-        "matrix_unit": documented + "; clock_hz: derived, bf16 rate / (units x side^2 x 2)",
+        "vector_flops": f"derived: {cores} cores x 8 x 128 lanes x 4 ALUs x {clock_ghz} GHz (bf16 rate / 2 / matrix units)",
     }
     shapes = _SHAPES_2D if links == 4 else _SHAPES_3D
     return Chip(
