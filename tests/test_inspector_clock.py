@@ -4,8 +4,6 @@ On h200x8 here: `dot` of 1024 x 4096 by 4096 x 4096 in bf16 takes DOT us, a perm
 bf16 takes WIRE us.
 """
 
-import json
-
 import pytest
 
 from ringmoe import inspector
@@ -408,7 +406,7 @@ def test_branches_that_differ_are_told_and_what_is_not_counted_named():
     assert "at most: c counts its slowest branch of fast" in str(report) and "NOT counted though sending: fast" in str(
         report
     )
-    assert json.loads(report.to_json())["choices"][0]["uncounted"] == ["fast"]
+    assert inspector.OverlapReport.from_json(report.to_json()).choices == report.choices
 
 
 def test_the_cost_of_a_branch_is_that_of_all_it_calls():
@@ -497,7 +495,7 @@ def test_exchanges_between_slices_are_under_way_from_send_to_recv_done():
     found = only(inspector.inspect(text, target="2*v5e:2x2"))
     assert found.compute_us > 0 and found.exposed_us == pytest.approx(found.wire_us - found.compute_us)
     # A recv-done without its send, and a send never received, cost what they cost and no more.
-    assert inspector.inspect(program(*before[3:]), target="2*v5e:2x4").collectives == ()
+    assert inspector.inspect(program(before[1], *before[3:4], *before[5:]), target="2*v5e:2x4").collectives == ()
     alone = only(inspector.inspect(program(*before[:3]), target="2*v5e:2x4"))
     assert alone.exposed_us == alone.wire_us
 

@@ -46,22 +46,22 @@ def test_times_and_collectives_that_changed():
 
 
 def test_collectives_are_matched_by_place_before_bytes_and_by_bytes_before_nothing():
-    before = report(gather("a", "one"), gather("b", "two"), gather("c", "three", 2))
-    after = report(gather("b", "two", 4), gather("a", "renamed"), gather("c", "three", 2))
+    before = report(gather("ga", "one"), gather("gb", "two"), gather("gc", "three", 2))
+    after = report(gather("gb", "two", 4), gather("ga", "renamed"), gather("gc", "three", 2))
     found = inspector.diff(before, after)
     assert not found.added and not found.removed
     ((one, other),) = found.changed
-    assert (one.name, other.name) == ("b", "b") and one.wire_bytes != other.wire_bytes
-    apart = inspector.diff(report(gather("a", "one")), report(gather("b", "two", 4)))
+    assert (one.name, other.name) == ("gb", "gb") and one.wire_bytes != other.wire_bytes
+    apart = inspector.diff(report(gather("ga", "one")), report(gather("gb", "two", 4)))
     assert len(apart.removed) == len(apart.added) == 1 and not apart.changed
-    other_kind = inspector.diff(before, report(gather("a", "one", kind="all-reduce")))
+    other_kind = inspector.diff(before, report(gather("ga", "one", kind="all-reduce")))
     assert len(other_kind.removed) == 3 and len(other_kind.added) == 1
 
 
 def test_equal_collectives_are_matched_in_order():
-    before = report(gather("a", "one"), gather("b", "one"))
+    before = report(gather("ga", "one"), gather("gb", "one"))
     found = inspector.diff(before, report(gather("x", "one")))
-    assert [c.name for c in found.removed] == ["b"] and found.added == ()
+    assert [c.name for c in found.removed] == ["gb"] and found.added == ()
 
 
 def test_operations_that_got_slower_or_faster():

@@ -211,9 +211,11 @@ def test_cost_estimates():
     call = '%r = f32[4] custom-call(%x), custom_call_target="tpu_custom_call"'
     line = f"{call}, backend_config={config}"
     found, roofline = work(line)
-    assert found == estimate.Work({"bf16": 1000}, 40, 100) and roofline.unestimated == {}
+    assert found == estimate.Work({"f32_highest": 1000}, 40, 100) and roofline.unestimated == {}
+    narrow = line.replace("f32[4] custom", "bf16[4] custom").replace("(%x)", "(%x, %narrow)")
+    assert work(f"%narrow = bf16[4] parameter(1)\n  {narrow}")[0].flops == {"bf16": 1000}
     broken = work(line.replace('"1000"', '"lots"'))[0]
-    assert broken.flops == {"bf16": 0}
+    assert broken.flops == {"f32_highest": 0}
 
 
 def test_cublas_counts_from_its_shapes():

@@ -46,12 +46,12 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
-        (("guarded:fine",), 0, "a run ="),
+        (("guarded:fine",), 0, "a step ="),
         (("guarded:dies",), 2, "the compiler died of SIGABRT: what it wrote last"),
         (("guarded:dies", "--memory", "16"), 2, "SIGABRT; it had --memory 16 GiB"),
         (("guarded:hangs", "--timeout", "0.5"), 2, "stopped after --timeout 0.5 seconds"),
         (("guarded:hungry", "--memory", "1.5"), 2, "error: Unable to allocate 2.00 GiB"),
-        (("guarded:hungry", "--memory", "16"), 0, "a run ="),
+        (("guarded:hungry", "--memory", "16"), 0, "a step ="),
         (("guarded:nothing",), 2, "cannot be loaded"),
     ],
 )

@@ -100,7 +100,7 @@ def test_only_the_longest_operations_of_a_computation_are_kept_but_all_are_summe
 def test_flops_of_kernels_and_of_branches():
     kernel = 'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
     kernel += '{"cost_estimate":{"flops":"5000","transcendentals":"0","bytes_accessed":"8"}}}'
-    report = inspector.inspect(program(f"%k = {THIN} {kernel}"), target="h200x8")
+    report = inspector.inspect(program(f"%k = {THIN} {kernel}"), target="v5e:2x4")
     assert report.flops == 5000
     branch = "%{0} (x: {1}) -> {1} {{\n  %x = {1} parameter(0)\n{2}\n}}\n\n"
     body = f"  ROOT %d = {BIG} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ringmoe import inspector
+from ringmoe.inspector.memory import Oversize
 from ringmoe.inspector.search import Trial
 from tests import inspector_programs as programs
 from tests.test_inspector_command import here, run  # noqa: F401  a fixture
@@ -52,7 +53,7 @@ def test_a_limit_spreads_over_the_shapes():
 def test_reasons():
     report = looped()
     assert Trial({}, report).reason.startswith("waits ") and "collective-permutes over seq" in Trial({}, report).reason
-    large = dataclasses.replace(report, peak_bytes=2 * report.hbm_bytes)
+    large = dataclasses.replace(report, peak_bytes=2 * report.hbm_bytes, oversize=Oversize(2, 1))
     assert Trial({}, large).reason.startswith("does not fit: needs ")
     calm = dataclasses.replace(report, collectives=())
     assert Trial({}, calm).reason == "computes: bound by matrix"

@@ -319,7 +319,9 @@ class _Walk:
             self.schedule.roofline.name(instruction.name, "transfer to or from the host: no figure for that link")
         elif instruction.opcode == "send":
             self._communicate(instruction, exchange.kind)
-            self.flights[exchange.key] = self.flights.pop(instruction.name)
+            flight = self.flights.pop(instruction.name)
+            flight.key = exchange.key
+            self.flights[exchange.key] = flight
         elif instruction.opcode == "recv-done":
             if exchange.key in self.flights:
                 self.wait(self.flights[exchange.key])

@@ -22,7 +22,7 @@ def load(text: str) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the type `kind`: a dataclass, tuple[T, ...], dict[str, T], a union with None, or a plain type.
+    """`value` as the type `kind`: a dataclass, tuple[T, ...], tuple[T, U], dict[str, T], a union with None, or a plain type.
 
     Args:
       where: the place in the text, for the message.
@@ -35,13 +35,15 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else decode(arguments[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _decode_fields(kind, value, where)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list) and arguments[-1] is not ... and len(arguments) == len(value):
+        return tuple(decode(one, entry, where) for one, entry in zip(arguments, value, strict=True))
+    if origin is tuple and isinstance(value, list) and arguments[-1] is ...:
         return tuple(decode(arguments[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], entry, f"{where}[{key[:40]!r}]") for key, entry in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST:
         value = float(value)
-    if type(value) is not kind or (kind in (int, float) and not abs(value) < _LARGEST):
+    if type(value) is not kind or (isinstance(value, (int, float)) and not abs(value) < _LARGEST):
         raise ValueError(f"{where} is {shown(value)}, expected {_described(kind)}: the text was cut or edited")
     return value
 

@@ -69,7 +69,7 @@ def operations(rows: Iterable[Operation], us: float, wide: bool) -> Table:
         row = [label(o.op_name, o.name), time(o.total_us), percent(o.total_us / us if us else 0.0), o.bound]
         if wide:
             rate = count(o.flops / o.us * 1e6).strip() if o.flops and o.us else ""
-            row += [time(o.us), f"{o.trip_count}x", rate, o.name]
+            row += [time(o.us), runs(o.trip_count), rate, o.name]
         _add(table, *row, o.source, style="red" if o.bound == "wire" else "")
     return table
 
