@@ -32,7 +32,7 @@ REDUCES = {"xla_tpu_enable_data_parallel_all_reduce_opt": True, "xla_tpu_data_pa
 V5P = {"xla_tpu_overlap_compute_collective_tc": True, "xla_enable_async_all_gather": True,
        "xla_tpu_megacore_fusion_allow_ags": False, "xla_enable_async_collective_permute": True,
        "xla_tpu_enable_ag_backward_pipelining": True}  # fmt: skip
-VMEM = {"xla_tpu_scoped_vmem_limit_kib": 98304}
+V6E = {"xla_tpu_scoped_vmem_limit_kib": 98304, "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1000000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ _old = functools.partial(
     Run, gated=False, parallel=True, tied=True, vocab=32768, tokens=2048, kernel="flash", block=512
 )
 _RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium/"
-_offloaded = functools.partial(Run, vocab=128256, tokens=8192, remat="offload", options=tuple(VMEM.items()))
+_offloaded = functools.partial(Run, vocab=128256, tokens=8192, remat="offload", options=tuple(V6E.items()))
 
 RUNS = (
     _old("16B v5e-256", "v5e:16x16", 5120, 32, 32, 32, 256, 32768, batch=6, rate=120, source=_CONFIGS + "v5e/16b.sh",

@@ -16,6 +16,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from ringmoe.masks import Band
 
@@ -45,8 +46,8 @@ class AttentionSpec:
 class Offsets(NamedTuple):
     """Global position of the first local query and of the first local key: int32 scalars, may be traced."""
 
-    query: jax.Array | int
-    key: jax.Array | int
+    query: jax.Array | np.integer | int
+    key: jax.Array | np.integer | int
 
 
 class Extras(NamedTuple):

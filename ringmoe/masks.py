@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ringmoe.errors import check
 
@@ -82,6 +83,21 @@ class Band:
         if self.queries is not None:
             last = jnp.where(start < self.queries, jnp.asarray(last, jnp.int32), 0)
         return first, last
+
+    def met(self, queries: int, keys: int, block_q: int, block_k: int, apart: int | None) -> int:
+        """Pairs in the blocks that have a seen pair, of so many queries and keys.
+
+        Args:
+          apart: position of the first query less that of the first key; None where only the run knows, for the most there are.
+        """
+        if apart is None:
+            if self.left is None or self.right is None:
+                return queries * keys
+            return queries * min(keys, (1 + -(-(block_q + self.left + self.right) // block_k)) * block_k)
+        start = np.arange(0, queries, block_q) + apart
+        first = 0 if self.left is None else (start - self.left) // block_k * block_k
+        last = keys if self.right is None else -(-(start + block_q + self.right) // block_k) * block_k
+        return block_q * int(np.maximum(np.clip(last, 0, keys) - np.clip(first, 0, keys), 0).sum())
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
         """True where every query of the block sees every key of it (no masking needed)."""

@@ -9,6 +9,7 @@ cost estimate. What has no model is timed by the bytes it touches and named in
 """
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -323,9 +324,7 @@ class Roofline:
         A branch that only the run decides counts as taken; if its author's estimate has fewer FLOPs than that (he knows what
         a mask leaves), everything is scaled to his.
         """
-        call = instruction.config.get("custom_call_config")
-        body = call.get("body") if isinstance(call, dict) and instruction.target == "tpu_custom_call" else None
-        counted = mosaic.count(body, self.matrix_unit) if isinstance(body, str) and self.matrix_unit else None
+        counted = self._bodies.get(_body(instruction))
         if counted is None:
             return None
         total = sum(counted.flops.values())
@@ -341,6 +340,13 @@ class Roofline:
             cost.get("bytes_accessed", 0.0) or touched,
             part * total,
         )
+
+    @functools.cached_property
+    def _bodies(self) -> dict[str, mosaic.Count | None]:
+        """What is counted of each kernel of the module, by its body."""
+        calls = (i for c in self.module.computations.values() for i in c.instructions if i.opcode == "custom-call")
+        bodies = tuple(dict.fromkeys(filter(None, map(_body, calls))))
+        return dict(zip(bodies, mosaic.counts(bodies, self.matrix_unit))) if bodies and self.matrix_unit else {}
 
     def _operands(self, instruction: Instruction, computation: Computation) -> list[Shape]:
         by_name = computation.by_name
@@ -424,6 +430,13 @@ class Roofline:
         if inside.root is not None and inside.root.name in origin:
             reads[origin[inside.root.name]] = math.inf
         return reads
+
+
+def _body(instruction: Instruction) -> str:
+    """The program of a Pallas TPU kernel as its instruction carries it, or ""."""
+    call = instruction.config.get("custom_call_config") if instruction.target == "tpu_custom_call" else None
+    body = call.get("body") if isinstance(call, dict) else None
+    return body if isinstance(body, str) else ""
 
 
 def _update_of(output: Instruction | None, inside: Computation) -> Shape | None:

@@ -4,6 +4,9 @@ A kernel's HLO instruction carries its body: Mosaic MLIR, one function of the gr
 its matmuls and vector operations are counted, along the path that every step of the grid takes: scalars are evaluated from
 the grid's indices, so a branch that depends on them alone is taken or not, as on the chip. Where a scalar comes from memory
 (an offset that only the run knows) the costlier branch counts, and `Count.known` is False.
+
+Bodies may come with a text from anywhere, and MLIR's reader can die of a broken one: they are read in a process of their own,
+which is this file run as a program.
 """
 
 import base64
@@ -11,14 +14,18 @@ import binascii
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import operator
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxlib.mlir import ir
 
+_SECONDS = 120
 _STEPS = 4096  # steps of the grid that are walked one by one; of more, evenly spaced ones
 _PREFIX = "stable_mosaic."
 _VECTOR = re.compile(r"vector<((?:\d+x)*)([a-z]\w*)>")
@@ -83,17 +90,30 @@ class _Cost:
         return sum(self.padded.values()) / 128 + self.vector + 4 * self.transcendental
 
 
-@functools.lru_cache(256)
-def count(body: str, matrix_unit: int) -> Count | None:
-    """Counts a kernel.
+@functools.lru_cache(64)
+def counts(bodies: tuple[str, ...], matrix_unit: int) -> tuple[Count | None, ...]:
+    """Counts kernels.
 
     Args:
-      body: `custom_call_config.body` of its instruction: MLIR bytecode in base64.
+      bodies: `custom_call_config.body` of their instructions: MLIR bytecode in base64.
       matrix_unit: rows (and columns) of the chip's matrix unit.
 
     Returns:
-      None when it isn't a body, or one of a form that isn't known here.
+      One for each; None for what isn't a body, or one of a form that isn't known here. All None when reading one of them was
+      fatal or took minutes.
     """
+    words = [sys.executable, "-I", __file__, str(matrix_unit)]
+    try:
+        done = subprocess.run(
+            words, input=json.dumps(bodies), capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+    except subprocess.SubprocessError:
+        return (None,) * len(bodies)
+    return tuple(None if found is None else Count(**found) for found in json.loads(done.stdout))
+
+
+def _count(body: str, matrix_unit: int) -> Count | None:
+    """Counts one kernel, in this process."""
     try:
         context = ir.Context()
         context.allow_unregistered_dialects = True
@@ -121,7 +141,8 @@ class _Kernel:
         free = self._free_dims()
         walked = [range(1) if dim in free else range(n) for dim, n in enumerate(self.grid)]
         number = math.prod(len(dim) for dim in walked)
-        for step in itertools.islice(itertools.product(*walked), 0, None, -(-number // _STEPS)):
+        stride = -(-number // _STEPS)
+        for step in itertools.islice(itertools.product(*walked), stride // 2, None, stride):
             values: dict[Any, int | None] = {self.block.arguments[dim]: index for dim, index in enumerate(step)}
             total.add(self._run(self.block, values))
             steps += 1
@@ -217,8 +238,10 @@ class _Kernel:
             key = "f32_highest" if "fp32" in precision else "f32"
         fill = lambda n: -(-n // self.matrix_unit) * self.matrix_unit
         cost.flops[key] = cost.flops.get(key, 0.0) + 2.0 * groups * rows * depth * columns
-        # The weights that stay in the unit are a square of contracted by last dim; a row of the other side goes by each cycle.
-        filled = min(rows * fill(columns), fill(rows) * columns) * fill(depth)
+        # Of one side a square of the unit's size stays while rows of the other go by, one a cycle; a new square comes in in as
+        # many cycles as it has rows.
+        side = self.matrix_unit
+        filled = min(max(rows, side) * fill(columns), fill(rows) * max(columns, side)) * fill(depth)
         cost.padded[key] = cost.padded.get(key, 0.0) + 2.0 * groups * filled
 
 
@@ -258,3 +281,8 @@ def _shape(text: str) -> tuple[tuple[int, ...], str]:
 
 def _elements(text: str) -> float:
     return float(math.prod(_shape(text)[0])) if _VECTOR.match(text) else 0.0
+
+
+if __name__ == "__main__":
+    _found = [_count(body, int(sys.argv[1])) for body in json.load(sys.stdin)]
+    print(json.dumps([None if found is None else dataclasses.asdict(found) for found in _found]))

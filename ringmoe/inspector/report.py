@@ -108,13 +108,13 @@ class OverlapReport:
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation: `flops` over what the device's bf16 matmul rate does in the time of a run. What is
+        """Hardware FLOPs utilisation, `flops` over what the device's bf16 matmul rate does in the time of a run. What is
         computed twice counts twice; fp8 and int8 can pass 1."""
         return self._utilisation(self.flops)
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation: the same of a device's share of `model_flops`; None when that is not given."""
+        """Model FLOPs utilisation, the same of a device's share of `model_flops`; None when that is not given."""
         return None if self.model_flops is None else self._utilisation(self.model_flops / max(self.num_devices, 1))
 
     def _utilisation(self, flops: float) -> float:
@@ -128,7 +128,7 @@ class OverlapReport:
 
     @property
     def by_kind(self) -> tuple[dict[str, Any], ...]:
-        """All executions of the counted collectives, by kind: `kind`, `executions`, `bytes` that one device sends, `wire_us`,
+        """All executions of the counted collectives, by kind; of each `kind`, `executions`, `bytes` of a device, `wire_us`,
         `exposed_us`; the longest waited for first."""
         kinds: dict[str, dict[str, Any]] = {}
         for c in self.collectives:

@@ -49,7 +49,7 @@ def search(
     """Compiles a program for each shape of a mesh over a machine's devices.
 
     Args:
-      make: mesh -> (function, *arguments), as `ringmoe inspect MODULE:FUNCTION` calls it.
+      make: mesh -> (function, arguments...), as `ringmoe inspect MODULE:FUNCTION` calls it.
       target: a name of `ringmoe.targets()`.
       axes: names of the mesh's axes; each shape gives them sizes whose product is the number of devices.
       limit: the most shapes to compile, spread over all of them; None is all.

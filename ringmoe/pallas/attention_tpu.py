@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -114,6 +115,8 @@ def forward(
     block_q, block_k = config.blocks(t, s)
     num_q, num_k = t // block_q, s // block_k
 
+    pairs = spec.band.met(t, s, block_q, block_k, _apart(at))
+
     def q_block(b, n, i, j, offsets):
         return b, n, i, 0
 
@@ -141,14 +144,19 @@ def forward(
         input_output_aliases={4: 0, 5: 1, 6: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=4 * q.size * s,
-            transcendentals=b * n * t * s,
+            flops=4 * b * n * pairs * h,
+            transcendentals=b * n * pairs,
             bytes_accessed=_nbytes(q, *state, *state) + n // kv_heads * num_q * _nbytes(k, v),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_forward",
     )(_scalars(*at), q, k, v, *state)
     return State(*new)
+
+
+def _apart(at: Offsets) -> int | None:
+    """How far the first query is from the first key, None where only the run knows."""
+    return None if any(isinstance(x, jax.core.Tracer) for x in at) else int(at.query) - int(at.key)
 
 
 def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l, *, spec, chunk):
@@ -232,7 +240,7 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
     row_spec = pl.BlockSpec((None, None, 1, block_q), lse_block)
     dq_spec = pl.BlockSpec((None, None, block_q, h), dq_block)
     dq, dk, dv = grads.dq, grads.dk, grads.dv
-    pairs = b * kv_heads * run * block_q * s
+    pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, _apart(at)) // t
     new = pl.pallas_call(
         functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan import AttentionPlan
@@ -79,7 +80,7 @@ class _Blocks:
         self.plan = plan
         self.gathered = plan.exchange == "all_gather"
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
-        self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else jnp.int32(0)
+        self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else np.int32(0)
         self.batch = query.shape[:-3]
         self.whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
 

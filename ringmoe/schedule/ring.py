@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ringmoe.plan import Ring
 
@@ -29,7 +30,7 @@ def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
     Per hop and device, `block` goes over the wire once, `owed` once from the second hop on and once at the end.
     """
     size, devices = ring.size, ring.devices
-    me = jax.lax.axis_index(ring.axes) if size > 1 else jnp.int32(0)
+    me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
 
     def send(tree, distance=1):
         pairs = [(devices[i], devices[(i + distance) % size]) for i in range(size)]
