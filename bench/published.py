@@ -261,7 +261,7 @@ def main() -> int:
         function, arguments, mesh = program(run)
         report = ringmoe.inspect(function, *arguments, target=run.target, mesh=mesh)
         if args.keep:
-            pathlib.Path(args.keep, run.name.replace(" ", "-")).with_suffix(".json").write_text(report.to_json())
+            pathlib.Path(args.keep, f"{run.name.replace(' ', '-')}.json").write_text(report.to_json())
         print(f"{run.name}: predicted {report.us / 1e6:.2f} s, published {run.seconds:.2f} s, ratio "
               f"{report.us / 1e6 / run.seconds:.3f}; waiting {report.exposed_us / 1e6:.2f} s, {report.peak_bytes / 2**30:.1f} "
               f"GiB; {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip

@@ -1,15 +1,12 @@
 """Which axes of the mesh a collective goes over, read from its device groups or pairs."""
 
 import functools
-import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from ringmoe.inspector.reader import Instruction
-from ringmoe.inspector.wire import replica_groups
-
-_PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
+from ringmoe.inspector.wire import replica_groups, source_target_pairs
 
 
 class Axes:
@@ -34,10 +31,7 @@ class Axes:
 
     def _spanned_uncached(self, text: str, grouped: bool) -> tuple[str, ...]:
         total = int(np.prod(self.sizes))
-        if grouped:
-            exchanges = replica_groups(text, total)[:1]
-        else:
-            exchanges = [(int(a), int(b)) for a, b in _PAIR.findall(text)]
+        exchanges = replica_groups(text, total)[:1] if grouped else source_target_pairs(text)
         spanned: set[str] = set()
         for devices in exchanges:
             if max(devices) < total:

@@ -1,6 +1,7 @@
 """What each chip can do per second, from its maker's public figures."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -155,6 +156,8 @@ _SHAPES_3D = (
     "16x16x24",
 )
 
+_hopper = functools.partial(_gpu, 989.4, 1978.9, 494.7, 66.9, 66.9, 1978.9)
+
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         "v4": _tpu(275, 275, 32, 1228, 6, 50, 2, 1.05, "TPU v4", ("TPU v4",), devices_per_chip=2),
@@ -164,32 +167,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         "tpu7x": _tpu(
             2307, 2307, 192, 7380, 6, 100, 2, 2.2, "TPU7x", ("TPU7x",), fp8=4614, devices_per_chip=2, matrix_unit=256
         ),
-        "h100": _gpu(
-            989.4,
-            1978.9,
-            494.7,
-            66.9,
-            66.9,
-            1978.9,
-            85520809984,
-            3350,
-            25,
-            "H100 SXM5",
-            ("NVIDIA H100",),
-        ),
-        "h200": _gpu(
-            989.4,
-            1978.9,
-            494.7,
-            66.9,
-            66.9,
-            1978.9,
-            151397597184,
-            4800,
-            25,
-            "H200 SXM",
-            ("NVIDIA H200",),
-        ),
+        "h100": _hopper(85520809984, 3350, 25, "H100 SXM5", ("NVIDIA H100",)),
+        "h200": _hopper(151397597184, 4800, 25, "H200 SXM", ("NVIDIA H200",)),
         "b200": _gpu(2250, 4500, 1125, 75, 37, 9000, 191503138816, 8000, 50, "HGX B200", ("NVIDIA B200",)),
         "gb200": _gpu(
             2500,

@@ -69,7 +69,6 @@ class Schedule:
             )
         self.module, self.roofline, self.wire, self.axes = module, roofline, wire, axes
         self.unknown_loops: list[str] = []
-        self._trips: dict[tuple[str, str], float] = {}
         self.timelines: dict[str, Timeline] = {}
         self.choices: list[Choice] = []
         self._wire: dict[str, float] = {}  # of one run of each computation, all that it calls included
@@ -104,7 +103,7 @@ class Schedule:
         for computation in reversed(order):
             here, timeline = runs[computation.name], self.timelines[computation.name]
             most = here or possible[computation.name]
-            timeline.trip_count, timeline.counted = int(most) if most.is_integer() else most, here > 0 or not most
+            timeline.stamp(int(most) if most.is_integer() else most, here > 0 or not most)
             for instruction in computation.instructions:
                 inside, taken = flow(self.module, instruction), self.taken(instruction)
                 times = self.times(instruction, computation) if inside else 0
@@ -113,7 +112,6 @@ class Schedule:
                     possible[name] += most * times
                 if len(inside) > 1 and instruction.opcode == "conditional":
                     self._choose(instruction, timeline, inside, taken[0])
-            timeline.stamp(timeline.trip_count, timeline.counted)
 
     def _choose(self, instruction: Instruction, timeline: Timeline, inside: tuple[str, ...], taken: str) -> None:
         """Notes a conditional whose branches differ in time or in what they send."""

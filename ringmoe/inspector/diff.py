@@ -147,7 +147,7 @@ def _by_place(operations: Iterable[Operation]) -> dict[tuple[str, str, str], flo
 
 def _described(c: Collective) -> str:
     over = f" over {'+'.join(c.axes)}" if c.axes else ""
-    what = f"{c.kind}{over} of {words.size(c.wire_bytes)}, {c.trip_count}x, waits {words.time(c.total_us)}"
+    what = f"{c.kind}{over} of {words.size(c.wire_bytes)}, {words.runs(c.trip_count)}, waits {words.time(c.total_us)}"
     return what + ("" if c.asynchronous else ", synchronous") + (f" ({words.label(c.op_name, c.name)})")
 
 

@@ -223,10 +223,6 @@ class Roofline:
             return 0.0
         return int(window["estimated_cycles"]) / self.clock_hz
 
-    def us(self, instruction: Instruction, computation: Computation) -> float:
-        """Microseconds of one instruction, see `cost`."""
-        return self.cost(instruction, computation).us
-
     def work(self, instruction: Instruction, computation: Computation) -> Work:
         """What the instruction computes and moves."""
         opcode = instruction.opcode

@@ -74,10 +74,11 @@ def inspect(
             built = _compile(program, args, kwargs, machine, grid)
         seconds = time.perf_counter() - started if built.lowered or built.executable else None
         say("reading the schedule")
-        report = _report(built, machine, grid, seconds)
+        module = reader.parse(built.text)
+        report = _report(built, module, machine, grid, seconds)
         if dumps is None:
             return report
-        names = frozenset(_pallas_tpu_kernels(built.text)) if built.executable is not None else frozenset()
+        names = frozenset(_pallas_tpu_kernels(module)) if built.executable is not None else frozenset()
         return dataclasses.replace(report, kernels=kernel_costs.read(dumps, names))
 
 
@@ -120,20 +121,21 @@ def _check(program: Any, num_arguments: int) -> None:
         )
 
 
-def _pallas_tpu_kernels(text: str) -> list[str]:
-    """HLO names of the Pallas kernels in the text."""
-    computations = reader.parse(text).computations.values()
+def _pallas_tpu_kernels(module: reader.Module) -> list[str]:
+    """HLO names of the Pallas kernels in the program."""
     return [
         i.name
-        for c in computations
+        for c in module.computations.values()
         for i in c.instructions
         if i.opcode == "custom-call" and i.target == "tpu_custom_call"
     ]
 
 
-def _report(built: _Built, machine: machines.Target, grid: Mesh | None, seconds: float | None) -> OverlapReport:
+def _report(
+    built: _Built, module: reader.Module, machine: machines.Target, grid: Mesh | None, seconds: float | None
+) -> OverlapReport:
     """Reads and times a schedule."""
-    module, printed_by = reader.parse(built.text), reader.platform(built.text)
+    printed_by = reader.platform(built.text)
     if printed_by not in ("", machine.kind):
         raise ValueError(
             f"the program was compiled for a {printed_by.upper()}, target {machine.name!r} is a {machine.kind.upper()}: "

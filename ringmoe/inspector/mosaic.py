@@ -41,7 +41,6 @@ _SCALARS: Mapping[str, Any] = {
     "arith.addi": operator.add, "arith.subi": operator.sub, "arith.muli": operator.mul, "arith.andi": operator.and_,
     "arith.ori": operator.or_, "arith.xori": operator.xor, "arith.minsi": min, "arith.maxsi": max,
     "arith.divsi": lambda a, b: int(a / b) if b else None, "arith.remsi": lambda a, b: int(math.fmod(a, b)) if b else None,
-    "arith.select": lambda condition, a, b: a if condition else b,
 }  # fmt: skip
 _SAME = frozenset({"arith.index_cast", "arith.extui", "arith.extsi", "arith.trunci", "arith.index_castui"})
 # Vector operations that no slot of the vector unit is used for: they load, store, shape, or make constants.
@@ -52,24 +51,14 @@ _MOVES = frozenset(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Count:
-    """Work of all steps of a kernel on one device.
+    """Work of a kernel on one device, or of a piece of it.
 
     `flops` are those of its matmuls by rate key, `padded` the same with the contracted and the last dim of each filled up
-    to the matrix unit; `vector` are elementwise operations, `transcendental` those of them that need many.
+    to the matrix unit; `vector` are elementwise operations, `transcendental` those of them that need many; `known` is
+    whether every branch on the way was decided.
     """
-
-    flops: Mapping[str, float]
-    padded: Mapping[str, float]
-    vector: float
-    transcendental: float
-    known: bool
-
-
-@dataclasses.dataclass
-class _Cost:
-    """Work of a piece of the body; `known` is whether every branch on the way was decided."""
 
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     padded: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,7 +66,7 @@ class _Cost:
     transcendental: float = 0.0
     known: bool = True
 
-    def add(self, other: "_Cost", times: float = 1.0) -> None:
+    def add(self, other: "Count", times: float = 1.0) -> None:
         for mine, theirs in ((self.flops, other.flops), (self.padded, other.padded)):
             for key, value in theirs.items():
                 mine[key] = mine.get(key, 0.0) + times * value
@@ -137,19 +126,17 @@ class _Kernel:
         self.block = self.main.regions[0].blocks[0]
 
     def count(self) -> Count:
-        total, steps = _Cost(), 0
+        sampled, steps = Count(), 0
         free = self._free_dims()
         walked = [range(1) if dim in free else range(n) for dim, n in enumerate(self.grid)]
-        number = math.prod(len(dim) for dim in walked)
-        stride = -(-number // _STEPS)
+        stride = -(-math.prod(len(dim) for dim in walked) // _STEPS)
         for step in itertools.islice(itertools.product(*walked), stride // 2, None, stride):
             values: dict[Any, int | None] = {self.block.arguments[dim]: index for dim, index in enumerate(step)}
-            total.add(self._run(self.block, values))
+            sampled.add(self._run(self.block, values))
             steps += 1
-        scale = math.prod(self.grid) / max(1, steps)
-        all_steps = _Cost()
-        all_steps.add(total, scale)
-        return Count(all_steps.flops, all_steps.padded, all_steps.vector, all_steps.transcendental, all_steps.known)
+        whole = Count()
+        whole.add(sampled, math.prod(self.grid) / max(1, steps))
+        return whole
 
     def _free_dims(self) -> set[int]:
         """Dims of the grid that no branch and no loop depends on: their steps are all alike."""
@@ -165,9 +152,9 @@ class _Kernel:
                 depends[result] = of_operands
         return set(range(len(self.grid))) - deciding
 
-    def _run(self, block: Any, values: dict[Any, int | None]) -> _Cost:
+    def _run(self, block: Any, values: dict[Any, int | None]) -> Count:
         """One pass through a block, with what is known of its scalars."""
-        cost = _Cost()
+        cost = Count()
         for wrapped in block.operations:
             op = wrapped.operation
             name = op.name.removeprefix(_PREFIX)
@@ -175,7 +162,7 @@ class _Kernel:
                 cost.add(self._branch(op, values))
             elif name in ("scf.for", "scf.while"):
                 cost.add(self._loop(op, values))
-            elif op.regions and len(op.regions) and name not in ("func.func",):
+            elif op.regions:
                 for region in op.regions:
                     for inner in region.blocks:
                         cost.add(self._run(inner, values))
@@ -185,18 +172,18 @@ class _Kernel:
                 self._vector(op, name, cost)
         return cost
 
-    def _branch(self, op: Any, values: dict[Any, int | None]) -> _Cost:
+    def _branch(self, op: Any, values: dict[Any, int | None]) -> Count:
         condition = values.get(op.operands[0])
         if condition is not None:
             region = op.regions[0 if condition else 1]
-            return self._run(region.blocks[0], values) if len(region.blocks) else _Cost()
-        both = [self._run(region.blocks[0], values) if len(region.blocks) else _Cost() for region in op.regions]
-        costlier = max(both, key=_Cost.size)
+            return self._run(region.blocks[0], values) if len(region.blocks) else Count()
+        both = [self._run(region.blocks[0], values) if len(region.blocks) else Count() for region in op.regions]
+        costlier = max(both, key=Count.size)
         costlier.known &= all(other.size() == costlier.size() for other in both)
         return costlier
 
-    def _loop(self, op: Any, values: dict[Any, int | None]) -> _Cost:
-        cost, trips = _Cost(), 1.0
+    def _loop(self, op: Any, values: dict[Any, int | None]) -> Count:
+        cost, trips = Count(), 1.0
         bounds = [values.get(value) for value in list(op.operands)[:3]]
         body = op.regions[-1].blocks[0]
         if op.name.endswith("scf.for") and None not in bounds and bounds[2]:
@@ -207,7 +194,7 @@ class _Kernel:
         cost.add(self._run(body, values), trips)
         return cost
 
-    def _vector(self, op: Any, name: str, cost: _Cost) -> None:
+    def _vector(self, op: Any, name: str, cost: Count) -> None:
         """Adds the work of one operation on vectors."""
         if name in _MOVES or not len(op.results):
             return
@@ -221,7 +208,7 @@ class _Kernel:
         elif found and name.startswith(("arith.", "vector.", "tpu.")):
             cost.vector += _elements(str(op.results[0].type))
 
-    def _matmul(self, op: Any, cost: _Cost) -> None:
+    def _matmul(self, op: Any, cost: Count) -> None:
         (left, dtype), (right, _) = (_shape(str(value.type)) for value in list(op.operands)[:2])
         numbers = [
             [int(n) for n in re.findall(r"\d+", part)]

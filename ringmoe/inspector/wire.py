@@ -74,6 +74,11 @@ def replica_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     return groups or [tuple(range(num_devices))]
 
 
+def source_target_pairs(text: str) -> list[tuple[int, int]]:
+    """Sources and targets of a permute, as printed: "{{0,1},{1,0}}"."""
+    return [(int(source), int(target)) for source, target in _PAIR.findall(text)]
+
+
 def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
     """Groups of the form "mesh['a'=2,'b'=4] {'b'}"; "'b':(2)2" is the part of b that has size 2
     below a part of size 2."""
@@ -194,10 +199,10 @@ class Wire:
         """Longest route in hops, how many routes share the fullest link, and whether any leaves its domain."""
         links: collections.Counter = collections.Counter()
         longest, crosses = 0, False
-        for source, destination in _PAIR.findall(pairs):
-            if max(int(source), int(destination)) >= len(self.coords):
+        for source, destination in source_target_pairs(pairs):
+            if max(source, destination) >= len(self.coords):
                 continue
-            (domain, *place), (other, *end) = self.coords[int(source)], self.coords[int(destination)]
+            (domain, *place), (other, *end) = self.coords[source], self.coords[destination]
             if domain != other:
                 crosses = True
                 continue
