@@ -1,6 +1,7 @@
 """Dense oracles: the formulas as written, T x S arrays and all. For tests and documentation only."""
 
 import jax.numpy as jnp
+from jax import lax
 
 
 def dot_product_attention(
@@ -57,7 +58,8 @@ def dot_product_attention(
 
     logits = jnp.where(seen, logits, -jnp.inf)
     any_seen = jnp.any(logits > -jnp.inf, -1, keepdims=True)
-    largest = jnp.where(any_seen, jnp.max(logits, -1, keepdims=True), 0)
+    # It cancels. Its derivative would be 0 / 0 where XLA computes a logit twice and rounds it otherwise the second time.
+    largest = lax.stop_gradient(jnp.where(any_seen, jnp.max(logits, -1, keepdims=True), 0))
     weights = jnp.exp(logits - largest)
     total = jnp.where(any_seen, jnp.sum(weights, -1, keepdims=True), 1)
     out = jnp.einsum("bnts,bsnh->btnh", weights / total, value)
