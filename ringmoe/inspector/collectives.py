@@ -21,11 +21,16 @@ _SLICE = 100_000  # device number / this is the number of its slice
 
 @dataclasses.dataclass(frozen=True)
 class SliceExchange:
-    """An exchange between slices, which the host carries out: `key` is the same on its send and its recv."""
+    """An exchange between slices, which the host carries out: `key` is the same on its send and its recv, `devices` are
+    those of one group, each the number of its slice and its number there."""
 
     key: str
     kind: str
-    slices: int
+    devices: tuple[tuple[int, int], ...]
+
+    @property
+    def slices(self) -> int:
+        return max(2, len({place for place, _ in self.devices}))
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:
@@ -52,21 +57,25 @@ def slice_exchange(instruction: Instruction) -> SliceExchange | None:
     parts = split(instruction.attributes.get("frontend_attributes", "{}")[1:-1])
     found = {key.strip(): value.strip('"') for key, _, value in (part.partition("=") for part in parts)}
     kind = found.get("_xla_megascale_transfer_type", "")
-    slices = _slices(found.get("_xla_megascale_target", ""))
+    devices = _exchanging(found.get("_xla_megascale_target", ""))
     return SliceExchange(
-        found.get("_xla_host_transfer_rendezvous", ""), _BETWEEN_SLICES.get(kind, kind.lower()), slices
+        found.get("_xla_host_transfer_rendezvous", ""), _BETWEEN_SLICES.get(kind, kind.lower()), devices
     )
 
 
 @functools.cache
-def _slices(target: str) -> int:
-    """Slices in one group of "{1,2}x{0:7}" (slices, then devices of each), of "{{100000,200000},...}" (devices) or of
-    "{{100000->200000},...}" (pairs)."""
+def _exchanging(target: str) -> tuple[tuple[int, int], ...]:
+    """The largest group of "{1,2}x{0:7}" (slices from 1, then devices of each: those of one number are a group), of
+    "{{100000,200000},...}" (devices) or of "{{100000->200000},...}" (pairs)."""
     groups = re.findall(r"\{([\d,:\s>-]+)\}", target)
     if target.startswith("{{"):
-        return max((len({int(n) // _SLICE for n in re.findall(r"\d+", group)}) for group in groups), default=2)
-    ranges = re.findall(r"(\d+)(?::(\d+))?", groups[0] if groups else "")
-    return max(2, sum(int(last or first) - int(first) + 1 for first, last in ranges))
+        numbers = max((re.findall(r"\d+", group) for group in groups), key=len, default=[])
+        return tuple((int(n) // _SLICE - 1, int(n) % _SLICE) for n in numbers)
+    ranges = [
+        (int(first), int(last or first)) for first, last in re.findall(r"(\d+)(?::(\d+))?", groups[0] if groups else "")
+    ]
+    first = int(re.findall(r"\d+", groups[1])[0]) if len(groups) > 1 else 0
+    return tuple((n - 1, first) for start, end in ranges for n in range(start, min(end, start + _SLICE) + 1))
 
 
 def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:

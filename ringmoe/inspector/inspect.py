@@ -147,11 +147,14 @@ def _report(
             f"{machine.num_devices}: pass the target and mesh it was compiled for"
         )
     coords = machine.coords(list(grid.devices.flat) if grid is not None else None)
+    slices: list[list[int]] = []
     if module.num_devices <= machine.domain:  # the program of one slice, which all slices run
+        domains = [place[0] for place in coords]
+        slices = [[i for i, domain in enumerate(domains) if domain == one] for one in sorted(set(domains))]
         coords = [place for place in coords if place[0] == coords[0][0]]
     roofline = Roofline(module, machine)
     shape = {str(name): size for name, size in grid.shape.items()} if grid is not None else {}
-    schedule = Schedule(module, roofline, Wire(machine, coords), Axes(shape))
+    schedule = Schedule(module, roofline, Wire(machine, coords), Axes(shape, slices))
     timelines = tuple(schedule.timelines.values())
     entry = schedule.timelines[module.entry.name]
     collectives = tuple(c for timeline in timelines for c in timeline.collectives)
