@@ -335,6 +335,31 @@ def test_explain_inside_a_users_shard_map():
     assert "no RingMoE op found" in str(ringmoe.explain(lambda x: x + 1, 1.0))
 
 
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "h200x4"])
+def test_explain_tells_what_each_op_takes_on_a_machine(target):
+    """Of a layer seen on eight CPU devices: the times of its ops are within the step's, and what they wait is all it waits."""
+    config = ringmoe.RouterConfig(4)
+
+    def loss(x, router, w_in, w_out):
+        q = x.reshape(2, -1, 2, 128)
+        y = attend(q, q, q).reshape(x.shape)
+        return jnp.sum(ringmoe.moe_ffn(y, router, w_in, w_out, config=config)[0].astype(jnp.float32) ** 2)
+
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    x, weights = of((2, 2048, 256), "a", "b"), (of((256, 4)), of((4, 256, 512), "b"), of((4, 512, 256), "b"))
+    explanation = ringmoe.explain(ringmoe.jit(jax.grad(loss)), x, *weights, target=target, mesh={"a": 1, "b": 4})
+    report, rows = explanation.report, explanation.rows
+    assert [row.op for row in rows] == ["attention", "experts", "experts_backward", "attention_backward"]
+    assert all(row.us > 0 and row.us >= row.exposed_us for row in rows)
+    assert 0.3 * report.us < sum(row.us for row in rows) <= report.us
+    assert sum(row.exposed_us for row in rows) == pytest.approx(report.exposed_us)
+    text = str(explanation)
+    assert report.target in text and "waits" in text
+    with pytest.raises(ValueError, match="mesh= without target="):
+        ringmoe.explain(loss, x, *weights, mesh={"a": 1, "b": 4})
+
+
 # A second process finds the program in the persistent cache.
 
 SCRIPT = """

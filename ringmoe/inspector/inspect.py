@@ -69,7 +69,7 @@ def inspect(
             built = _build(program) if hasattr(program, "compile") else _Built(program.as_text(), program)
             machine, grid = _machine_of(built, target, mesh)
         else:
-            machine, grid = _machine_for(target, mesh, (args, kwargs))
+            machine, grid, (args, kwargs) = arrange(target, mesh, (args, kwargs))
             say(f"compiling for {machine.name}")
             built = _compile(program, args, kwargs, machine, grid)
         seconds = time.perf_counter() - started if built.lowered or built.executable else None
@@ -293,8 +293,9 @@ def _grid(machine: machines.Target, mesh: Any, kinds: Mapping[str, AxisType] | N
     return machine.mesh(mesh, axis_types=tuple((kinds or {}).get(name, AxisType.Auto) for name in names))
 
 
-def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> _Built:
-    """Compiles for the mesh, with every argument's sharding moved onto it."""
+def arrange(target: str | None, mesh: Any, arguments: Any) -> tuple[machines.Target, Mesh, Any]:
+    """Machine and mesh that `inspect` means by its words, and the arguments, any pytree, with their shardings moved there."""
+    machine, grid = _machine_for(target, mesh, arguments)
 
     def place(leaf: Any) -> Any:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -316,7 +317,11 @@ def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, gr
             )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(grid, spec))
 
-    args, kwargs = jax.tree.map(place, (args, kwargs))
+    return machine, grid, jax.tree.map(place, arguments)
+
+
+def _compile(function: Any, args: Any, kwargs: Any, machine: machines.Target, grid: Mesh) -> _Built:
+    """Compiles for the mesh that the arguments are on."""
     lower = getattr(function, "lower", None) or jax.jit(function).lower
     try:
         with jax.set_mesh(grid):

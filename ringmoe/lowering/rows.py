@@ -1,13 +1,17 @@
 """One row for each op of a traced function: what `explain` tabulates and `ringmoe.jit` logs."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
 from jax.extend import source_info_util
 
+from ringmoe.inspector.report import OverlapReport
+from ringmoe.inspector.timeline import Collective
 from ringmoe.lowering.walk import ops
-from ringmoe.primitives.doors import find
+from ringmoe.primitives.doors import find, scope
 from ringmoe.primitives.op import OPS
 
 
@@ -23,6 +27,10 @@ class Row:
     door: str  # which door found the sharding, see ringmoe/primitives/doors.py
     wire_bytes: int  # sent per device in one forward pass of the op
     reason: str
+    us: float | None = (
+        None  # estimated time of a device in a run, waiting included, of all calls of the op in that line
+    )
+    exposed_us: float | None = None  # of which it waits for the wire
 
     def __str__(self) -> str:
         over = f" over {', '.join(self.axes)}" if self.axes else ""
@@ -32,6 +40,24 @@ class Row:
 def read(jaxpr) -> tuple[Row, ...]:
     """A row for each op of `jaxpr`, nested ones too, in program order."""
     return tuple(_row(eqn) for eqn in ops(jaxpr))
+
+
+def timed(rows: Iterable[Row], report: OverlapReport) -> tuple[Row, ...]:
+    """The rows with the times that the report has for their ops; without, where the program tells of none of its own."""
+    return tuple(_timed(row, report) for row in rows)
+
+
+def _timed(row: Row, report: OverlapReport) -> Row:
+    line = re.match(r".*?:\d+", row.where)
+    mine = [
+        entry
+        for timeline in report.timelines
+        for entry in (*timeline.operations, *timeline.collectives)
+        if f"/{scope(row.op)}/" in entry.op_name and line and entry.source.endswith(line[0])
+    ]
+    waits = sum(entry.total_us for entry in mine if isinstance(entry, Collective))
+    us = sum(entry.total_us for entry in mine)
+    return dataclasses.replace(row, us=us, exposed_us=waits) if mine else row
 
 
 def log(jitted: Any, args, kwargs) -> None:
