@@ -133,6 +133,13 @@ def test_its_author_knows_what_a_mask_leaves():
     assert any("only the run decides" in reason for reason in named.values())
 
 
+def test_a_body_that_cannot_be_read_is_told():
+    text = compiled(multiply, cost=pl.CostEstimate(flops=7 * ONE, transcendentals=0, bytes_accessed=8))
+    report = inspector.inspect(text.replace(body(text), "AAAA"), target="v5e:1x1")
+    assert report.flops == 7 * ONE
+    assert any("body this jaxlib does not read" in reason for reason in report.unestimated.values())
+
+
 @pytest.mark.parametrize("text", ["", "no base64!", "AAAA", base64.b64encode(b"ML\xefR rest").decode()])
 def test_what_is_no_body_counts_nothing(text):
     assert mosaic.counts((text,), 128) == (None,)
