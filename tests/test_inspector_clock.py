@@ -7,6 +7,7 @@ bf16 takes WIRE us.
 import pytest
 
 from ringmoe import inspector
+from ringmoe.inspector import machines
 
 DOT = 2 * 1024 * 4096 * 4096 / 989.4e12 * 1e6
 LATENCY = 8.4 + 3.4  # a launch and a step
@@ -108,12 +109,26 @@ def test_a_short_transfer_does_not_wait_for_a_long_one():
     )  # both progress while the short one is under way
 
 
-def test_opposite_ways_round_a_ring_do_not_share():
-    back = "source_target_pairs={{1,0},{2,1},{3,2},{0,3}}"
-    forth = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
-    text = program(start("p", pairs=forth), start("q", pairs=back), done("p"), done("q"))
+FORTH = (
+    "source_target_pairs={{0,1},{1,3},{3,2},{2,0}}"  # round the four chips of a 2 x 2, whose numbers count along rows
+)
+
+
+@pytest.mark.parametrize(("pairs", "shared"), [
+    ("{{1,0},{3,1},{2,3},{0,2}}", 0.0),  # the other way round
+    ("{{0,1}}", 1.0),  # a link of the way
+    ("{{0,3}}", 1.0),  # two links of it, by 1
+    ("{{0,3},{1,2}}", 1.0),
+    ("{{1,2}}", 0.0),  # by 0 and to 2, against it
+])  # fmt: skip
+def test_permutes_share_the_links_that_both_use(pairs, shared):
+    text = program(start("p", pairs=FORTH), start("q", pairs=f"source_target_pairs={pairs}"), done("p"), done("q"))
     report = inspector.inspect(text.replace("num_partitions=8", "num_partitions=4"), target="v5p:2x2x1")
-    assert report.exposed_us == pytest.approx(max(c.wire_us for c in report.collectives))
+    p, q = (c.wire_us for c in report.collectives)
+    load = (
+        1e6 * 4096 * 4096 * 2 / (machines.target("v5p:2x2x1").link_bandwidth * machines.target("v5p:2x2x1").link_share)
+    )
+    assert report.exposed_us == pytest.approx(max(p, q) + shared * load)
 
 
 LOOP = """

@@ -10,6 +10,7 @@ collectives of the others are listed but not counted, and `Schedule.choices` has
 import dataclasses
 import heapq
 import itertools
+from collections.abc import Iterator
 
 from ringmoe.inspector.axes import Axes
 from ringmoe.inspector.collectives import (
@@ -362,18 +363,19 @@ class _Walk:
         the other by the time the shorter of the two needs."""
         assert flight.transfer is not None
         flight.end = self.now + flight.transfer.us
-        for other in self._sharing(flight):
-            if other.transfer is not None:
-                delay = max(0.0, min(flight.transfer.us, other.transfer.us, other.end - self.now))
-                other.end += delay
-                flight.end += delay
+        for other, common in self._sharing(flight):
+            delay = max(0.0, min(common, other.end - self.now))
+            other.end += delay
+            flight.end += delay
         self.flights[flight.instruction.name] = flight
 
-    def _sharing(self, flight: _Flight) -> list[_Flight]:
-        """Transfers in the air that use links of this one."""
+    def _sharing(self, flight: _Flight) -> Iterator[tuple[_Flight, float]]:
+        """Transfers in the air that use links of this one, and for how long both need one."""
         assert flight.transfer is not None
-        latest = itertools.islice(reversed(self.flights.values()), _SHARERS)
-        return [other for other in latest if other.transfer is not None and _share(flight.transfer, other.transfer)]
+        for other in tuple(itertools.islice(reversed(self.flights.values()), _SHARERS)):
+            common = self.schedule.wire.contended_us(flight.transfer, other.transfer) if other.transfer else 0.0
+            if common:
+                yield other, common
 
     def _start_local(self, instruction: Instruction) -> None:
         """A copy, a slice or compute on another queue of the same device: the copies' or a core's own."""
@@ -454,9 +456,9 @@ class _Walk:
         assert flight.transfer is not None
         rest = us - max(0.0, min(us, flight.transfer.us - flight.blamed))
         own = flight.blamed + us - rest
-        for other in self._sharing(flight):
-            if rest > 0 and other.transfer is not None:
-                part = max(0.0, min(rest, other.transfer.us - other.blamed))
+        for other, common in self._sharing(flight):
+            if rest > 0:
+                part = max(0.0, min(rest, common - other.blamed))
                 other.blamed += part
                 rest -= part
         return own + rest
@@ -470,10 +472,3 @@ class _Walk:
         else:
             self.timeline.spans.append(Span("wait", name, self.now, self.now + us))
             self.now += us
-
-
-def _share(one: Transfer, other: Transfer) -> bool:
-    """Whether two transfers use the same links. Permutes by different pairs are taken to use
-    different ones."""
-    lanes = {one.lane, other.lane}
-    return len(lanes) == 1 or ("all" in lanes and "network" not in lanes)

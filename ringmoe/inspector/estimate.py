@@ -298,7 +298,9 @@ class Roofline:
             return counted
         if cost is not None:
             if self.matrix_unit and _body(instruction):
-                self.name(instruction.name, "kernel whose body this jaxlib does not read: timed by its author's estimate")
+                self.name(
+                    instruction.name, "kernel whose body this jaxlib does not read: timed by its author's estimate"
+                )
             # A kernel's FLOPs are mostly its matmuls'. Where one operand is narrower than f32, they multiply that.
             narrow = any(bits(shape.dtype) < 32 for shape in shapes if shape.dtype[0] in "bf")
             return Work(

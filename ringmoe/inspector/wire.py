@@ -45,7 +45,7 @@ _PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """One exchange of one device: bytes sent, microseconds alone on the wire, the links it keeps
-    busy, and its route."""
+    busy ("all" of a torus, the "network", ..., or of a permute its pairs), and its route."""
 
     wire_bytes: float
     us: float
@@ -115,7 +115,8 @@ class Wire:
     def __init__(self, target: Target, coords: list[tuple[int, ...]]):
         self.target = target
         self.coords = coords
-        self._permute_load = functools.cache(self._permute_load_uncached)
+        self._routes = functools.cache(self._routes_uncached)
+        self._common_load = functools.cache(self._common_load_uncached)
         self._span = functools.cache(self._span_uncached)
 
     def transfer(self, instruction: Instruction, computation: Computation, kind: str) -> Transfer:
@@ -139,7 +140,8 @@ class Wire:
 
     def permute(self, size: float, pairs: str) -> Transfer:
         """`size` bytes from each source to its target; `pairs` as printed, "{{0,1},{1,0}}"."""
-        hops, load, crosses = self._permute_load(pairs)
+        hops, links, crosses = self._routes(pairs)
+        load = max(links.values(), default=0)
         if crosses:
             us = self._us(size / self._links_rate(), size / self.target.network_bandwidth, 0, 1)
             return Transfer(size, us, "network", "network")
@@ -151,6 +153,23 @@ class Wire:
             return self.neighbour(size, pairs)
         route = f"up to {hops} hops" + (f", {load} share a link" if load > 1 else "")
         return Transfer(size, self._us(size * load / self._link_rate(), 0.0, hops, 0), pairs, route)
+
+    def contended_us(self, one: Transfer, other: Transfer) -> float:
+        """How long two transfers that are under way together delay each other: the time that both need some link."""
+        lanes = {one.lane, other.lane}
+        if len(lanes) == 1 or ("all" in lanes and "network" not in lanes):
+            return min(one.us, other.us)
+        if not all(lane.startswith("{") for lane in lanes):
+            return 0.0
+        loads = self._common_load(one.lane, other.lane)
+        return max(
+            (1e6 * min(a * one.wire_bytes, b * other.wire_bytes) / self._link_rate() for a, b in loads), default=0.0
+        )
+
+    def _common_load_uncached(self, one: str, other: str) -> frozenset[tuple[int, int]]:
+        """How often each link that two permutes have in common is used by either."""
+        mine, theirs = self._routes(one)[1], self._routes(other)[1]
+        return frozenset((mine[link], theirs[link]) for link in mine.keys() & theirs.keys())
 
     def neighbour(self, size: float, lane: str = "") -> Transfer:
         """`size` bytes over one link."""
@@ -195,8 +214,8 @@ class Wire:
     def _links_rate(self) -> float:
         return self.target.num_links * self._link_rate()
 
-    def _permute_load_uncached(self, pairs: str) -> tuple[int, int, bool]:
-        """Longest route in hops, how many routes share the fullest link, and whether any leaves its domain."""
+    def _routes_uncached(self, pairs: str) -> tuple[int, collections.Counter, bool]:
+        """Longest route in hops, how many routes use each link, and whether any leaves its domain."""
         links: collections.Counter = collections.Counter()
         longest, crosses = 0, False
         for source, destination in source_target_pairs(pairs):
@@ -217,7 +236,7 @@ class Wire:
                     place[dim] = (place[dim] + step) % length
                 hops += abs(distance)
             longest = max(longest, hops)
-        return longest, max(links.values(), default=0), crosses
+        return longest, links, crosses
 
     def _span_uncached(self, groups: str) -> "_Span":
         """The slowest group."""
