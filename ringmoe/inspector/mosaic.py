@@ -25,6 +25,7 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
+BYTECODE = "TUzvUg"  # how a Pallas kernel's body begins; XLA's own attention carries text, and a right estimate
 _SECONDS = 120
 _STEPS = 4096  # steps of the grid that are walked one by one; of more, evenly spaced ones
 _PREFIX = "stable_mosaic."
