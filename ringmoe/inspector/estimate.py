@@ -297,7 +297,7 @@ class Roofline:
         if counted is not None:
             return counted
         if cost is not None:
-            if self.matrix_unit and _body(instruction):
+            if self.matrix_unit and _body(instruction).startswith(mosaic.BYTECODE):
                 self.name(
                     instruction.name, "kernel whose body this jaxlib does not read: timed by its author's estimate"
                 )
