@@ -4,7 +4,7 @@
 
 One decoder, written the usual way, with the settings of each public run: widths, batch, remat, optimizer, sharding, compiler
 flags. The published figure is a step's seconds or the rate of model FLOPs that it was computed from; `Run.seconds` undoes
-that. One rule predicts all rows; `Run.fitted` tells the rows that the rule's constants were set by.
+that. One rule predicts all rows; none of its constants was set by any of them.
 """
 
 import argparse
@@ -63,7 +63,6 @@ class Run:
     rate: float = 0.0
     step: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
-    fitted: bool = False
 
     @property
     def parameters(self) -> int:
