@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 from ringmoe.inspector.reader import PERMUTE, STARTS, Computation, Instruction, Module, split
@@ -71,11 +72,10 @@ def _exchanging(target: str) -> tuple[tuple[int, int], ...]:
     if target.startswith("{{"):
         numbers = max((re.findall(r"\d+", group) for group in groups), key=len, default=[])
         return tuple((int(n) // _SLICE - 1, int(n) % _SLICE) for n in numbers)
-    ranges = [
-        (int(first), int(last or first)) for first, last in re.findall(r"(\d+)(?::(\d+))?", groups[0] if groups else "")
-    ]
+    ranges = re.findall(r"(\d+)(?::(\d+))?", groups[0] if groups else "")
+    slices = itertools.chain.from_iterable(range(int(first), int(last or first) + 1) for first, last in ranges)
     first = int(re.findall(r"\d+", groups[1])[0]) if len(groups) > 1 else 0
-    return tuple((n - 1, first) for start, end in ranges for n in range(start, min(end, start + _SLICE) + 1))
+    return tuple((number - 1, first) for number in itertools.islice(slices, _SLICE))
 
 
 def flow(module: Module, instruction: Instruction) -> tuple[str, ...]:

@@ -27,10 +27,9 @@ class Row:
     door: str  # which door found the sharding, see ringmoe/primitives/doors.py
     wire_bytes: int  # sent per device in one forward pass of the op
     reason: str
-    us: float | None = (
-        None  # estimated time of a device in a run, waiting included, of all calls of the op in that line
-    )
-    exposed_us: float | None = None  # of which it waits for the wire
+    # For a target: what all calls of the op in that line take of a device in a run, waiting included, and the waiting.
+    us: float | None = None
+    exposed_us: float | None = None
 
     def __str__(self) -> str:
         over = f" over {', '.join(self.axes)}" if self.axes else ""
@@ -48,12 +47,12 @@ def timed(rows: Iterable[Row], report: OverlapReport) -> tuple[Row, ...]:
 
 
 def _timed(row: Row, report: OverlapReport) -> Row:
-    line = re.match(r".*?:\d+", row.where)
+    line = re.match(r".*?:\d+", row.where)  # of "folder/file:line:column (function)"
     mine = [
         entry
         for timeline in report.timelines
         for entry in (*timeline.operations, *timeline.collectives)
-        if f"/{scope(row.op)}/" in entry.op_name and line and entry.source.endswith(line[0])
+        if f"/{scope(row.op)}/" in entry.op_name and line and f"/{entry.source}".endswith(f"/{line[0]}")
     ]
     waits = sum(entry.total_us for entry in mine if isinstance(entry, Collective))
     us = sum(entry.total_us for entry in mine)
