@@ -31,8 +31,9 @@ def moe_ffn(
         y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight)
         FFN_e(x) = (silu(x w_gate_e) * (x w_in_e)) w_out_e, with a gate (SwiGLU);  gelu(x w_in_e) w_out_e without
 
-    Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; where they don't,
-    each device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that
+    Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
+    matmuls of a wide F outlast the wire, in pieces, each under way during the matmuls of others. Where they don't, each
+    device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that
     shards tokens, are gathered first; F over another axis stays sharded and outputs are summed.
 
     Letters: T tokens of a sequence, D model dim, F hidden dim, E experts.

@@ -17,6 +17,8 @@ from ringmoe.meshes import Axes
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather")
+HIDING = 8192  # FLOPs a byte on the wire with which matmuls hide it on every TPU from v5e on
+MOST_PIECES = 16  # each is a copy of the experts' matmuls in the program
 
 Factors = tuple[tuple[str, Axes], ...]  # a dict of factor -> axes, sorted, hashable
 
@@ -170,6 +172,7 @@ class ExpertPlan:
         hidden_axes: axes that shard F; neither token nor expert axes.
         reason: why this plan, in words, for `explain`.
         wire_bytes: sent per device, forward.
+        ring: the devices that exchange, where rows travel in pieces during the work on others; one device: all at once.
         factors: the axes that split each factor, for the shard_map's specs.
     """
 
@@ -182,6 +185,7 @@ class ExpertPlan:
     hidden_axes: tuple[str, ...] = ()
     reason: str = ""
     wire_bytes: int = 0
+    ring: Ring = Ring()
     factors: Factors = ()
 
     def __post_init__(self):
@@ -208,8 +212,9 @@ class ExpertPlan:
 
     @property
     def exchange(self) -> str:
-        """What moves: "all_to_all", "sum", both, or "local"."""
-        kinds = ("all_to_all",) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
+        """What moves: "all_to_all" or "pieces", "sum", both, or "local"."""
+        travel = "pieces" if self.ring.size > 1 else "all_to_all"
+        kinds = (travel,) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
         return " + ".join(kinds) or "local"
 
     @property
@@ -231,7 +236,8 @@ def experts(
 
     `rule` is that of an op on "tokens" (or "rows"), `factors` what a door found. Weights sharded over the model dim, or
     over the hidden dim along an axis that shards tokens or experts, are gathered first. `exchanges`: how often all rows
-    travel, 2 forward (there and back), 3 backward (x and dy there, dx back); the weights' gradients are not counted.
+    travel, 2 forward (there and back), 3 backward (x and dy there, dx back); the weights' gradients are not counted. Forward
+    they may travel in pieces; backward each piece would add to the weights' gradients, which costs more than it hides.
     """
     split, length = dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
@@ -247,7 +253,9 @@ def experts(
             f"devices hold nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one "
             "device",
         )
-    why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts"] * bool(exchange)
+    ring = _pieces(sizes, split, exchange, length, itemsize) if exchanges == 2 else Ring()
+    how = f", in pieces: matmuls of hidden dim {sizes.get('f')} outlast the wire" if ring.size > 1 else ""
+    why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts{how}"] * bool(exchange)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
     splits = lambda axes: math.prod(length[a] for a in axes)
@@ -265,5 +273,18 @@ def experts(
         hidden_axes=split["f"],
         reason="; ".join(why) or "experts are whole on every device: nothing moves",
         wire_bytes=exchanges * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
+        ring=ring,
         factors=freeze(split),
     )
+
+
+def _pieces(
+    sizes: Mapping[str, int], split: Mapping[str, Axes], exchange: Axes, length: Mapping[str, int], itemsize: int
+) -> Ring:
+    """The ring over which rows travel in pieces, where that hides them: 6 f d FLOPs are done on a row between 2 d numbers on
+    the wire, so the balance is one of f alone."""
+    devices = math.prod(length[a] for a in exchange)
+    hidden = sizes.get("f", 0) // math.prod(length[a] for a in split["f"])
+    if devices == 1 or devices > MOST_PIECES or 3 * hidden < HIDING * itemsize:
+        return Ring()
+    return Ring.make(exchange, length)

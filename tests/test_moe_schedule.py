@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference_moe
 from ringmoe.pallas import experts_xla
-from ringmoe.plan import ExpertPlan
+from ringmoe.plan import ExpertPlan, Ring
 from ringmoe.router import RouterConfig, route
 from ringmoe.schedule import experts
 
@@ -38,6 +38,9 @@ CASES = {
     "batch, exchange, hidden": ((("a", 2), ("b", 2), ("c", 2)), ("a",), ("b",), ("b",), ("c",)),
     "own expert, tokens, hidden": ((("a", 2), ("b", 2), ("c", 2)), (), ("b",), ("a",), ("c",)),
 }
+# Wherever rows are exchanged they may also travel in pieces.
+IN_PIECES = {name: f"{name}, in pieces" for name, (_, batch, seq, e, _) in CASES.items() if {*e} & {*batch, *seq}}
+CASES |= {pieces: CASES[name] for name, pieces in IN_PIECES.items()}
 
 
 def make_inputs(gated=True, dtype=jnp.float32):
@@ -64,14 +67,16 @@ def jitted_route(logits):
 def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     size, tokens = dict(axes), (*batch, *sequence)
+    exchange = tuple(a for a in expert_axes if a in tokens)
     return ExpertPlan(
         E,
         CONFIG.capacity(CONFIG.group_size),
         CONFIG.group_size,
         expert_axes=tuple((a, size[a]) for a in expert_axes),
-        exchange_axes=tuple(a for a in expert_axes if a in tokens),
+        exchange_axes=exchange,
         token_axes=tokens,
         hidden_axes=hidden,
+        ring=Ring.make(exchange, size) if case in IN_PIECES.values() else Ring(),
     )
 
 

@@ -160,6 +160,18 @@ def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_
     assert got.reason and dict(got.factors).get("f", ()) == got.hidden_axes
 
 
+@pytest.mark.parametrize(("f", "itemsize", "hidden", "size", "pieces"), [
+    (6144, 2, (), 4, True), (5120, 2, (), 4, False), (6144, 4, (), 4, False), (12288, 4, (), 4, True),
+    (6144, 2, ("a",), 4, False),  # of which each device does half
+    (6144, 2, (), 16, True), (6144, 2, (), 32, False),  # too many copies of the matmuls
+])  # fmt: skip
+def test_rows_travel_in_pieces_where_matmuls_outlast_the_wire(f, itemsize, hidden, size, pieces):
+    factors = {"z": ("b",), "e": ("b",), "f": hidden}
+    got = experts(factors, (("a", 2), ("b", size)), e=32, t=128, f=f, itemsize=itemsize)
+    assert got.ring.size == (size if pieces else 1)
+    assert got.exchange.startswith("pieces" if pieces else "all_to_all") and ("in pieces" in got.reason) == pieces
+
+
 def test_bytes_of_an_expert_exchange():
     """64 tokens in groups of 4 over 4 devices: 4 groups each, 8 experts x 3 slots x 4 x 2 bytes, there and back."""
     rows = 8 * 4 * 3 * 4 * 2

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.plan import ExpertPlan
+from ringmoe.schedule.exchange import to_experts, to_tokens, visit_in_pieces
 from ringmoe.schedule.rows import Slots, combine_local, combine_scalars, dispatch_local, dispatch_scalars, slots_of
 from ringmoe.schedule.sums import sum_over
 
@@ -29,12 +30,16 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_o
     an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D].
     """
     with jax.named_scope("dispatch"):
-        slots = _visible_slots(plan, expert, slot)
+        slots = _visible_slots(plan, expert, slot, in_pieces=plan.ring.size > 1)
         rows = dispatch_local(x, slots)
-    rows = _to_experts(plan, rows)
-    with jax.named_scope("experts"):
-        out = kernel.forward(rows, w_in, w_gate, w_out)
-    out = _to_tokens(plan, out, x.dtype)
+    if plan.ring.size > 1:
+        work = lambda *piece: kernel.forward(*piece).astype(x.dtype)
+        out = visit_in_pieces(plan.ring, work, rows, (w_in, w_gate, w_out))
+    else:
+        rows = to_experts(plan, rows)
+        with jax.named_scope("experts"):
+            out = kernel.forward(rows, w_in, w_gate, w_out)
+        out = to_tokens(plan, out, x.dtype)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -54,11 +59,11 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
         rows = dispatch_local(x, slots)
         dy_rows = dispatch_local(dy.astype(x.dtype), slots)
         row_weight = dispatch_scalars(weight, slots)
-    rows, dy_rows, row_weight = (_to_experts(plan, a) for a in (rows, dy_rows, row_weight))
+    rows, dy_rows, row_weight = (to_experts(plan, a) for a in (rows, dy_rows, row_weight))
     with jax.named_scope("experts"):
         grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows)
-    drows = _to_tokens(plan, grads.drows, x.dtype)
-    drow_weight = _to_tokens(plan, grads.dweight, grads.dweight.dtype)
+    drows = to_tokens(plan, grads.drows, x.dtype)
+    drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype)
     with jax.named_scope("combine"):
         dx = combine_local(drows, slots, None)
         dweight = combine_scalars(drow_weight, slots)
@@ -85,7 +90,7 @@ def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
     return sum_over(y, plan.sum_axes).astype(rows.dtype)
 
 
-def _visible_slots(plan, expert, slot) -> Slots:
+def _visible_slots(plan, expert, slot, in_pieces=False) -> Slots:
     """The slots of the v experts that this device's rows can reach; choices of the others have none.
 
     An expert's number is its coordinates on expert_axes, major to minor, then its place e on a device. Coordinates on
@@ -100,29 +105,9 @@ def _visible_slots(plan, expert, slot) -> Slots:
             index = index * size + coordinate
         else:
             mine = mine & (coordinate == lax.axis_index(axis))
+    if in_pieces:  # this device's own experts come first, then those of the devices after it
+        ahead = index - lax.axis_index(plan.ring.axes)
+        index = jnp.where(ahead < 0, ahead + plan.ring.size, ahead)
     index = index * stride + lax.rem(expert, jnp.int32(stride))
     num_visible = plan.num_exchange * stride
     return slots_of(index, jnp.where(mine, slot, -1), num_visible, plan.capacity, plan.group_size)
-
-
-def _to_experts(plan, rows):
-    """[v, r, ...] rows by visible expert -> [e, R, ...] rows by own expert, from all P devices in order."""
-    if not plan.exchange_axes:
-        return rows
-    with jax.named_scope("exchange"):
-        num_devices = plan.num_exchange
-        rows = rows.reshape(num_devices, rows.shape[0] // num_devices, *rows.shape[1:])
-        rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
-        rows = jnp.moveaxis(rows, 0, 1)
-        return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
-
-
-def _to_tokens(plan, rows, dtype):
-    """The inverse of `_to_experts`; rows travel in `dtype`, and stay in float32 where they don't travel."""
-    if not plan.exchange_axes:
-        return rows
-    with jax.named_scope("exchange"):
-        num_devices = plan.num_exchange
-        rows = rows.astype(dtype).reshape(rows.shape[0], num_devices, -1, *rows.shape[2:])
-        rows = lax.all_to_all(jnp.moveaxis(rows, 1, 0), plan.exchange_axes, 0, 0)
-        return rows.reshape(-1, *rows.shape[2:])
