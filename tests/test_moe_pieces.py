@@ -66,7 +66,7 @@ def test_through_every_door_it_is_the_dense_layer(door, size):
 
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 def test_on_a_tpu_the_matmuls_hide_the_wire(target):
-    """Every permute is asynchronous, and what is waited for is less than half of what an all-to-all would take."""
+    """Every permute is asynchronous, and of all only the last piece's way home is waited for."""
     mesh = ringmoe.target(target).mesh({"a": 4})
     of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
     d, f = 2048, 8192
@@ -74,4 +74,4 @@ def test_on_a_tpu_the_matmuls_hide_the_wire(target):
     report = ringmoe.inspect(ringmoe.jit(layer), of((4, 4096, d), None, "a"), *weights, target=target, mesh=mesh)
     assert {c.kind for c in report.collectives} == {"collective-permute"} and len(report.collectives) == 6
     assert all(c.asynchronous for c in report.collectives)
-    assert report.exposed_share < 0.1
+    assert report.exposed_us <= 1.05 * min(c.wire_us for c in report.collectives)
