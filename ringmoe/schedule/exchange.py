@@ -1,8 +1,9 @@
 """Rows travel to the devices of their experts and back: all at once, or in pieces, each under way during the work on others.
 
-In pieces: piece s of a device is what it has for the device s places on. Its own piece, 0, is worked on first, while 1 and
-n - 1 travel, the two ways round; then those, while 2 and n - 2 travel; and so on. What was worked on goes home at once. So
-the wire is in use during all of the work, and the last piece's way home is all that nothing hides.
+In pieces: piece s of a device is what it has for the device s places on. Its own piece, 0, is worked on first, while the
+farthest travel, s and n - s together, the two ways round; then those are, while the next travel; and so on, the neighbours'
+last. What was worked on goes home at once. So the wire is in use during all of the work, the longest ways during the first,
+and a neighbour's way home is all that nothing hides.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
     """
     n = ring.size
     pieces = jnp.split(rows, n)
-    both_ways = [tuple(dict.fromkeys((s, n - s))) for s in range(1, n // 2 + 1)]
+    both_ways = [tuple(dict.fromkeys((s, n - s))) for s in range(n // 2, 0, -1)]
 
     def step(piece, after):
         piece, now, _ = lax.optimization_barrier((piece, weights, after))
