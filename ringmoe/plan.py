@@ -17,7 +17,7 @@ from ringmoe.meshes import Axes
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather")
-HIDING = 8192  # FLOPs a byte on the wire with which matmuls hide it on every TPU from v5e on
+HIDING = 8192  # FLOPs a byte on the wire from which on matmuls hide it: about what a TPU does while a link carries one
 MOST_PIECES = 16  # each is a copy of the experts' matmuls in the program
 
 Factors = tuple[tuple[str, Axes], ...]  # a dict of factor -> axes, sorted, hashable
@@ -253,12 +253,13 @@ def experts(
             f"devices hold nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one "
             "device",
         )
-    ring = _pieces(sizes, split, exchange, length, itemsize) if exchanges == 2 else Ring()
-    how = f", in pieces: matmuls of hidden dim {sizes.get('f')} outlast the wire" if ring.size > 1 else ""
+    splits = lambda axes: math.prod(length[a] for a in axes)
+    hides = exchanges == 2 and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
+    ring = Ring.make(exchange, length) if hides else Ring()
+    how = f", in pieces: matmuls of hidden dim {sizes['f']} outlast the wire" if hides else ""
     why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts{how}"] * bool(exchange)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
-    splits = lambda axes: math.prod(length[a] for a in axes)
     groups = math.prod(n for f, n in sizes.items() if f == "z" or re.fullmatch(r"b\d+", f)) // splits(token_axes)
     rows = sizes["e"] // splits(own) * groups * capacity * sizes.get("d", 1) * itemsize
     summed = groups * sizes["i"] * sizes.get("d", 1) * max(itemsize, 4)
@@ -278,13 +279,7 @@ def experts(
     )
 
 
-def _pieces(
-    sizes: Mapping[str, int], split: Mapping[str, Axes], exchange: Axes, length: Mapping[str, int], itemsize: int
-) -> Ring:
-    """The ring over which rows travel in pieces, where that hides them: 6 f d FLOPs are done on a row between 2 d numbers on
-    the wire, so the balance is one of f alone."""
-    devices = math.prod(length[a] for a in exchange)
-    hidden = sizes.get("f", 0) // math.prod(length[a] for a in split["f"])
-    if devices == 1 or devices > MOST_PIECES or 3 * hidden < HIDING * itemsize:
-        return Ring()
-    return Ring.make(exchange, length)
+def _hides(devices: int, hidden: int, itemsize: int) -> bool:
+    """Whether the matmuls hide rows that travel in pieces: 6 f d FLOPs are done on a row between 2 d numbers on the wire, so
+    the balance is one of f alone, what one device has of the hidden dim."""
+    return 1 < devices <= MOST_PIECES and 3 * hidden >= HIDING * itemsize

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tests.inspector_programs import neighbours, spec
+from tests.inspector_programs import local, neighbours, spec
 
 B, D, F, L, M = 512, 1024, 2048, 3, 4
 GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"
@@ -35,10 +35,6 @@ class Layout:
 def of_all(n: int, size: float) -> float:
     """Bytes a device sends to gather, scatter or exchange `size` bytes over n devices."""
     return (n - 1) / n * size
-
-
-def device(body: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def mlp(x, up, down):
@@ -62,7 +58,7 @@ def fsdp_forward(axes):
 
     ws = spec((L, D, D), jnp.bfloat16, axes, None, "x")
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
-    function = device(body, (P(None, "x"), P("x")), P("x"))
+    function = local(body, (P(None, "x"), P("x")), P("x"))
     return Layout(function, (ws, x), {GATHER: L * of_all(n, 2 * D * D)}, {GATHER: L}, L * MATMUL)
 
 
@@ -79,7 +75,7 @@ def fsdp_gradient(axes):
 
     ws = spec((L, D, D), jnp.bfloat16, axes, None, "x")
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
-    function = device(body, (P(None, "x"), P("x")), P(None, "x"))
+    function = local(body, (P(None, "x"), P("x")), P(None, "x"))
     each = L * of_all(n, 2 * D * D)
     # Forward, forward again, and two matmuls of the backward pass, in each layer.
     return Layout(function, (ws, x), {GATHER: 2 * each, SCATTER: each}, {GATHER: 2 * L, SCATTER: L}, 4 * L * MATMUL)
@@ -95,7 +91,7 @@ def zero_1(axes):
         mine = lax.dynamic_slice_in_dim(w, i * (D // n), D // n) - 0.01 * part
         return lax.all_gather(mine.astype(w.dtype), "x", tiled=True)
 
-    function = device(body, (P(), P("x")), P())
+    function = local(body, (P(), P("x")), P())
     args = spec((D, D), jnp.bfloat16, axes), spec((n * B, D), jnp.bfloat16, axes, "x")
     once = of_all(n, 2 * D * D)
     return Layout(function, args, {SCATTER: once, GATHER: once}, {SCATTER: 1, GATHER: 1}, 2 * MATMUL)
@@ -111,7 +107,7 @@ def data_parallel(axes):
 
         return lax.psum(lax.scan(micro, jnp.zeros((D, D), jnp.float32), x)[0], "x")
 
-    function = device(body, (P(), P(None, "x")), P())
+    function = local(body, (P(), P(None, "x")), P())
     args = spec((D, D), jnp.bfloat16, axes), spec((M, n * B, D), jnp.bfloat16, axes, None, "x")
     return Layout(function, args, {SUM: 2 * of_all(n, 4 * D * D)}, {SUM: 1}, M * 2 * MATMUL)
 
@@ -126,7 +122,7 @@ def tensor_forward(axes):
 
         return lax.scan(layer, x, (up, down))[0]
 
-    function = device(body, (P(None, None, "x"), P(None, "x"), P()), P())
+    function = local(body, (P(None, None, "x"), P(None, "x"), P()), P())
     up, down = spec((L, D, F), jnp.bfloat16, axes, None, None, "x"), spec((L, F, D), jnp.bfloat16, axes, None, "x")
     x = spec((B, D), jnp.bfloat16, axes)
     return Layout(function, (up, down, x), {SUM: L * 2 * of_all(n, 2 * B * D)}, {SUM: L}, L * MLP / n)
@@ -142,7 +138,7 @@ def tensor_sequence(axes):
 
         return lax.scan(layer, x, (up, down))[0]
 
-    function = device(body, (P(None, None, "x"), P(None, "x"), P("x")), P("x"))
+    function = local(body, (P(None, None, "x"), P(None, "x"), P("x")), P("x"))
     up, down = spec((L, D, F), jnp.bfloat16, axes, None, None, "x"), spec((L, F, D), jnp.bfloat16, axes, None, "x")
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
     each = L * of_all(n, 2 * n * B * D)
@@ -161,7 +157,7 @@ def vocabulary(axes):
         hit = jnp.arange(words // n) == mine[:, None]
         return jnp.log(total) + top - lax.psum(jnp.where(hit, logits, 0).sum(-1), "x")
 
-    function = device(body, (P(None, "x"), P(), P()), P())
+    function = local(body, (P(None, "x"), P(), P()), P())
     args = (
         spec((D, words), jnp.bfloat16, axes, None, "x"),
         spec((B, D), jnp.bfloat16, axes),
@@ -177,7 +173,7 @@ def summa(axes):
     def body(a, b):
         return lax.all_gather(a, "y", axis=1, tiled=True) @ lax.all_gather(b, "x", tiled=True)
 
-    function = device(body, (P("x", "y"), P("x", "y")), P("x", "y"))
+    function = local(body, (P("x", "y"), P("x", "y")), P("x", "y"))
     a, b = spec((n * B, D), jnp.bfloat16, axes, "x", "y"), spec((D, F), jnp.bfloat16, axes, "x", "y")
     sent = of_all(m, 2 * B * D) + of_all(n, 2 * D * F / m)
     return Layout(function, (a, b), {GATHER: sent}, {GATHER: 2}, 2 * B * D * F / m)
@@ -194,7 +190,7 @@ def ring_matmul(axes):
             out.append(x @ w)
         return jnp.stack(out)
 
-    function = device(body, (P(None, "x"), P("x")), P(None, "x"))
+    function = local(body, (P(None, "x"), P("x")), P(None, "x"))
     args = spec((D, n * D), jnp.bfloat16, axes, None, "x"), spec((n * B, D), jnp.bfloat16, axes, "x")
     return Layout(function, args, {HAND: (n - 1) * 2 * B * D}, {HAND: n - 1}, n * MATMUL)
 
@@ -219,7 +215,7 @@ def pipeline(axes, backward=False):
     def gradient(w, x):
         return jax.grad(lambda w: loss(forward(w, x)))(w)
 
-    function = device(gradient if backward else forward, (P("x"), P()), P("x"))
+    function = local(gradient if backward else forward, (P("x"), P()), P("x"))
     args = spec((n, D, D), jnp.bfloat16, axes, "x"), spec((M, B, D), jnp.bfloat16, axes)
     times = ticks * (2 if backward else 1)
     return Layout(function, args, {HAND: times * 2 * B * D}, {HAND: times}, ticks * MATMUL * (3 if backward else 1))
@@ -237,7 +233,7 @@ def expert_layer(axes):
         there = lax.all_to_all(x, "x", 0, 0, tiled=True)
         return lax.all_to_all(mlp(there, up[0], down[0]), "x", 0, 0, tiled=True)
 
-    function = device(body, (P("x"), P("x"), P("x")), P("x"))
+    function = local(body, (P("x"), P("x"), P("x")), P("x"))
     up, down = spec((n, D, F), jnp.bfloat16, axes, "x"), spec((n, F, D), jnp.bfloat16, axes, "x")
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
     return Layout(function, (up, down, x), {EXCHANGE: 2 * of_all(n, 2 * B * D)}, {EXCHANGE: 2}, MLP)
@@ -251,7 +247,7 @@ def expert_tensor(axes):
         there = lax.all_to_all(x, "x", 0, 0, tiled=True)
         return lax.all_to_all(lax.psum(mlp(there, up[0], down[0]), "y"), "x", 0, 0, tiled=True)
 
-    function = device(body, (P("x", None, "y"), P("x", "y"), P("x")), P("x"))
+    function = local(body, (P("x", None, "y"), P("x", "y"), P("x")), P("x"))
     up, down = spec((n, D, F), jnp.bfloat16, axes, "x", None, "y"), spec((n, F, D), jnp.bfloat16, axes, "x", "y")
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
     sent = {EXCHANGE: 2 * of_all(n, 2 * B * D), SUM: 2 * of_all(m, 2 * B * D)}
@@ -268,7 +264,7 @@ def ulysses(axes):
         p = jax.nn.softmax(s, -1).astype(v.dtype)
         return lax.all_to_all(jnp.einsum("nts,nsh->nth", p, v), "x", 1, 0, tiled=True)
 
-    function = device(body, (P(None, "x"),) * 3, P(None, "x"))
+    function = local(body, (P(None, "x"),) * 3, P(None, "x"))
     x = spec((heads, n * B, head), jnp.bfloat16, axes, None, "x")
     sent = 4 * of_all(n, 2 * heads * B * head)
     return Layout(function, (x, x, x), {EXCHANGE: sent}, {EXCHANGE: 4}, 4 * heads / n * (n * B) ** 2 * head)
@@ -286,7 +282,7 @@ def halo(axes):
         return lax.fori_loop(0, 7, step, x)
 
     x = spec((n * B, D), jnp.bfloat16, axes, "x")
-    return Layout(device(body, P("x"), P("x")), (x,), {HAND: 7 * 2 * 8 * D}, {HAND: 7}, 0.0)
+    return Layout(local(body, P("x"), P("x")), (x,), {HAND: 7 * 2 * 8 * D}, {HAND: 7}, 0.0)
 
 
 def hybrid(axes):
@@ -298,7 +294,7 @@ def hybrid(axes):
         part = lax.psum_scatter(jax.grad(lambda w: loss(x @ w))(whole), "x", tiled=True)
         return w - 0.01 * lax.psum(part, "y")
 
-    function = device(body, (P("x"), P(("y", "x"))), P("x"))
+    function = local(body, (P("x"), P(("y", "x"))), P("x"))
     args = spec((D, D), jnp.bfloat16, axes, "x"), spec((n * m * B, D), jnp.bfloat16, axes, ("y", "x"))
     once = of_all(n, 2 * D * D)
     sent = {GATHER: once, SCATTER: once, SUM: 2 * of_all(m, 2 * D * D / n)}

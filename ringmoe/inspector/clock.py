@@ -372,7 +372,7 @@ class _Walk:
     def _sharing(self, flight: _Flight) -> Iterator[tuple[_Flight, float]]:
         """Transfers in the air that use links of this one, and for how long both need one."""
         assert flight.transfer is not None
-        for other in tuple(itertools.islice(reversed(self.flights.values()), _SHARERS)):
+        for other in itertools.islice(reversed(self.flights.values()), _SHARERS):
             common = self.schedule.wire.contended_us(flight.transfer, other.transfer) if other.transfer else 0.0
             if common:
                 yield other, common
@@ -457,10 +457,11 @@ class _Walk:
         rest = us - max(0.0, min(us, flight.transfer.us - flight.blamed))
         own = flight.blamed + us - rest
         for other, common in self._sharing(flight):
-            if rest > 0:
-                part = max(0.0, min(rest, common - other.blamed))
-                other.blamed += part
-                rest -= part
+            if rest <= 0:
+                break
+            part = max(0.0, min(rest, common - other.blamed))
+            other.blamed += part
+            rest -= part
         return own + rest
 
     def _stall(self, name: str, us: float, local: bool = False) -> None:

@@ -31,7 +31,7 @@ class SliceExchange:
 
     @property
     def slices(self) -> int:
-        return max(2, len({place for place, _ in self.devices}))
+        return max(2, len({number for number, _ in self.devices}))
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:

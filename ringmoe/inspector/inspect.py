@@ -151,7 +151,7 @@ def _report(
     if module.num_devices <= machine.domain:  # the program of one slice, which all slices run
         domains = [place[0] for place in coords]
         slices = [[i for i, domain in enumerate(domains) if domain == one] for one in sorted(set(domains))]
-        coords = [place for place in coords if place[0] == coords[0][0]]
+        coords = [coords[i] for i in slices[0]]
     roofline = Roofline(module, machine)
     shape = {str(name): size for name, size in grid.shape.items()} if grid is not None else {}
     schedule = Schedule(module, roofline, Wire(machine, coords), Axes(shape, slices))

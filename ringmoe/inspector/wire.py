@@ -30,6 +30,8 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -140,8 +142,7 @@ class Wire:
 
     def permute(self, size: float, pairs: str) -> Transfer:
         """`size` bytes from each source to its target; `pairs` as printed, "{{0,1},{1,0}}"."""
-        hops, links, crosses = self._routes(pairs)
-        load = max(links.values(), default=0)
+        hops, load, crosses, _ = self._routes(pairs)
         if crosses:
             us = self._us(size / self._links_rate(), size / self.target.network_bandwidth, 0, 1)
             return Transfer(size, us, "network", "network")
@@ -168,7 +169,7 @@ class Wire:
 
     def _common_load_uncached(self, one: str, other: str) -> frozenset[tuple[int, int]]:
         """How often each link that two permutes have in common is used by either."""
-        mine, theirs = self._routes(one)[1], self._routes(other)[1]
+        mine, theirs = self._routes(one).links, self._routes(other).links
         return frozenset((mine[link], theirs[link]) for link in mine.keys() & theirs.keys())
 
     def neighbour(self, size: float, lane: str = "") -> Transfer:
@@ -214,8 +215,7 @@ class Wire:
     def _links_rate(self) -> float:
         return self.target.num_links * self._link_rate()
 
-    def _routes_uncached(self, pairs: str) -> tuple[int, collections.Counter, bool]:
-        """Longest route in hops, how many routes use each link, and whether any leaves its domain."""
+    def _routes_uncached(self, pairs: str) -> "_Routes":
         links: collections.Counter = collections.Counter()
         longest, crosses = 0, False
         for source, destination in source_target_pairs(pairs):
@@ -236,7 +236,7 @@ class Wire:
                     place[dim] = (place[dim] + step) % length
                 hops += abs(distance)
             longest = max(longest, hops)
-        return longest, links, crosses
+        return _Routes(longest, max(links.values(), default=0), crosses, links)
 
     def _span_uncached(self, groups: str) -> "_Span":
         """The slowest group."""
@@ -278,6 +278,16 @@ class _Span:
     cut: float = 0.0
     reach: int = 0
     route: str = ""
+
+
+class _Routes(NamedTuple):
+    """Of a permute: the longest route in hops, how many share the fullest link, whether any leaves its domain, and how many
+    use each link."""
+
+    hops: int
+    load: int
+    crosses: bool
+    links: Mapping[tuple[int, ...], int]
 
 
 def _network_bytes(kind: str, size: float, each: int, domains: int) -> float:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.plan import ExpertPlan, Ring
+from ringmoe.schedule.ring import send
 
 
 def to_experts(plan: ExpertPlan, rows):
@@ -54,28 +55,26 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
     pieces = jnp.split(rows, n)
     both_ways = [tuple(dict.fromkeys((s, n - s))) for s in range(n // 2, 0, -1)]
 
+    def travel(piece, distance):
+        with jax.named_scope("exchange"):
+            return send(ring, piece, distance)
+
     def step(piece, after):
         piece, now, _ = lax.optimization_barrier((piece, weights, after))
         with jax.named_scope("experts"):
             return work(piece, *now)
 
-    arrived = [_send(ring, pieces[s], s) for s in both_ways[0]]
+    arrived = [travel(pieces[s], s) for s in both_ways[0]]
     home = {0: step(pieces[0], ())}
     after = _corner(home[0])
     for pair, following in zip(both_ways, (*both_ways[1:], ())):
         leaving = [pieces[s] for s in following]
         here, leaving, _ = lax.optimization_barrier((arrived, leaving, after))
-        arrived = [_send(ring, piece, s) for s, piece in zip(following, leaving)]
+        arrived = [travel(piece, s) for s, piece in zip(following, leaving)]
         for s, piece in zip(pair, here):
             out = step(piece, after)
-            after, home[s] = _corner(out), _send(ring, out, -s)
+            after, home[s] = _corner(out), travel(out, -s)
     return jnp.concatenate([home[s] for s in range(n)])
-
-
-def _send(ring: Ring, piece, distance: int):
-    n, devices = ring.size, ring.devices
-    with jax.named_scope("exchange"):
-        return lax.ppermute(piece, ring.mesh_order, [(devices[i], devices[(i + distance) % n]) for i in range(n)])
 
 
 def _corner(array):

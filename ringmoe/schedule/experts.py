@@ -27,12 +27,13 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_o
         w_in, w_gate: [e, D, f], w_out: [e, f, D]; w_gate None without a gate.
 
     Cost per device: v * r * D elements of x's dtype to send out, a share (P - 1) / P of it over the wire, and back the same;
-    an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D].
+    an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D] (in pieces: once).
     """
+    in_pieces = plan.ring.size > 1
     with jax.named_scope("dispatch"):
-        slots = _visible_slots(plan, expert, slot, in_pieces=plan.ring.size > 1)
+        slots = _visible_slots(plan, expert, slot, in_pieces)
         rows = dispatch_local(x, slots)
-    if plan.ring.size > 1:
+    if in_pieces:
         work = lambda *piece: kernel.forward(*piece).astype(x.dtype)
         out = visit_in_pieces(plan.ring, work, rows, (w_in, w_gate, w_out))
     else:
@@ -106,8 +107,7 @@ def _visible_slots(plan, expert, slot, in_pieces=False) -> Slots:
         else:
             mine = mine & (coordinate == lax.axis_index(axis))
     if in_pieces:  # this device's own experts come first, then those of the devices after it
-        ahead = index - lax.axis_index(plan.ring.axes)
-        index = jnp.where(ahead < 0, ahead + plan.ring.size, ahead)
+        index = (index - lax.axis_index(plan.ring.axes)) % plan.ring.size
     index = index * stride + lax.rem(expert, jnp.int32(stride))
     num_visible = plan.num_exchange * stride
     return slots_of(index, jnp.where(mine, slot, -1), num_visible, plan.capacity, plan.group_size)

@@ -14,6 +14,13 @@ import numpy as np
 from ringmoe.plan import Ring
 
 
+def send(ring: Ring, tree, distance: int = 1):
+    """Every device's arrays to the device `distance` places on; what it gets is from the one as far back."""
+    size, devices = ring.size, ring.devices
+    pairs = [(devices[i], devices[(i + distance) % size]) for i in range(size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
+
+
 def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
     """Walks `hops` blocks past every device.
 
@@ -29,19 +36,15 @@ def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
 
     Per hop and device, `block` goes over the wire once, `owed` once from the second hop on and once at the end.
     """
-    size, devices = ring.size, ring.devices
+    size = ring.size
     me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
-
-    def send(tree, distance=1):
-        pairs = [(devices[i], devices[(i + distance) % size]) for i in range(size)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
 
     def hop(carry, h, first=False, last=False):
         state, block, owed, share = carry
         # Sends start before the work and nothing but the work follows them: schedulers hide them behind it.
         with jax.named_scope("ring_send"):
-            owed = owed if first else send(jax.tree.map(jnp.add, owed, share))
-            arrived = block if last else send(block)
+            owed = owed if first else send(ring, jax.tree.map(jnp.add, owed, share))
+            arrived = block if last else send(ring, block)
         with jax.named_scope("ring_work"):
             state, share = step(state, block, (me - h) % size)
         return state, arrived, owed, share
@@ -54,4 +57,4 @@ def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
     state, _, owed, share = hop(carry, hops - 1, first=hops == 1, last=True)
     total = jax.tree.map(jnp.add, owed, share)
-    return state, send(total, -(hops - 1)) if hops > 1 else total
+    return state, send(ring, total, -(hops - 1)) if hops > 1 else total
