@@ -19,8 +19,11 @@ from ringmoe.moe import moe_ffn as moe_ffn
 from ringmoe.router import MoeMetrics as MoeMetrics
 from ringmoe.router import RouterConfig as RouterConfig
 from ringmoe.router import Routing as Routing
+from ringmoe.router import drops_by_part as drops_by_part
+from ringmoe.router import hash_experts as hash_experts
 from ringmoe.router import route as route
+from ringmoe.router import update_selection_bias as update_selection_bias
 
 # Tracebacks and `explain` point at the caller's line, not at ours; the demo's model is a caller.
-for _part in ("attention.py", "compat.py", "moe.py", "router.py", "lowering", "pallas", "primitives", "schedule"):
+for _part in ("attention.py", "compat.py", "moe.py", "lowering", "pallas", "primitives", "router", "schedule"):
     source_info_util.register_exclusion(str(pathlib.Path(__file__).parent / _part))

@@ -22,13 +22,20 @@ def moe_ffn(
     *,
     w_gate: ArrayLike | None = None,
     config: RouterConfig,
+    router_bias: ArrayLike | None = None,
+    selection_bias: ArrayLike | None = None,
+    expert_scale: ArrayLike | None = None,
+    noise_weight: ArrayLike | None = None,
+    expert: ArrayLike | None = None,
+    key: jax.Array | None = None,
+    train: bool = False,
     token_mask: ArrayLike | None = None,
     implementation: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, MoeMetrics]:
     """A sparse feed-forward layer: every token goes to its `top_k` experts and comes back.
 
-        y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight)
+        y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight + router_bias)
         FFN_e(x) = (silu(x w_gate_e) * (x w_in_e)) w_out_e, with a gate (SwiGLU);  gelu(x w_in_e) w_out_e without
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
@@ -42,9 +49,10 @@ def moe_ffn(
       x: [..., T, D]; bf16, fp16, fp32 or fp64. Sharded by batch, by sequence, by both or not at all.
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
       w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: GELU (tanh form) instead of SwiGLU.
-      config: see `RouterConfig`. Tokens compete for slots within groups of `config.group_size` consecutive tokens, so
-        which of them are dropped doesn't depend on the mesh. No group is cut: where devices hold less than one, or don't
-        divide their number, the rest is padding, with a warning.
+      config: see `RouterConfig`. Tokens compete for slots within a sequence, or groups of `config.group_size` consecutive
+        tokens, or all together; which of them are dropped doesn't depend on the mesh.
+      router_bias: [E], added to the logits. selection_bias, expert_scale: [E]; expert: [..., T, k] int32: see `route`.
+      noise_weight: [D, E], for noise="learned": logits + n * softplus(x noise_weight), n normal. key, train: see `route`.
       token_mask: [..., T] bool, False for padding: takes no slot, counts in no metric, gives zeros.
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
@@ -62,22 +70,57 @@ def moe_ffn(
     Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961.
     """
     x, router_weight, w_in, w_out = (jnp.asarray(a) for a in (x, router_weight, w_in, w_out))
-    w_gate = None if w_gate is None else jnp.asarray(w_gate)
-    token_mask = None if token_mask is None else jnp.asarray(token_mask)
+    optional = (w_gate, router_bias, selection_bias, expert_scale, noise_weight, expert, token_mask)
+    w_gate, router_bias, *others, token_mask = (None if a is None else jnp.asarray(a) for a in optional)
     axes = compat.check_axis_name(axis_name)
     router.check_mask(token_mask, x.shape[:-1])
     _check_layer(x, router_weight, w_in, w_out, w_gate, config, axes)
     pallas.check_implementation("experts", implementation)
-    acc = jnp.promote_types(x.dtype, jnp.float32)
     with jax.named_scope("router"):
         token_mask = router.lie_alike(token_mask, x)
         # A masked token may hold anything: it must not reach the router weight's gradient.
         seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
-        logits = _logits(seen.astype(acc), router_weight.astype(acc))
-        routing = router.route(logits, config, token_mask=token_mask)
-        metrics = router.metrics(routing, logits)
-    arrays = compat.vary_alike((x, routing.expert, routing.slot, routing.weight, w_in, w_gate, w_out))
+        weights = (router_weight, router_bias, *others)
+        routing, metrics = _route(seen, weights, config, token_mask, key, train, axes)
+    weight = routing.weight
+    if config.scale_input:
+        x = (x * weight).astype(x.dtype)
+        weight = jnp.where(routing.active[..., None], 1, weight)
+    arrays = compat.vary_alike((x, routing.expert, routing.slot, weight, w_in, w_gate, w_out))
     return primitive.experts(_call(routing, implementation, axes), *arrays), metrics
+
+
+def _route(x, weights, config: RouterConfig, token_mask, key, train, axes) -> tuple[Routing, MoeMetrics]:
+    """The routing of tokens x that holds nothing masked, and its metrics."""
+    router_weight, router_bias, selection_bias, expert_scale, noise_weight, expert = weights
+    d, e = router_weight.shape
+    check(
+        router_bias is None or router_bias.shape == (e,),
+        f"router_bias of shape {getattr(router_bias, 'shape', None)}, expected ({e},): one number per expert",
+    )
+    check(
+        noise_weight is None or noise_weight.shape == (d, e),
+        f"noise_weight of shape {getattr(noise_weight, 'shape', None)}, expected router_weight's {(d, e)}",
+    )
+    check(
+        key is not None or not (train and config.noise == "jitter"),
+        "key=None with noise='jitter', train=True, expected a jax.random key",
+    )
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    x, jitter_key = x.astype(acc), None
+    if key is not None:
+        key, jitter_key = jax.random.split(key)
+    if train and config.noise == "jitter":
+        x = router.jittered(x, config, jitter_key, axes)
+    logits = _logits(x, router_weight.astype(acc))
+    if router_bias is not None:
+        logits = logits + router_bias.astype(acc)
+    noise_logits = None if noise_weight is None else _logits(x, noise_weight.astype(acc))
+    routing = router.route(
+        logits, config, token_mask=token_mask, selection_bias=selection_bias, expert_scale=expert_scale,
+        noise_logits=noise_logits, expert=expert, key=key, train=train, axis_name=axes,
+    )  # fmt: skip
+    return routing, router.metrics(routing, logits, config, noise_logits=noise_logits)
 
 
 def _logits(x, router_weight):
@@ -171,10 +214,6 @@ def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, ax
         f"{router_weight.shape=}, expected [D, E] = ({d}, {e}): D is x's last dim, E is config.num_experts",
     )
     parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
-    check(
-        not axes or config.group_size is not None,
-        f"config.group_size=None with {axes=}, expected a number: inside a shard_map the default would depend on the mesh",
-    )
     check(e % parts == 0, f"config.num_experts={e} over axis_name={axes} of {parts} devices, expected a multiple")
     f = w_in.shape[-1] if w_in.ndim else 0
     shapes = {"w_in": (e // parts, d, f), "w_gate": (e // parts, d, f), "w_out": (e // parts, f, d)}

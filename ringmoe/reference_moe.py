@@ -18,36 +18,39 @@ class Selection(NamedTuple):
     active: np.ndarray
 
 
-def select(logits, *, top_k: int, capacity: int, group_size: int, token_mask=None) -> Selection:
-    """Who goes where, by counting: for each group, all first choices in token order, then all second choices, ...
+def select(
+    logits, *, top_k: int, capacity: int, group_size: int, token_mask=None, chosen_by=None, order=None
+) -> Selection:
+    """Who goes where, by counting: for each group of consecutive tokens, choice after choice takes its expert's next slot.
 
-    The largest logits win, the lowest index among equals. Masked tokens, and tokens with a NaN, a +inf or nothing but
-    -inf, are passed over.
+    The largest of `chosen_by` (default: the logits) win, the lowest index among equals. Masked tokens, and tokens with a
+    NaN, a +inf or nothing but -inf, are passed over. `order` [*B, T, k]: small ones come first, then early tokens, then early
+    choices; default: the number of the choice. A group may be as large as all sequences together.
     """
     logits = np.asarray(logits)
-    num_tokens, num_experts = logits.shape[-2:]
-    flat = logits.reshape(-1, num_tokens, num_experts)
+    *tokens, num_experts = logits.shape
+    flat = logits.reshape(-1, num_experts)
+    chosen_by = flat if chosen_by is None else np.asarray(chosen_by).reshape(flat.shape)
     with np.errstate(invalid="ignore"):
-        active = ~np.isnan(flat).any(-1) & ~np.isposinf(flat).any(-1) & ~np.isneginf(flat).all(-1)
-    finite = active.copy()
-    if token_mask is not None:
-        active &= np.asarray(token_mask).reshape(active.shape)
-    expert = np.zeros((*flat.shape[:2], top_k), np.int32)
+        finite = ~np.isnan(flat).any(-1) & ~np.isposinf(flat).any(-1) & ~np.isneginf(flat).all(-1)
+    active = finite if token_mask is None else finite & np.asarray(token_mask).reshape(-1)
+    expert = np.zeros((len(flat), top_k), np.int32)
     slot = np.full(expert.shape, -1, np.int32)
-    for b in range(flat.shape[0]):
-        for t in range(num_tokens):
-            row = flat[b, t] if finite[b, t] and active[b, t] else np.zeros(num_experts)
-            expert[b, t] = sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k]
-        for start in range(0, num_tokens, group_size):
-            taken = [0] * num_experts
-            for j in range(top_k):
-                for t in range(start, start + group_size):
-                    if active[b, t]:
-                        e = expert[b, t, j]
-                        slot[b, t, j] = taken[e] if taken[e] < capacity else -1
-                        taken[e] += 1
-    shape = (*logits.shape[:-1], top_k)
-    return Selection(expert.reshape(shape), slot.reshape(shape), active.reshape(shape[:-1]))
+    order = (
+        np.broadcast_to(np.arange(top_k), expert.shape) if order is None else np.asarray(order).reshape(expert.shape)
+    )
+    for t in range(len(flat)):
+        row = chosen_by[t] if active[t] else np.zeros(num_experts)
+        expert[t] = sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k]
+    for start in range(0, len(flat), group_size):
+        taken = [0] * num_experts
+        group = [(t, j) for t in range(start, start + group_size) for j in range(top_k) if active[t]]
+        for t, j in sorted(group, key=lambda choice: (order[choice], *choice)):
+            e = expert[t, j]
+            slot[t, j] = taken[e] if taken[e] < capacity else -1
+            taken[e] += 1
+    shape = (*tokens, top_k)
+    return Selection(expert.reshape(shape), slot.reshape(shape), active.reshape(tokens))
 
 
 def weights(logits, selection: Selection, *, renormalize: bool) -> jax.Array:

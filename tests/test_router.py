@@ -24,6 +24,13 @@ LAYOUTS = (
     (RouterConfig(5, 3, None, 1), ()),
     (RouterConfig(8, 2, 1.0, 6), (2,)),
     (RouterConfig(8, 3, 0.3, 12), (2, 2)),
+    (RouterConfig(8, 2, 0.5), (2,)),
+    (RouterConfig(5, 2, 0.7, 6, priority="position"), (2,)),
+    (RouterConfig(7, 3, 0.7, priority="position", scope="global"), (2,)),
+    (RouterConfig(4, 2, 0.6, 6, priority="probability"), (2,)),
+    (RouterConfig(130, 2, 4.0, priority="probability", scope="global"), (2,)),
+    (RouterConfig(6, 3, 0.5, priority="batch", scope="sequence"), (2,)),
+    (RouterConfig(256, 2, 0.5, scope="global"), (3, 2)),
 )
 
 
@@ -47,13 +54,30 @@ def routed(logits, config, mask=None):
     return routing, metrics(routing, logits)
 
 
+def order_of(config, logits):
+    """Which choice comes first, as reference_moe.select reads it."""
+    scores = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+    shape = (*logits.shape[:-1], config.top_k)
+    if config.priority == "choice":
+        return None
+    if config.priority == "position":
+        return np.zeros(shape)
+    if config.priority == "probability":
+        return -np.asarray(route(jnp.asarray(logits), config).weight)  # as rounded there
+    best = -scores.max(-1).reshape(-1, config.group(*logits.shape[:-1]))
+    rank = np.argsort(np.argsort(best, -1, kind="stable"), -1).reshape(shape[:-1])
+    return np.arange(config.top_k) * logits.size + rank[..., None]
+
+
 @given(problems())
 def test_equals_the_counting_loop(problem):
     config, logits, mask = problem
-    capacity = config.capacity(config.group_size)
+    group_size = config.group(*logits.shape[:-1])
+    capacity = config.capacity(group_size)
     routing, got = routed(logits, config, mask)
+    order = order_of(config, np.where(mask[..., None], logits, 0))
     want = reference_moe.select(
-        logits, top_k=config.top_k, capacity=capacity, group_size=config.group_size, token_mask=mask
+        logits, top_k=config.top_k, capacity=capacity, group_size=group_size, token_mask=mask, order=order
     )
     active = want.active
     np.testing.assert_array_equal(routing.active, active)
@@ -65,8 +89,9 @@ def test_equals_the_counting_loop(problem):
     np.testing.assert_array_equal(got.expert_load, asked)
     assert got.dropped == ((want.slot < 0) & active[..., None]).sum()
     assert got.drop_fraction == pytest.approx(int(got.dropped) / max(asked.sum(), 1))
-    assert got.nonfinite == (~active & mask).sum()
-    assert np.isfinite(got.load_balance_loss) and np.isfinite(got.z_loss)
+    assert got.nonfinite == (~active & mask).sum() and got.masked == (~mask).sum()
+    assert got.unused_experts == (asked == 0).sum()
+    assert all(np.isfinite(value).all() for value in jax.tree.leaves(got))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -217,7 +242,7 @@ def test_sharded_tokens_route_alike_and_locally(mode):
     if got_grad is not None:
         np.testing.assert_allclose(got_grad, want_grad, atol=1e-6)
     text = compiled.as_text()
-    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "scatter", " gather", " sort"):
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "scatter", " sort"):
         assert f"{word}(" not in text, word
 
 
@@ -229,18 +254,20 @@ def test_capacity_formula():
     assert RouterConfig(8, capacity_factor=None).capacity(16) == 16
 
 
-def test_default_group_size():
-    for num_tokens, group_size in (
-        (4096, 256),
-        (256, 256),
-        (100, 100),
-        (1000, 250),
-        (257, 1),
-        (514, 2),
-        (1, 1),
-        (0, 1),
-    ):
-        assert RouterConfig(4).group(num_tokens) == group_size
+def test_rounding_and_minimum():
+    asked = dict(num_experts=8, top_k=1, capacity_factor=1.0)
+    for rounding, slots in (("ceil", 2), ("floor", 1), ("nearest", 2)):
+        assert RouterConfig(**asked, rounding=rounding).capacity(12) == slots
+    assert RouterConfig(**asked, rounding="nearest").capacity(11) == 1
+    assert RouterConfig(**asked, min_capacity=4).capacity(12) == 4
+    assert RouterConfig(**asked, min_capacity=40).capacity(12) == 12
+    assert RouterConfig(8, capacity_factor=1e-9).capacity(12) == 1
+
+
+def test_who_competes():
+    assert RouterConfig(4).group(3, 100) == RouterConfig(4, scope="sequence").group(3, 100) == 100
+    assert RouterConfig(4, group_size=20).group(3, 100) == 20
+    assert RouterConfig(4, scope="global").group(3, 100) == 300
 
 
 def test_no_tokens():
@@ -260,6 +287,20 @@ def test_no_tokens():
         (dict(num_experts=4, capacity_factor=math.nan), "capacity_factor=nan"),
         (dict(num_experts=4, capacity_factor=math.inf), "capacity_factor=inf"),
         (dict(num_experts=4, group_size=0), "group_size=0"),
+        (dict(num_experts=4, group_size=4, scope="global"), "group_size=4 with scope='global'"),
+        (dict(num_experts=4, min_capacity=0), "min_capacity=0"),
+        (dict(num_experts=4, priority="first"), "priority='first', expected one of"),
+        (dict(num_experts=4, renormalize="later"), "renormalize='later', expected one of"),
+        (dict(num_experts=4, noise_scale=0.1), "noise_scale=0.1 with noise=None"),
+        (dict(num_experts=4, noise="gaussian", noise_scale=-1.0), "noise_scale=-1.0"),
+        (dict(num_experts=4, sinkhorn_iterations=0), "sinkhorn_iterations=0"),
+        (dict(num_experts=8, expert_groups=3), "expert_groups=3 with num_experts=8"),
+        (dict(num_experts=8, expert_groups=4, top_groups=1, top_k=3), "top_groups=1 of 4 groups of 2 experts"),
+        (dict(num_experts=8, expert_groups=4, top_groups=2, group_top=3), "group_top=3 with groups of 2 experts"),
+        (dict(num_experts=8, score="sigmoid", select_first=True), "select_first=True with score='sigmoid'"),
+        (dict(num_experts=8, scale_input=True), "scale_input=True with top_k=2"),
+        (dict(num_experts=8, method="expert_choice", select_first=True), "an expert chooses among all tokens"),
+        (dict(num_experts=8, method="expert_choice", capacity_factor=None), "capacity_factor=None with method="),
     ],
 )
 def test_config_checks_itself(fields, message):

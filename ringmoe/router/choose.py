@@ -1,0 +1,186 @@
+"""Scores, noise, and which experts a token (or which tokens an expert) chooses.
+
+Plain jnp on [*B, T, E], elementwise along the tokens, so that it partitions over them in every sharding mode. Reductions run
+over the experts as the second-minor dim, where tokens fill the vector unit. Nothing here is differentiated but the scores.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from ringmoe.meshes import Axes
+from ringmoe.router.config import RouterConfig
+
+MANY_EXPERTS = 128  # from which on top_k looks at chunks of them first
+
+
+def noisy(logits: jax.Array, config: RouterConfig, noise_logits: jax.Array | None, key, axes: Axes = ()) -> jax.Array:
+    """The logits plus the config's noise."""
+    std = noise_std(logits, config, noise_logits)
+    return logits if std is None else logits + std * drawn(jax.random.normal, key, logits, -2, axes)
+
+
+def noise_std(logits: jax.Array, config: RouterConfig, noise_logits: jax.Array | None) -> jax.Array | None:
+    """The standard deviation of the noise on the logits; None where there is none on them (jitter is on the input)."""
+    if config.noise == "learned":
+        assert noise_logits is not None, "route checks that"
+        return jax.nn.softplus(noise_logits.astype(logits.dtype))
+    scale = 1.0 if config.noise_scale is None else config.noise_scale
+    return jnp.asarray(scale, logits.dtype) if config.noise == "gaussian" else None
+
+
+def jittered(x: jax.Array, config: RouterConfig, key, axes: Axes = ()) -> jax.Array:
+    """The router's input times uniform [1 - eps, 1 + eps]."""
+    eps = 0.01 if config.noise_scale is None else config.noise_scale
+    return x * (1 + eps * (2 * drawn(jax.random.uniform, key, x, -2, axes) - 1))
+
+
+def drawn(sample: Callable, key, like: jax.Array, dim: int, axes: Axes) -> jax.Array:
+    """Random numbers for the global shape, the same on every mesh: those of this device's part of `like`, tokens at `dim`."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return sample(key, like.shape, like.dtype, out_sharding=sharding)
+    shape, dim, mine = list(like.shape), dim % like.ndim, like.shape[dim]
+    shape[dim] = mine * math.prod(lax.axis_size(a) for a in axes)
+    whole = sample(key, tuple(shape), like.dtype)
+    return lax.dynamic_slice_in_dim(whole, lax.axis_index(axes) * mine, mine, dim) if axes else whole
+
+
+def scores_of(logits: jax.Array, config: RouterConfig) -> jax.Array:
+    """Scores over all experts, in the logits' dtype."""
+    if config.score == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    if config.score == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def top_k(values: jax.Array, k: int) -> jax.Array:
+    """[*B, T, k] int32 of [*B, T, E]: the largest value first, the lowest index among equals, on every backend.
+
+    Of many experts the k chunks with the largest maxima come first: no other can hold one of the k largest.
+    """
+    num_experts = values.shape[-1]
+    chunk = 2 ** round(math.log2(num_experts / k) / 2)  # the least of num_experts / chunk + k * chunk steps
+    if num_experts < MANY_EXPERTS or num_experts % chunk or num_experts // chunk < k:
+        return _insert(values, k)
+    chunks = values.reshape(*values.shape[:-1], -1, chunk)
+    best = jnp.sort(_insert(jnp.max(chunks, -1), k), -1)  # in their order, for equal values
+    candidates = jnp.take_along_axis(chunks, best[..., None], -2).reshape(*best.shape[:-1], k * chunk)
+    found = _insert(candidates, k)
+    return at_experts(best, lax.div(found, jnp.int32(chunk))) * chunk + lax.rem(found, jnp.int32(chunk))
+
+
+def _insert(values, k):
+    """Expert after expert, the last first, into each token's k largest so far: a token is a lane of the vector unit.
+
+    What comes later has a lower index than all that is held, and what is pushed out one than all behind it: both go before
+    their equals.
+    """
+    by_expert = jnp.moveaxis(values, -1, 0)
+    nothing = jnp.full_like(by_expert[0], -jnp.inf), jnp.full_like(by_expert[0], -1, jnp.int32)
+
+    def step(best, new):
+        (value, index), kept = new, []
+        for held, at in best:
+            before = value >= held
+            kept.append((jnp.where(before, value, held), jnp.where(before, index, at)))
+            value, index = jnp.where(before, held, value), jnp.where(before, at, index)
+        return tuple(kept), None
+
+    index = lax.iota(jnp.int32, by_expert.shape[0])
+    best, _ = lax.scan(step, (nothing,) * k, (by_expert, index), reverse=True, unroll=min(4, index.size))
+    return jnp.stack([index for _, index in best], axis=-1)
+
+
+@jax.custom_jvp
+def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
+    """values[*B, T, E] at expert [*B, T, k]: [*B, T, k]. Its derivative keeps the choices alone, and scatters nothing.
+
+    A choice of -1 gives some value. Single numbers are gathered fast on a CPU, and slowly elsewhere.
+    """
+    gather = lambda values, expert: jnp.take_along_axis(values, jnp.maximum(expert, 0), -1, mode="promise_in_bounds")
+    return lax.platform_dependent(values, expert, cpu=gather, default=_select)
+
+
+def _select(values, expert):
+    index = lax.broadcasted_iota(jnp.int32, (1,) * (values.ndim - 1) + values.shape[-1:], values.ndim - 1)
+    one = lambda j: jnp.sum(jnp.where(expert[..., j, None] == index, values, 0), -1, dtype=values.dtype)
+    return jnp.stack([one(j) for j in range(expert.shape[-1])], -1)
+
+
+@at_experts.defjvp
+def _at_experts_jvp(primals, tangents):
+    values, expert = primals
+    again = jax.checkpoint(_select, prevent_cse=False)  # keeps no [T, E] mask of each choice
+    return at_experts(values, expert), again(tangents[0], expert)
+
+
+def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:
+    """`values` with those of all but a token's `top_groups` best groups of experts set to `config.excluded`."""
+    if config.expert_groups == 1:
+        return values
+    grouped = values.reshape(*values.shape[:-1], config.expert_groups, -1)
+    best = at_experts(grouped, top_k(grouped, config.group_top))
+    best = jnp.sum(jnp.where(jnp.isneginf(best), jnp.finfo(best.dtype).min, best), -1)
+    chosen = top_k(best, config.top_groups)
+    index = lax.broadcasted_iota(jnp.int32, (1,) * (best.ndim) + (config.expert_groups,), best.ndim)
+    kept = jnp.any(chosen[..., None] == index, axis=-2)
+    return jnp.where(kept[..., None], grouped, config.excluded).reshape(values.shape)
+
+
+def sinkhorn(logits: jax.Array, active: jax.Array, config: RouterConfig, axes: Axes = ()) -> jax.Array:
+    """log(exp(logits) r_t c_e), [*B, T, E], with r and c such that every expert has the same mass and every token mass 1.
+
+    Over each sequence, or over all with scope "global"; tokens that aren't active have no mass. So many steps bring it near.
+    Source: Sinkhorn-balanced assignment, https://arxiv.org/abs/2202.01169.
+    """
+    dims = tuple(range(active.ndim)) if config.scope == "global" else (active.ndim - 1,)
+    over = lambda reduce, across, x, d: (
+        across(reduce(x, axis=d, keepdims=True), axes) if axes else reduce(x, axis=d, keepdims=True)
+    )
+    tokens = jnp.maximum(over(jnp.sum, lax.psum, active.astype(logits.dtype), dims), 1)[..., None]
+    share = jnp.log(tokens) - jnp.log(jnp.asarray(logits.shape[-1], logits.dtype))
+    logits = jnp.where(active[..., None], logits, -jnp.inf)
+    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
+
+    def step(_, x):
+        most = finite(over(jnp.max, lax.pmax, x, dims))
+        mass = most + jnp.log(over(jnp.sum, lax.psum, jnp.exp(x - most), dims))
+        x = x - finite(mass) + share
+        return x - finite(jax.nn.logsumexp(x, axis=-1, keepdims=True))
+
+    return lax.fori_loop(0, config.sinkhorn_iterations, step, logits)
+
+
+def hash_experts(token_ids: jax.Array, num_experts: int, top_k: int = 1, *, seed: int = 0) -> jax.Array:
+    """Experts by a fixed hash of the token's number, for `route(..., expert=)`: [*B, T, k] int32, distinct.
+
+    Args:
+        token_ids: [*B, T] integers, of a vocabulary. num_experts: E. top_k: k <= E. seed: another seed, another hash.
+
+    Cost: a few integer operations a choice. Source: Hash Layers, https://arxiv.org/abs/2106.04426; the mixing function is the
+    finalizer of MurmurHash3.
+    """
+    taken: list[jax.Array] = []
+    for j in range(top_k):
+        h = token_ids.astype(jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32((seed * 40503 + j * 977) % 2**32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        draw = lax.rem((h ^ (h >> 16)), jnp.uint32(num_experts - j)).astype(jnp.int32)
+        # The draw counts the experts that are left: step over the taken ones, lowest first.
+        for other in _ascending(taken):
+            draw = draw + (draw >= other)
+        taken.append(draw)
+    return jnp.stack(taken, -1)
+
+
+def _ascending(columns):
+    if not columns:
+        return []
+    stacked = jnp.sort(jnp.stack(columns, -1), -1)
+    return [stacked[..., j] for j in range(len(columns))]
