@@ -155,8 +155,8 @@ def dispatch(x: ArrayLike, routing: Routing) -> jax.Array:
         f"{x.shape=} with a routing of tokens {routing.expert.shape[:-1]}, expected x [*tokens, D]: route and dispatch "
         "the same tokens",
     )
-    rows = primitive.dispatch(_call(routing), *compat.vary_alike((x, routing.expert, routing.slot)))
-    rows = _mergeable(rows)
+    arrays = _in_groups(routing, x, routing.expert, routing.slot)
+    rows = _mergeable(primitive.dispatch(_call(routing), *compat.vary_alike(arrays)))
     return rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
 
@@ -175,7 +175,8 @@ def combine(expert_out: ArrayLike, routing: Routing) -> jax.Array:
     Cost: k gathers of T * D elements. No scatter: results repeat bit for bit. Differentiable in expert_out and the weights.
     """
     rows = jnp.asarray(expert_out)
-    *batch, num_tokens, _ = routing.expert.shape
+    expert, slot, weight = _in_groups(routing, routing.expert, routing.slot, routing.weight)
+    *batch, num_tokens, _ = expert.shape
     groups = num_tokens // routing.group_size
     expected = (routing.num_experts, math.prod(batch) * groups * routing.capacity)
     check(
@@ -183,8 +184,21 @@ def combine(expert_out: ArrayLike, routing: Routing) -> jax.Array:
         f"expert_out has shape {rows.shape}, expected [E, C, D] with E, C = {expected}: rows as dispatch gave them",
     )
     rows = rows.reshape(routing.num_experts, *batch, groups, routing.capacity, rows.shape[-1])
-    arrays = compat.vary_alike((rows, routing.expert, routing.slot, routing.weight))
-    return primitive.combine(_call(routing), *arrays)
+    y = primitive.combine(_call(routing), *compat.vary_alike((rows, expert, slot, weight)))
+    return y.reshape(*routing.expert.shape[:-1], y.shape[-1])
+
+
+def _in_groups(routing: Routing, *arrays):
+    """Arrays [*B, T, ...] as they are, or as one sequence where all tokens compete."""
+    num_tokens = routing.expert.shape[-2]
+    if num_tokens % routing.group_size == 0:
+        return arrays
+    return tuple(_replicated(a).reshape(-1, a.shape[-1]) for a in arrays)
+
+
+def _replicated(x):
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.reshard(x, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else x
 
 
 def _call(routing: Routing, implementation=None, axes=()) -> primitive.Call:

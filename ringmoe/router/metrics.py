@@ -155,11 +155,12 @@ def _load_loss(routing: Routing, logits, config, noise_logits):
     """Of P(t, e), the chance that e is among the token's k largest when its noise is drawn again."""
     if routing.threshold is None or config is None:
         return jnp.zeros((), jnp.float32)
-    std = jnp.maximum(noise_std(logits, config, noise_logits), 1e-6)
+    std = noise_std(logits, config, noise_logits)
+    assert std is not None, f"{config}: logits without noise have no threshold"
     index = lax.broadcasted_iota(jnp.int32, (1,) * (logits.ndim - 1) + logits.shape[-1:], logits.ndim - 1)
     inside = functools.reduce(jnp.logical_or, (routing.expert[..., j, None] == index for j in range(config.top_k)))
     least, following = routing.threshold[..., :1], routing.threshold[..., 1:]
-    chance = jax.scipy.stats.norm.cdf((logits - jnp.where(inside, following, least)) / std)
+    chance = jax.scipy.stats.norm.cdf((logits - jnp.where(inside, following, least)) / jnp.maximum(std, 1e-6))
     chance = jnp.where(routing.active[..., None], chance, 0)
     return _variation(jnp.sum(chance.astype(jnp.float32), axis=tuple(range(chance.ndim - 1))))
 
