@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ringmoe.errors import check, warn_once
+from ringmoe.errors import check
 from ringmoe.masks import Band
 from ringmoe.meshes import Axes
 from ringmoe.rules import Rule
@@ -19,6 +19,9 @@ from ringmoe.rules import Rule
 EXCHANGES = ("auto", "ring", "all_gather")
 HIDING = 8192  # FLOPs a byte on the wire from which on matmuls hide it: about what a TPU does while a link carries one
 MOST_PIECES = 16  # each is a copy of the experts' matmuls in the program
+SORTING = (
+    1.5  # room over rows asked, were routing even, from which on rows are sorted: what is empty costs more than sorting
+)
 
 Factors = tuple[tuple[str, Axes], ...]  # a dict of factor -> axes, sorted, hashable
 
@@ -164,8 +167,8 @@ class ExpertPlan:
 
     Attributes:
         num_experts: E, or what it is padded to.
-        capacity: C, slots per group and expert.
-        group_size: i, consecutive tokens per group; a device holds whole groups.
+        rows: r, room for what a device may have for one expert or, sorted, for one device: no more can be asked for.
+        sorted: rows lie tightly by expert, and only those are multiplied; else every expert has its own room.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
         exchange_axes: those of them that also shard tokens, in the order of expert_axes.
         token_axes: all axes that shard tokens (batch or sequence).
@@ -177,8 +180,8 @@ class ExpertPlan:
     """
 
     num_experts: int
-    capacity: int
-    group_size: int
+    rows: int = 0
+    sorted: bool = False
     expert_axes: tuple[tuple[str, int], ...] = ()
     exchange_axes: tuple[str, ...] = ()
     token_axes: tuple[str, ...] = ()
@@ -229,6 +232,7 @@ def experts(
     factors: Factors,
     mesh_shape: tuple[tuple[str, int], ...],
     capacity: int,
+    group_size: int,
     itemsize: int,
     exchanges: int = 2,
 ) -> ExpertPlan:
@@ -240,43 +244,61 @@ def experts(
     they may travel in pieces; backward each piece would add to the weights' gradients, which costs more than it hides.
     """
     split, length = dict(factors), dict(mesh_shape)
-    token_axes = tuple(a for f in sorted(split) if f == "z" or re.fullmatch(r"b\d+", f) for a in split[f])
+    token_axes = tuple(a for f in sorted(split) if _of_tokens(f) for a in split[f])
     expert_axes = split.get("e", ())
     split["f"] = tuple(a for a in split.get("f", ()) if a not in (*token_axes, *expert_axes))
     exchange = tuple(a for a in expert_axes if a in token_axes)
     own = tuple(a for a in expert_axes if a not in token_axes)
-    given, sizes = dict(rule.sizes), dict(rule.fitted(split, length).sizes)
-    if sizes.get("z", 1) > given.get("z", 1):
-        warn_once(
-            "groups padded",
-            f"{given.get('z', 1)} groups of {given['i']} tokens over mesh axes {split['z']}, and no group is cut: some "
-            f"devices hold nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one "
-            "device",
-        )
+    sizes = dict(rule.fitted(split, length).sizes)
     splits = lambda axes: math.prod(length[a] for a in axes)
-    hides = exchanges == 2 and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
+    tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
+    consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
+    room = _most_rows(dict(rule.sizes), tokens, consecutive, capacity, group_size) if "t" in sizes else 0
+    in_order = sizes["e"] * room > SORTING * tokens * sizes["c"]
+    rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
+    hides = (
+        exchanges == 2 and not in_order and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
+    )
     ring = Ring.make(exchange, length) if hides else Ring()
     how = f", in pieces: matmuls of hidden dim {sizes['f']} outlast the wire" if hides else ""
     why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts{how}"] * bool(exchange)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
-    groups = math.prod(n for f, n in sizes.items() if f == "z" or re.fullmatch(r"b\d+", f)) // splits(token_axes)
-    rows = sizes["e"] // splits(own) * groups * capacity * sizes.get("d", 1) * itemsize
-    summed = groups * sizes["i"] * sizes.get("d", 1) * max(itemsize, 4)
+    why = why or ["experts are whole on every device: nothing moves"]
+    why += [f"rows are sorted by expert: one may take {room} of {tokens} tokens"] * in_order
+    sent = splits(exchange) * rows * (1 if in_order else here) * sizes.get("d", 1) * itemsize
+    summed = tokens * sizes.get("d", 1) * max(itemsize, 4)
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
-        capacity=capacity,
-        group_size=sizes["i"],
+        rows=rows,
+        sorted=in_order,
         expert_axes=tuple((a, length[a]) for a in expert_axes),
         exchange_axes=exchange,
         token_axes=token_axes,
         hidden_axes=split["f"],
-        reason="; ".join(why) or "experts are whole on every device: nothing moves",
-        wire_bytes=exchanges * rows * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
+        reason="; ".join(why),
+        wire_bytes=exchanges * sent * (splits(exchange) - 1) // splits(exchange) + 2 * summed * (parts - 1) // parts,
         ring=ring,
         factors=freeze(split),
     )
+
+
+def _of_tokens(factor: str) -> bool:
+    """Whether it counts tokens: sequences, tokens of one, or groups of them and what each has."""
+    return factor in ("t", "z", "i") or re.fullmatch(r"b\d+", factor) is not None
+
+
+def _most_rows(given: Mapping[str, int], tokens: int, consecutive: int, capacity: int, group_size: int) -> int:
+    """How many of a device's `tokens` one expert may take: `capacity` of every group that the device has any of.
+
+    `consecutive` tokens of a sequence begin anywhere in a group, and a group may be larger than a sequence; in all there are
+    as many as the `given` lengths of the call make.
+    """
+    steps = math.gcd(consecutive, group_size, given["t"])
+    touched = 1 - (steps - consecutive) // group_size
+    groups = -(-math.prod(n for f, n in given.items() if _of_tokens(f)) // group_size)
+    return min(tokens, tokens // consecutive * min(consecutive, touched * capacity), groups * capacity)
 
 
 def _hides(devices: int, hidden: int, itemsize: int) -> bool:

@@ -41,22 +41,29 @@ ATTENTION = {
 each device keeps whole along the keys, because the columns it needs change from hop to hop."""
 
 EXPERTS = {
+    "tokens": "... t d",
+    "expert": "... t c",
+    "slot": "... t c",
+    "weight": "... t c",
+    "w_in": "e d f",
+    "w_gate": "e d f",
+    "w_out": "e f d",
+}
+"""t tokens, d model dim, c choices of a token, e experts, f hidden dim."""
+
+MOVERS = {
     "tokens": "... (z i) d",
     "expert": "... (z i) c",
     "slot": "... (z i) c",
     "weight": "... (z i) c",
-    "w_in": "e d f",
-    "w_gate": "e d f",
-    "w_out": "e f d",
     "rows": "e ... z r d",
 }
-"""z groups of i consecutive tokens, d model dim, c choices of a token, e experts, f hidden dim, r rows an expert takes of a
-group."""
+"""Of dispatch and combine, whose rows lie by slot: z groups of i consecutive tokens, r rows an expert takes of a group."""
 
-FAMILIES = {"attention": ATTENTION, "experts": EXPERTS}
+FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
-MANUAL = {"attention": ("t", "s"), "experts": ("z", "e")}
+MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e")}
 """The factors that a call's `axis_name` splits, inside the user's own shard_map."""
 
 WHOLE = frozenset({"h", "u", "i", "d", "c", "r"})

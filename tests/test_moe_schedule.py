@@ -1,5 +1,6 @@
 """The per-device expert schedule in shard_map, against the float64 oracle, on every kind of mesh axis."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -11,9 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ringmoe import reference_moe
+from ringmoe import plan, reference_moe, rules
 from ringmoe.pallas import experts_xla
-from ringmoe.plan import ExpertPlan, Ring
+from ringmoe.plan import Ring
 from ringmoe.router import RouterConfig, route
 from ringmoe.schedule import experts
 
@@ -40,7 +41,14 @@ CASES = {
 }
 # Wherever rows are exchanged they may also travel in pieces.
 IN_PIECES = {name: f"{name}, in pieces" for name, (_, batch, seq, e, _) in CASES.items() if {*e} & {*batch, *seq}}
-CASES |= {pieces: CASES[name] for name, pieces in IN_PIECES.items()}
+# And wherever an expert may take many more rows than it will, they lie sorted.
+SORTED = {name: f"{name}, sorted" for name in CASES}
+CASES |= {other: CASES[name] for name, other in (*IN_PIECES.items(), *SORTED.items())}
+RULE = rules.make(
+    "experts",
+    (("tokens", (B, T, D)), ("expert", (B, T, 2)), ("slot", (B, T, 2)), ("w_in", (E, D, F)), ("w_out", (E, F, D))),
+    ("tokens",),
+)
 
 
 def make_inputs(gated=True, dtype=jnp.float32):
@@ -68,16 +76,11 @@ def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     size, tokens = dict(axes), (*batch, *sequence)
     exchange = tuple(a for a in expert_axes if a in tokens)
-    return ExpertPlan(
-        E,
-        CONFIG.capacity(CONFIG.group_size),
-        CONFIG.group_size,
-        expert_axes=tuple((a, size[a]) for a in expert_axes),
-        exchange_axes=exchange,
-        token_axes=tokens,
-        hidden_axes=hidden,
-        ring=Ring.make(exchange, size) if case in IN_PIECES.values() else Ring(),
-    )
+    factors = plan.freeze({"b0": batch, "t": sequence, "e": expert_axes, "f": hidden})
+    config = dataclasses.replace(CONFIG, capacity_factor=None) if case in SORTED.values() else CONFIG
+    made = plan.experts(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4)
+    assert made.sorted == (case in SORTED.values()) and made.ring.size == 1
+    return dataclasses.replace(made, ring=Ring.make(exchange, size)) if case in IN_PIECES.values() else made
 
 
 def shard(case, body, in_specs, out_specs, **options):

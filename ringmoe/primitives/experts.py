@@ -41,12 +41,12 @@ def experts(call: Call, x, expert, slot, weight, w_in, w_gate, w_out):
 
 def _bind(op: Op, call: Call, arrays, results):
     present = {name: x for name, x in arrays.items() if x is not None}
-    sizes = (("e", call.num_experts), ("i", call.group_size), ("r", call.capacity))
+    by_slot = (("e", call.num_experts), ("i", call.group_size), ("r", call.capacity))
     return op.bind(
         *present.values(),
         operands=tuple(present),
         results=results,
-        sizes=sizes[1:2] if op is FORWARD else sizes,  # what the operands' shapes don't tell
+        sizes=by_slot if op.family == "movers" else (),  # what the operands' shapes don't tell
         axis_name=call.axis_name,
         implementation=call.implementation,
         spec=call,
@@ -129,8 +129,8 @@ def _placed_like(grad, aval):
 
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
     exchanges = 3 if "tokens_cotangent" in params["operands"] else 2
-    mesh_items, itemsize = tuple(mesh_shape.items()), avals[0].dtype.itemsize
-    return plan.experts(rule, plan.freeze(factors), mesh_items, params["spec"].capacity, itemsize, exchanges)
+    mesh_items, itemsize, call = tuple(mesh_shape.items()), avals[0].dtype.itemsize, params["spec"]
+    return plan.experts(rule, plan.freeze(factors), mesh_items, call.capacity, call.group_size, itemsize, exchanges)
 
 
 def _kernel(platform: str, params, named):
@@ -161,11 +161,15 @@ def _backward_body(plan, platform, params, named):
 
 
 def _dispatch_body(plan, platform, params, named):
-    return [schedule.dispatch(plan, *(named[name] for name in ("tokens", "expert", "slot", "weight")))]
+    call = params["spec"]
+    arrays = (named[name] for name in ("tokens", "expert", "slot", "weight"))
+    return [schedule.dispatch(plan, call.capacity, call.group_size, *arrays)]
 
 
 def _combine_body(plan, platform, params, named):
-    return [schedule.combine(plan, *(named[name] for name in ("rows", "expert", "slot", "weight")))]
+    call = params["spec"]
+    arrays = (named[name] for name in ("rows", "expert", "slot", "weight"))
+    return [schedule.combine(plan, call.capacity, call.group_size, *arrays)]
 
 
 def _tangent_body(plan, platform, params, named):
@@ -179,8 +183,8 @@ def _tangent_body(plan, platform, params, named):
 FORWARD = Op("experts", "experts", _plan, _body(_forward_body))
 TANGENT = Op("experts_tangent", "experts", _plan, _body(_tangent_body))
 BACKWARD = Op("experts_backward", "experts", _plan, _body(_backward_body))
-DISPATCH = Op("dispatch", "experts", _plan, _body(_dispatch_body))
-COMBINE = Op("combine", "experts", _plan, _body(_combine_body))
+DISPATCH = Op("dispatch", "movers", _plan, _body(_dispatch_body))
+COMBINE = Op("combine", "movers", _plan, _body(_combine_body))
 FORWARD.derive(_layer_jvp)
 TANGENT.derive(TANGENT.differentiate_plainly, _tangent_transpose)
 BACKWARD.derive(BACKWARD.differentiate_plainly)

@@ -4,8 +4,11 @@ Called inside a shard_map in which the plan's axes are manual; all arrays are th
 inspector finds them: dispatch (tokens to rows), exchange (rows to the devices that hold their experts, and back), experts
 (the kernel), combine (rows to tokens). Devices that share tokens but not experts, or that hold parts of the hidden dim,
 add up their outputs at the end.
+Rows lie in one of two layouts. Fixed: every visible expert has room for the r rows that this device may have for it; the
+matmuls are batched, and go over what is empty, too. Sorted: rows for the same device lie tightly one after another, by expert,
+with room for the r that may go there; only what is filled is multiplied.
 Symbols: t tokens and e experts of this device, v experts visible to its tokens (e times the devices it exchanges with),
-r = groups * C rows per visible expert, P devices in the exchange, R = P * r rows per expert after it.
+P devices in the exchange, R = P * r rows per expert after it.
 """
 
 import jax
@@ -13,34 +16,44 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.plan import ExpertPlan
-from ringmoe.schedule.exchange import to_experts, to_tokens, visit_in_pieces
-from ringmoe.schedule.rows import Slots, combine_local, combine_scalars, dispatch_local, dispatch_scalars, slots_of
+from ringmoe.schedule.exchange import Sorted, sort, to_experts, to_tokens, visit_in_pieces
+from ringmoe.schedule.rows import (
+    Slots,
+    combine_local,
+    combine_scalars,
+    dispatch_local,
+    dispatch_scalars,
+    packed,
+    slots_of,
+)
 from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out) -> jax.Array:
-    """y = sum_j weight_j FFN_{expert_j}(x), over the choices that have a slot; like x.
+    """y = sum_j weight_j FFN_{expert_j}(x), over the choices that were kept; like x.
 
     Args:
         plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`.
-        x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts.
+        x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts. Of the slot only
+            whether there is one counts: whole groups need not be here.
         w_in, w_gate: [e, D, f], w_out: [e, f, D]; w_gate None without a gate.
 
-    Cost per device: v * r * D elements of x's dtype to send out, a share (P - 1) / P of it over the wire, and back the same;
-    an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, [v, r, D] and [e, R, D] (in pieces: once).
+    Cost per device: v * r * D (sorted: P * r * D) elements of x's dtype to send out, a share (P - 1) / P of it over the wire,
+    and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
+    exchange (in pieces: once).
     """
     in_pieces = plan.ring.size > 1
     with jax.named_scope("dispatch"):
-        slots = _visible_slots(plan, expert, slot, in_pieces)
+        slots, order = _rows(plan, expert, slot, in_pieces)
         rows = dispatch_local(x, slots)
     if in_pieces:
         work = lambda *piece: kernel.forward(*piece).astype(x.dtype)
         out = visit_in_pieces(plan.ring, work, rows, (w_in, w_gate, w_out))
     else:
-        rows = to_experts(plan, rows)
+        rows = to_experts(plan, rows, order)
         with jax.named_scope("experts"):
-            out = kernel.forward(rows, w_in, w_gate, w_out)
-        out = to_tokens(plan, out, x.dtype)
+            out = kernel.forward(rows, w_in, w_gate, w_out, order and order.counts)
+        out = to_tokens(plan, out, x.dtype, order)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -56,15 +69,15 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
     sum_axes, and of the weight gradients in float32 over weight_sum_axes.
     """
     with jax.named_scope("dispatch"):
-        slots = _visible_slots(plan, expert, slot)
+        slots, order = _rows(plan, expert, slot)
         rows = dispatch_local(x, slots)
         dy_rows = dispatch_local(dy.astype(x.dtype), slots)
         row_weight = dispatch_scalars(weight, slots)
-    rows, dy_rows, row_weight = (to_experts(plan, a) for a in (rows, dy_rows, row_weight))
+    rows, dy_rows, row_weight = (to_experts(plan, a, order) for a in (rows, dy_rows, row_weight))
     with jax.named_scope("experts"):
-        grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows)
-    drows = to_tokens(plan, grads.drows, x.dtype)
-    drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype)
+        grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows, order and order.counts)
+    drows = to_tokens(plan, grads.drows, x.dtype, order)
+    drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype, order)
     with jax.named_scope("combine"):
         dx = combine_local(drows, slots, None)
         dweight = combine_scalars(drow_weight, slots)
@@ -74,25 +87,33 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
     return dx.astype(x.dtype), dweight.astype(weight.dtype), *dw
 
 
-def dispatch(plan: ExpertPlan, x, expert, slot, weight) -> jax.Array:
+def dispatch(plan: ExpertPlan, capacity: int, group_size: int, x, expert, slot, weight) -> jax.Array:
     """Rows [e, *b, g, C, D] of this device's experts for its g groups; times `weight` of their assignment unless None."""
-    slots = _visible_slots(plan, expert, slot)
+    slots = slots_of(*_visible(plan, expert, slot), capacity, group_size)
     rows = dispatch_local(x, slots)
     if weight is not None:
         rows = (rows * dispatch_scalars(weight, slots)[..., None]).astype(x.dtype)
-    groups = (*x.shape[:-2], x.shape[-2] // plan.group_size, plan.capacity)
+    groups = (*x.shape[:-2], x.shape[-2] // group_size, capacity)
     return rows.reshape(rows.shape[0], *groups, x.shape[-1])
 
 
-def combine(plan: ExpertPlan, rows, expert, slot, weight) -> jax.Array:
+def combine(plan: ExpertPlan, capacity: int, group_size: int, rows, expert, slot, weight) -> jax.Array:
     """The transpose: tokens [*b, t, D] in the dtype of `rows`, summed over the devices that hold other experts."""
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    y = combine_local(flat, _visible_slots(plan, expert, slot), weight)
+    y = combine_local(flat, slots_of(*_visible(plan, expert, slot), capacity, group_size), weight)
     return sum_over(y, plan.sum_axes).astype(rows.dtype)
 
 
-def _visible_slots(plan, expert, slot, in_pieces=False) -> Slots:
-    """The slots of the v experts that this device's rows can reach; choices of the others have none.
+def _rows(plan, expert, slot, in_pieces=False) -> tuple[Slots, Sorted | None]:
+    """Where this device's rows lie, and, if they are sorted, how they do where their experts are."""
+    expert, slot, num_visible = _visible(plan, expert, slot, in_pieces)
+    parts = plan.num_exchange if plan.sorted else num_visible
+    slots, counts = packed(jnp.where(slot >= 0, expert, num_visible), num_visible, parts, plan.rows)
+    return slots, sort(plan, counts) if plan.sorted else None
+
+
+def _visible(plan, expert, slot, in_pieces=False):
+    """(expert, slot) over the v experts that this device's rows can reach, and v; choices of the others have slot -1.
 
     An expert's number is its coordinates on expert_axes, major to minor, then its place e on a device. Coordinates on
     exchange axes stay (rows can travel there); on the other axes only this device's own coordinate is reachable.
@@ -110,4 +131,4 @@ def _visible_slots(plan, expert, slot, in_pieces=False) -> Slots:
         index = (index - lax.axis_index(plan.ring.axes)) % plan.ring.size
     index = index * stride + lax.rem(expert, jnp.int32(stride))
     num_visible = plan.num_exchange * stride
-    return slots_of(index, jnp.where(mine, slot, -1), num_visible, plan.capacity, plan.group_size)
+    return index, jnp.where(mine, slot, -1), num_visible

@@ -28,6 +28,12 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
     return _whole(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
+def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array:
+    """heights[q] of the last start that is not past each number of `at`; starts ascend, and the first is not past any."""
+    rises = jnp.diff(heights, prepend=jnp.zeros(1, heights.dtype))
+    return jnp.sum(jnp.where(at[..., None] >= starts, rises, 0), axis=-1, dtype=heights.dtype)
+
+
 def _evaluate(x, index, back, *, mapped):
     def run(x, index, back):
         acc = jnp.promote_types(x.dtype, jnp.float32)

@@ -1,8 +1,10 @@
 """Row movers: tokens to expert slots and back, on one device's arrays, by gathers alone, to any order of derivative.
 
 The two are each other's transposes and undo each other when weights sum to one and nothing is dropped.
-Layout of rows: [E, R, D], R = groups * C; row (e, g * C + c) is slot c of expert e in group g. All groups are local.
-x is [*B, T, D]; expert, slot, weight are [*B, T, k] as in `router.Routing`; slot -1 means no row.
+x is [*B, T, D]; expert, slot, weight are [*B, T, k] as in `router.Routing`; slot -1 means no row. Rows lie
+    by slot, [E, R, D], R = groups * C: row (e, g * C + c) is slot c of expert e in group g, and all groups are local: `slots_of`;
+    packed, [P, R, D]: part p has the rows of the p-th share of the experts, by expert and in the order of the assignments,
+    from row 0 on and without gaps: `packed`.
 """
 
 from typing import NamedTuple
@@ -11,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.schedule.gather import sum_of_rows, take
+from ringmoe.schedule.gather import staircase, sum_of_rows, take
 
 
 class Slots(NamedTuple):
-    """Which assignment has which slot, and the inverse. Assignments are counted flat over [*B, T, k], slots over [E, R]."""
+    """Which assignment has which row, and the inverse. Assignments are counted flat over [*B, T, k], rows over [E or P, R]."""
 
-    assignment: jax.Array  # [E, R] int32: what fills each slot; the number of assignments where nothing does
-    place: jax.Array  # [*B, T, k] int32: where each assignment's row lies; the number of slots where it has none
+    assignment: jax.Array  # [E or P, R] int32: what fills each row; the number of assignments where nothing does
+    place: jax.Array  # [*B, T, k] int32: where each assignment's row lies; the number of rows where it has none
 
 
 def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int, group_size: int) -> Slots:
@@ -45,21 +47,51 @@ def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int
     return Slots(assignment.reshape(num_experts, num_groups * capacity), place.reshape(shape))
 
 
+def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tuple[Slots, jax.Array]:
+    """Rows packed into `parts` parts, an equal share of the experts each, and how many rows each expert has: [E] int32.
+
+    An assignment whose `expert` is `num_experts` has no row. No part may get more than `length`. One sort brings the
+    assignments into the order of the rows, another brings each one's place back: no scatter.
+    """
+    flat = expert.reshape(-1)
+    order = _in_order(flat, num_experts + 1)
+    experts = lax.broadcasted_iota(jnp.int32, (num_experts, 1), 0)
+    counts = jnp.sum(flat == experts, axis=1, dtype=jnp.int32)
+    taken = jnp.sum(counts.reshape(parts, -1), axis=1, dtype=jnp.int32)
+    first = jnp.cumsum(taken, dtype=jnp.int32) - taken
+    row = lax.broadcasted_iota(jnp.int32, (parts, length), 1)
+    filled = row < taken[:, None]
+    assignment = jnp.where(filled, take(order, jnp.where(filled, first[:, None] + row, flat.size)), flat.size)
+    rank = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
+    gaps = length * lax.broadcasted_iota(jnp.int32, (parts,), 0) - first  # before each part
+    lies = jnp.where(rank < jnp.sum(counts), rank + staircase(first, gaps, rank), parts * length)
+    _, place = lax.sort((order, lies), num_keys=1)
+    return Slots(assignment, place.reshape(expert.shape)), counts
+
+
+def _in_order(keys: jax.Array, bound: int) -> jax.Array:
+    """The places of `keys`, int32 in [0, bound), in ascending order and stably; in one array, which sorts faster, if it fits."""
+    n, place = keys.size, lax.broadcasted_iota(jnp.int32, keys.shape, 0)
+    if bound * n < 2**31:
+        return lax.rem(lax.sort(keys * n + place), jnp.int32(n))
+    return lax.sort((keys, place), num_keys=1)[1]
+
+
 def dispatch_local(x: jax.Array, slots: Slots) -> jax.Array:
-    """Rows by slot: out[e, r] = x[token of assignment[e, r]], 0 where the slot is empty; [E, R, D] in x's dtype."""
+    """Rows: out[e, r] = x[token of assignment[e, r]], 0 where nothing fills it; [E or P, R, D] in x's dtype."""
     num_choices = slots.place.shape[-1]
     return sum_of_rows(x, lax.div(slots.assignment, jnp.int32(num_choices))[..., None], slots.place)
 
 
 def dispatch_scalars(values: jax.Array, slots: Slots) -> jax.Array:
-    """One number per assignment [*B, T, k] to its slot: [E, R], 0 where the slot is empty."""
+    """One number per assignment [*B, T, k] to its row: [E or P, R], 0 where nothing fills it."""
     return sum_of_rows(values, slots.assignment[..., None], slots.place[..., None])
 
 
 def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None) -> jax.Array:
     """y[t] = sum over j = 0..k-1, in that order, of weight[t, j] * rows[place of (t, j)]; [*B, T, D], float32 or float64.
 
-    A choice without a slot adds exactly 0, unless its weight is NaN: then the token's output is NaN, and only its own.
+    A choice without a row adds exactly 0, unless its weight is NaN: then the token's output is NaN, and only its own.
     `weight=None` is 1 for every choice, which makes it the transpose of `dispatch_local`.
     """
     acc = jnp.promote_types(rows.dtype, jnp.float32)
@@ -74,5 +106,5 @@ def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None) -> ja
 
 
 def combine_scalars(values: jax.Array, slots: Slots) -> jax.Array:
-    """One number per slot [E, R] back to its assignment: [*B, T, k], 0 where it has no slot."""
+    """One number per row [E or P, R] back to its assignment: [*B, T, k], 0 where it has no row."""
     return sum_of_rows(values, slots.place[..., None], slots.assignment[..., None])
