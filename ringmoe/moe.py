@@ -86,7 +86,11 @@ def moe_ffn(
     if config.scale_input:
         x = (x * weight).astype(x.dtype)
         weight = jnp.where(routing.active[..., None], 1, weight)
-    arrays = compat.vary_alike((x, routing.expert, routing.slot, weight, w_in, w_gate, w_out))
+    # Where nothing can be dropped places are of no interest: XLA leaves out the counting, and its exchange.
+    kept = routing.slot if routing.capacity < routing.group_size else jnp.where(routing.active[..., None], 0, -1)
+    arrays = compat.vary_alike(
+        (x, routing.expert, jnp.broadcast_to(kept, routing.expert.shape), weight, w_in, w_gate, w_out)
+    )
     return primitive.experts(_call(routing, implementation, axes), *arrays), metrics
 
 

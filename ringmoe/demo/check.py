@@ -14,6 +14,7 @@ from ringmoe.demo import model
 from ringmoe.demo.placement import batch_sharding
 
 LOSS_BOUND = 3.0  # nats per byte; log(256) = 5.55 knows nothing, about 3.4 knows how frequent each byte is
+DROPS_BOUND = 0.02  # of the choices of experts, at the end of training
 LOGITS_BOUND = 1e-4  # float32, largest absolute difference
 
 
@@ -35,6 +36,17 @@ def check_loss(losses: Sequence[float], window: int = 10) -> float:
             "train for more with --steps"
         )
     return last
+
+
+def check_experts(losses: Sequence[float], dense: Sequence[float], dropped: Sequence[float], window: int = 10) -> str:
+    """What experts were good for, in words, if they were: a loss no higher than the dense model's, and few drops."""
+    ours, theirs, drops = (float(np.mean(values[-window:])) for values in (losses, dense, dropped))
+    if not (ours <= theirs and drops < DROPS_BOUND):
+        raise CheckFailed(
+            f"with experts the loss is {ours:.3f} nats per byte, {theirs:.3f} without, and {drops:.1%} of the choices were "
+            f"dropped after {len(losses)} steps, expected no higher loss and less than {DROPS_BOUND:.0%}; train for more with --steps"
+        )
+    return f"with experts {ours:.3f} nats per byte, without {theirs:.3f}; {drops:.2%} of their choices dropped"
 
 
 @dataclasses.dataclass(frozen=True)

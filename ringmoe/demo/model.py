@@ -27,20 +27,21 @@ class Config:
     head_dim: int = 32
     hidden_dim: int = 384
     expert_hidden_dim: int = 192
-    # Groups of 1,024 consecutive bytes share an expert's capacity: which of them are dropped is the same on any mesh.
-    router: ringmoe.RouterConfig = ringmoe.RouterConfig(num_experts=8, top_k=2, capacity_factor=1.25, group_size=1024)
+    # The bytes of a sequence share an expert's capacity: which of them are dropped is the same on any mesh. None: a dense
+    # model, of equal work for each byte where hidden_dim is top_k times expert_hidden_dim.
+    router: ringmoe.RouterConfig | None = ringmoe.RouterConfig.preset("top2_noisy")
     num_bytes: int = 256
     rope_base: float = 10_000.0
-    load_balance_weight: float = 0.02
+    load_balance_weight: float = 0.1
 
     def has_experts(self, layer: int) -> bool:
-        return layer % 2 == 1
+        return self.router is not None and layer % 2 == 1
 
 
 def init(key: jax.Array, config: Config) -> Params:
     """Float32 weights, normal with variance 1 / fan-in; what a layer adds to the residual is smaller by its depth."""
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    f, fe, e = config.hidden_dim, config.expert_hidden_dim, config.router.num_experts
+    f, fe = config.hidden_dim, config.expert_hidden_dim
     residual = (2 * config.num_layers) ** -0.5
     keys = iter(jax.random.split(key, 2 + 8 * config.num_layers))
 
@@ -58,7 +59,8 @@ def init(key: jax.Array, config: Config) -> Params:
             "ffn_norm": jnp.ones(d),
         }
         if config.has_experts(i):
-            layer["router"] = normal((d, e), d)
+            e = config.router.num_experts
+            layer["router"], layer["router_noise"] = normal((d, e), d), jnp.zeros((d, e))
             layer["experts"] = {
                 "gate": normal((e, d, fe), d),
                 "in": normal((e, d, fe), d),
@@ -108,28 +110,36 @@ def attend(layer: Params, x: jax.Array, config: Config) -> jax.Array:
     return jnp.einsum("btnh,nhd->btd", out, layer["output"])
 
 
-def feed_forward(layer: Params, x: jax.Array, config: Config):
+def feed_forward(layer: Params, x: jax.Array, config: Config, key: jax.Array | None = None):
     """SwiGLU of the normed x [B, T, D], to be added to x, by one dense layer or by each byte's top experts.
 
-    Returns `(y, metrics)`: `metrics` is what `ringmoe.moe_ffn` says of its routing, None for a dense layer.
+    With a key, in training, the router's logits are noisy. Returns `(y, metrics)`: `metrics` is what `ringmoe.moe_ffn` says of its routing, None for a dense layer.
     """
     y = rms_norm(x, layer["ffn_norm"])
     if "experts" in layer:
         experts = layer["experts"]
         return ringmoe.moe_ffn(
-            y, layer["router"], experts["in"], experts["out"], w_gate=experts["gate"], config=config.router
+            y,
+            layer["router"],
+            experts["in"],
+            experts["out"],
+            w_gate=experts["gate"],
+            config=config.router,
+            noise_weight=layer["router_noise"],
+            key=key,
+            train=key is not None,
         )
     ffn = layer["ffn"]
     return (jax.nn.silu(y @ ffn["gate"]) * (y @ ffn["in"])) @ ffn["out"], None
 
 
-def forward(params: Params, tokens: jax.Array, config: Config):
-    """`(logits [B, T, V] of each next byte, the metrics of every MoE layer)` for tokens [B, T] int32."""
+def forward(params: Params, tokens: jax.Array, config: Config, key: jax.Array | None = None):
+    """`(logits [B, T, V] of each next byte, the metrics of every MoE layer)` for tokens [B, T] int32; in training with a key."""
     x = params["embedding"][tokens]
     metrics = []
-    for layer in params["layers"]:
+    for i, layer in enumerate(params["layers"]):
         x = x + attend(layer, x, config)
-        y, routing = feed_forward(layer, x, config)
+        y, routing = feed_forward(layer, x, config, None if key is None else jax.random.fold_in(key, i))
         x = x + y
         if routing is not None:
             metrics.append(routing)
@@ -142,14 +152,16 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, -1) - chosen)
 
 
-def loss(params: Params, inputs: jax.Array, targets: jax.Array, config: Config):
+def loss(params: Params, inputs: jax.Array, targets: jax.Array, config: Config, key: jax.Array):
     """What training minimises, and what it reports: `(cross entropy + load-balance loss, report)`.
 
-    `report` holds `loss` (nats per byte), `load_balance` (1 where experts are used evenly), `dropped` (fraction of the
-    expert assignments for which the capacity had no room) and `expert_load` [MoE layers, E] int32.
+    `report` holds `loss` (nats per byte) and, of a model with experts, `load_balance` (1 where experts are used evenly),
+    `dropped` (fraction of the expert assignments for which the capacity had no room) and `expert_load` [MoE layers, E] int32.
     """
-    logits, metrics = forward(params, inputs, config)
+    logits, metrics = forward(params, inputs, config, key)
     nats = cross_entropy(logits, targets)
+    if not metrics:
+        return nats, {"loss": nats}
     balance = jnp.mean(jnp.stack([m.load_balance_loss for m in metrics]))
     report = {
         "loss": nats,

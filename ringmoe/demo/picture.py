@@ -11,13 +11,14 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 
-def save(path: pathlib.Path, losses, dropped, expert_load, loss_bound: float) -> None:
+def save(path: pathlib.Path, losses, dropped, expert_load, dense, loss_bound: float) -> None:
     """Writes a PNG.
 
     Args:
       losses: [steps] nats per byte.
       dropped: [steps] fraction of expert assignments dropped.
       expert_load: [steps, MoE layers, E] assignments that asked for each expert.
+      dense: [steps] nats per byte of the dense model.
     """
     losses, dropped = np.asarray(losses), np.asarray(dropped)
     load = np.asarray(expert_load, float)
@@ -32,7 +33,9 @@ def save(path: pathlib.Path, losses, dropped, expert_load, loss_bound: float) ->
         ((left, right),) = figure.subfigures(1, 2, squeeze=False, wspace=0.04)
 
         loss_axes, drop_axes = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        loss_axes.plot(steps, losses, color="#1f4e79", linewidth=2)
+        loss_axes.plot(steps, dense, color="#999999", linewidth=1.5, label="dense")
+        loss_axes.plot(steps, losses, color="#1f4e79", linewidth=2, label="with experts")
+        loss_axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
         _level(loss_axes, np.log(256), "uniform bytes, ln 256")
         _level(loss_axes, loss_bound, "bound of the demo")
         loss_axes.set_title(f"Loss: {losses[-10:].mean():.2f} nats per byte in the last 10 steps")

@@ -5,6 +5,7 @@ python -m ringmoe.demo --steps 40 --out ./out
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -36,10 +37,11 @@ BATCH_SIZE = 2
 class State(NamedTuple):
     params: Any  # model.Params
     optimizer: Any  # optax's
+    step: Any  # int32: how many steps were made; the router's noise is drawn from it
 
 
 class History(NamedTuple):
-    """One entry a step."""
+    """One entry a step; of a dense model the losses alone."""
 
     loss: list[float]
     dropped: list[float]
@@ -59,17 +61,18 @@ def _is_matrix(params: model.Params) -> Any:
 
 def init_state(seed: int, config: model.Config, optimizer: optax.GradientTransformation) -> State:
     params = model.init(jax.random.key(seed), config)
-    return State(params, optimizer.init(params))
+    return State(params, optimizer.init(params), jax.numpy.int32(0))
 
 
 def make_train_step(config: model.Config, optimizer: optax.GradientTransformation):
     """`step(state, inputs [B, T], targets [B, T]) -> (state, report)`; its arguments alone make it dense or sharded."""
 
     def train_step(state: State, inputs: jax.Array, targets: jax.Array):
-        grad = jax.grad(functools.partial(model.loss, config=config), has_aux=True)
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        grad = jax.grad(functools.partial(model.loss, config=config, key=key), has_aux=True)
         grads, report = grad(state.params, inputs, targets)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer_state), report
+        return State(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), report
 
     return train_step
 
@@ -121,12 +124,11 @@ def fit(step, state: State, batches: Sequence[np.ndarray], mesh, console: Consol
             seconds = time.perf_counter() - start
             check.check_finite(i, float(report["loss"]))
             history.loss.append(float(report["loss"]))
-            history.dropped.append(float(report["dropped"]))
-            history.expert_load.append(report["expert_load"])
-            line = (
-                f"loss {history.loss[-1]:.3f} nats/byte  {batch[:, 1:].size / seconds:,.0f} tokens/s  "
-                f"dropped {history.dropped[-1]:.1%}"
-            )
+            line = f"loss {history.loss[-1]:.3f} nats/byte  {batch[:, 1:].size / seconds:,.0f} tokens/s"
+            if "dropped" in report:
+                history.dropped.append(float(report["dropped"]))
+                history.expert_load.append(report["expert_load"])
+                line += f"  dropped {history.dropped[-1]:.1%}"
             progress.update(bar, advance=1, description=line)
             if not console.is_terminal and (i % 10 == 0 or i in (1, num_steps)):
                 console.print(f"step {i}/{num_steps}  {line}")
@@ -200,26 +202,19 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     config = model.Config()
     corpus = data.load(SEQUENCE_LENGTH)
     mesh = placement.make_mesh(jax.devices())
-    optimizer = make_optimizer(arguments.steps)
-    train_step = make_train_step(config, optimizer)
-    init = functools.partial(init_state, arguments.seed, config, optimizer)
-    # Born in its place: no device ever holds all experts.
-    state = jax.jit(init, out_shardings=placement.state_shardings(jax.eval_shape(init), mesh))()
-    count = sum(x.size for x in jax.tree.leaves(state.params))
     console.print(
-        f"{count:,} weights, {len(corpus.train):,} sequences of {SEQUENCE_LENGTH:,} bytes, mesh "
+        f"{len(corpus.train):,} sequences of {SEQUENCE_LENGTH:,} bytes, mesh "
         + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
-
-    with timed(console, f"compiling the train step for {mesh.size} CPU devices"):
-        step = compile_step(train_step, state, mesh)
-    batches = list(itertools.islice(data.batches(corpus.train, BATCH_SIZE, arguments.seed), arguments.steps))
-    state, history = fit(step, state, batches, mesh, console)
+    state, history = train(config, corpus, mesh, arguments, console)
+    console.print("and a dense model of equal work for each byte, on the same bytes:")
+    _, dense = train(dataclasses.replace(config, router=None), corpus, mesh, arguments, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "demo.png"
-    picture.save(path, *history, check.LOSS_BOUND)
+    picture.save(path, *history, dense.loss, check.LOSS_BOUND)
     console.print(f"picture of loss and expert load: {path}")
 
+    train_step = make_train_step(config, make_optimizer(arguments.steps))
     console.print(str(ringmoe.explain(train_step, *abstract_arguments(state, mesh))), markup=False)
     with timed(console, "comparing sharded with dense logits"):
         candidates = next(data.batches(corpus.heldout, 4 * BATCH_SIZE, arguments.seed))
@@ -232,6 +227,21 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         compile_for_targets(train_step, state, console)
     last = check.check_loss(history.loss)
     console.print(f"loss {last:.3f} nats per byte (bound {check.LOSS_BOUND}); held out {agreement.heldout_loss:.3f}")
+    console.print(check.check_experts(history.loss, dense.loss, history.dropped))
+
+
+def train(config: model.Config, corpus: data.Corpus, mesh, arguments, console: Console) -> tuple[State, History]:
+    """Trains one model from scratch."""
+    optimizer = make_optimizer(arguments.steps)
+    train_step = make_train_step(config, optimizer)
+    init = functools.partial(init_state, arguments.seed, config, optimizer)
+    # Born in its place: no device ever holds all experts.
+    state = jax.jit(init, out_shardings=placement.state_shardings(jax.eval_shape(init), mesh))()
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    with timed(console, f"{count:,} weights: compiling the train step for {mesh.size} CPU devices"):
+        step = compile_step(train_step, state, mesh)
+    batches = list(itertools.islice(data.batches(corpus.train, BATCH_SIZE, arguments.seed), arguments.steps))
+    return fit(step, state, batches, mesh, console)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def metrics(
     num_experts, active = routing.num_experts, routing.active
     asked_of = _asked(routing)
     load = jnp.sum(asked_of, axis=tuple(range(asked_of.ndim - 1)), dtype=jnp.int32)
-    dropped = jnp.sum(active[..., None] & (routing.slot < 0), dtype=jnp.int32)
+    lost = active[..., None] & (routing.slot < 0) if routing.capacity < routing.group_size else jnp.zeros((), bool)
+    dropped = jnp.sum(lost, dtype=jnp.int32)
     per_sequence = jnp.maximum(jnp.sum(active, axis=-1, dtype=jnp.int32), 1).astype(jnp.float32)
     num_active = jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(jnp.float32)
     k = routing.expert.shape[-1]
