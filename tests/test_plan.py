@@ -129,26 +129,26 @@ def test_what_gradients_are_summed_over(factors, bias, key_sum, bias_sum):
     assert set(got.bias_sum_axes) == set(bias_sum)
 
 
-def experts(factors, mesh=MESH, e=8, t=32, i=4, d=4, f=8, capacity=3, itemsize=2):
+def experts(factors, mesh=MESH, e=8, t=32, i=16, d=4, f=8, capacity=5, itemsize=2):
     operands = (("tokens", (B, t, d)), ("expert", (B, t, 2)), ("slot", (B, t, 2)), ("weight", (B, t, 2)),
                 ("w_in", (e, d, f)), ("w_out", (e, f, d)))  # fmt: skip
-    rule = rules.make("experts", operands, ("tokens",), (("i", i),))
-    return plan.experts(rule, plan.freeze(factors), mesh, capacity, itemsize)
+    rule = rules.make("experts", operands, ("tokens",))
+    return plan.experts(rule, plan.freeze(factors), mesh, capacity, i, itemsize)
 
 
 @pytest.mark.parametrize(("factors", "exchange", "exchange_axes", "sum_axes", "weight_sum_axes"), [
     ({}, "local", (), (), ()),
-    ({"z": ("b",)}, "local", (), (), ("b",)),
-    ({"b0": ("a",), "z": ("b",)}, "local", (), (), ("a", "b")),
-    ({"z": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ()),
-    ({"b0": ("a",), "z": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ("a",)),
-    ({"b0": ("a",), "z": ("b",), "e": ("b", "a")}, "all_to_all", ("b", "a"), (), ()),
+    ({"t": ("b",)}, "local", (), (), ("b",)),
+    ({"b0": ("a",), "t": ("b",)}, "local", (), (), ("a", "b")),
+    ({"t": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ()),
+    ({"b0": ("a",), "t": ("b",), "e": ("b",)}, "all_to_all", ("b",), (), ("a",)),
+    ({"b0": ("a",), "t": ("b",), "e": ("b", "a")}, "all_to_all", ("b", "a"), (), ()),
     ({"e": ("b",)}, "sum", (), ("b",), ()),
-    ({"z": ("a",), "e": ("b",)}, "sum", (), ("b",), ("a",)),
-    ({"z": ("b",), "e": ("b", "a")}, "all_to_all + sum", ("b",), ("a",), ()),
-    ({"z": ("b",), "e": ("b",), "f": ("a",)}, "all_to_all + sum", ("b",), ("a",), ()),
+    ({"t": ("a",), "e": ("b",)}, "sum", (), ("b",), ("a",)),
+    ({"t": ("b",), "e": ("b", "a")}, "all_to_all + sum", ("b",), ("a",), ()),
+    ({"t": ("b",), "e": ("b",), "f": ("a",)}, "all_to_all + sum", ("b",), ("a",), ()),
     ({"f": ("a",)}, "sum", (), ("a",), ()),
-    ({"z": ("a",), "f": ("a",)}, "local", (), (), ("a",)),  # gathered first
+    ({"t": ("a",), "f": ("a",)}, "local", (), (), ("a",)),  # gathered first
     ({"e": ("a",), "f": ("a", "b")}, "sum", (), ("a", "b"), ()),
 ])  # fmt: skip
 def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_axes):
@@ -166,19 +166,22 @@ def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_
     (6144, 2, (), 16, True), (6144, 2, (), 32, False),  # too many copies of the matmuls
 ])  # fmt: skip
 def test_rows_travel_in_pieces_where_matmuls_outlast_the_wire(f, itemsize, hidden, size, pieces):
-    factors = {"z": ("b",), "e": ("b",), "f": hidden}
-    got = experts(factors, (("a", 2), ("b", size)), e=32, t=128, f=f, itemsize=itemsize)
+    factors = {"t": ("b",), "e": ("b",), "f": hidden}
+    got = experts(factors, (("a", 2), ("b", size)), e=32, t=16 * size, f=f, capacity=1, itemsize=itemsize)
     assert got.ring.size == (size if pieces else 1)
     assert got.exchange.startswith("pieces" if pieces else "all_to_all") and ("in pieces" in got.reason) == pieces
 
 
 def test_bytes_of_an_expert_exchange():
-    """64 tokens in groups of 4 over 4 devices: 4 groups each, 8 experts x 3 slots x 4 x 2 bytes, there and back."""
-    rows = 8 * 4 * 3 * 4 * 2
-    assert experts({"z": ("b",), "e": ("b",)}).wire_bytes == 2 * rows * 3 // 4
+    """Two sequences of 64 tokens in groups of 16 over 4 devices: 8 experts x 2 groups x 5 slots x 4 x 2 bytes, and back."""
+    rows = 8 * 2 * 5 * 4 * 2
+    assert experts({"t": ("b",), "e": ("b",)}, t=64).wire_bytes == 2 * rows * 3 // 4
+    # Sorted: no more than both choices of every token for one device, or every token for each of its two experts.
+    rows = 4 * (2 * 16 * 2) * 4 * 2
+    assert experts({"t": ("b",), "e": ("b",)}, t=64, capacity=16).wire_bytes == 2 * rows * 3 // 4
     tokens = B * 32 * 4 * 4  # float32
     assert experts({"e": ("b",)}).wire_bytes == 2 * tokens * 3 // 4
-    assert experts({"z": ("b",)}).wire_bytes == 0
+    assert experts({"t": ("b",)}).wire_bytes == 0
 
 
 @pytest.mark.parametrize("broken", [
@@ -187,7 +190,52 @@ def test_bytes_of_an_expert_exchange():
 ])  # fmt: skip
 def test_a_plan_checks_itself(broken):
     with pytest.raises(AssertionError):
-        plan.ExpertPlan(num_experts=8, capacity=3, group_size=4, **broken)
+        plan.ExpertPlan(num_experts=8, **broken)
+
+
+@st.composite
+def kept_anywhere(draw):
+    """A batch of sequences in groups, over devices that may cut these."""
+    i, groups, batch = draw(st.integers(1, 12)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    everything = draw(st.booleans())  # one group of the whole batch
+    size = i * groups * batch if everything else i
+    return batch, i * groups, size, draw(st.integers(1, size)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+
+
+@given(kept_anywhere())
+@settings(max_examples=200)
+def test_no_device_has_more_rows_for_an_expert_than_it_has_room(drawn):
+    """Against the worst that may be kept: every group gives one expert as many tokens of one device as it can."""
+    batch, t, group, capacity, over_t, over_b = drawn
+    given = {"b0": batch, "t": t}
+    local, sequences = -(-t // over_t), -(-batch // over_b)
+    number = np.arange(batch * t).reshape(batch, t) // group
+    worst = 0
+    for i in range(over_b):
+        for j in range(over_t):
+            mine = number[i * sequences : (i + 1) * sequences, j * local : (j + 1) * local]
+            worst = max(worst, sum(min(capacity, n) for n in np.bincount(mine.reshape(-1)) if n))
+    room = plan._most_rows(given, sequences * local, local, capacity, group)
+    assert worst <= room <= sequences * local
+    if local % group == 0 and t % local == 0 and batch % over_b == 0:
+        assert room == worst
+
+
+def test_sorted_rows_never_travel_in_pieces():
+    factors = {"t": ("b",), "e": ("b",)}
+    fixed, in_order = (experts(factors, t=64, f=12288, capacity=c) for c in (5, 16))
+    assert fixed.exchange == "pieces" and in_order.exchange == "all_to_all" and in_order.ring.size == 1
+
+
+@pytest.mark.parametrize(("capacity", "e", "factors", "rows"), [
+    (5, 8, {}, None), (16, 8, {}, 2 * 32 * 2), (16, 2, {}, None),  # both choices of every token; of two experts it takes both
+    (16, 8, {"t": ("b",), "e": ("b",)}, 2 * 8 * 2), (16, 4, {"t": ("b",), "e": ("b",)}, 2 * 8),  # one expert a device
+    (5, 8, {"t": ("b",)}, 2 * 8 * 2),  # the device's eight tokens of a group may be the five that it keeps
+])  # fmt: skip
+def test_rows_are_sorted_where_there_is_much_more_room_than_is_asked_for(capacity, e, factors, rows):
+    got = experts(factors, e=e, capacity=capacity)
+    assert got.sorted == ("sorted" in got.reason) == (rows is not None)
+    assert rows is None or got.rows == rows
 
 
 def test_plans_are_frozen_hashable_and_made_once():

@@ -20,10 +20,15 @@ def attention(*extras, qkv=QKV, results=("output", "lse")):
     return rules.make("attention", (*qkv, *extras), results)
 
 
-def experts(b=B, t=16, d=4, e=8, f=6, i=4, gate=False):
+def experts(b=B, t=16, d=4, e=8, f=6, gate=False):
     weights = [("w_in", (e, d, f))] + [("w_gate", (e, d, f))] * gate + [("w_out", (e, f, d))]
     choices = [(name, (b, t, 2)) for name in ("expert", "slot", "weight")]
-    return rules.make("experts", (("tokens", (b, t, d)), *choices, *weights), ("tokens",), (("i", i),))
+    return rules.make("experts", (("tokens", (b, t, d)), *choices, *weights), ("tokens",))
+
+
+def dispatch(b=B, t=16, d=4, e=8, i=4, r=3):
+    operands = (("tokens", (b, t, d)), ("expert", (b, t, 2)), ("slot", (b, t, 2)))
+    return rules.make("movers", operands, ("rows",), (("e", e), ("i", i), ("r", r)))
 
 
 @pytest.mark.parametrize(("rule", "text"), [
@@ -32,8 +37,9 @@ def experts(b=B, t=16, d=4, e=8, f=6, i=4, gate=False):
     (attention(("key_lengths", (B,))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 -> b0 t (k g) h, b0 t (k g)"),
     (attention(("query_segments", (B, T)), ("key_segments", (B, S))),
      "b0 t (k g) h, b0 s k h, b0 s k h, b0 t, b0 u -> b0 t (k g) h, b0 t (k g)"),
-    (experts(), "b0 (z i) d, b0 (z i) c, b0 (z i) c, b0 (z i) c, e d f, e f d -> b0 (z i) d"),
-    (experts(gate=True), "b0 (z i) d, b0 (z i) c, b0 (z i) c, b0 (z i) c, e d f, e d f, e f d -> b0 (z i) d"),
+    (experts(), "b0 t d, b0 t c, b0 t c, b0 t c, e d f, e f d -> b0 t d"),
+    (experts(gate=True), "b0 t d, b0 t c, b0 t c, b0 t c, e d f, e d f, e f d -> b0 t d"),
+    (dispatch(), "b0 (z i) d, b0 (z i) c, b0 (z i) c -> e b0 z r d"),
 ])  # fmt: skip
 def test_shardys_notation(rule, text):
     assert str(rule) == text
@@ -44,13 +50,13 @@ def test_factors_of_length_one_leave_compound_dims():
     mqa = attention(qkv=(("query", (B, T, N, H)), ("key", (B, S, 1, H)), ("value", (B, S, 1, H))))
     assert mha.operands[0][2] == ("k",) and mha.results[1][2] == ("k",)
     assert mqa.operands[0][2] == ("g",) and mqa.operands[1][2] == ("k",)
-    assert experts(i=1).operands[0][1] == ("z",)
-    assert experts(i=16).operands[0][1] == ("i",)
+    assert dispatch(i=1).operands[0][1] == ("z",)
+    assert dispatch(i=16).operands[0][1] == ("i",)
 
 
 def test_sizes_of_factors_that_never_stand_alone():
     assert attention().compound_sizes == {"g": 4}
-    assert experts().compound_sizes == {"z": 4, "i": 4}
+    assert dispatch().compound_sizes == {"i": 4} and experts().compound_sizes == {}
 
 
 @given(st.tuples(*[st.booleans()] * 4))
@@ -121,18 +127,23 @@ def test_no_array_is_split_twice_over_one_axis(query, key, value):
 @settings(max_examples=24)
 def test_specs_come_back(entries):
     """The factors found from an array's spec give that spec back."""
-    rule = experts(b=8, t=32, i=4, d=16)
+    rule = experts(b=8, t=32, d=16)
     spec = P(*(entry for entry in entries[:2]))
     axes = found(rule, spec)
     assert rules.axes_of(rules.spec_of(rule.operands[0], axes), 3) == rules.axes_of(spec, 3)
 
 
-def test_groups_are_never_cut():
+def test_dispatch_never_cuts_a_group():
     """Axes that would cut groups get whole ones, and more of them; a single group is never split."""
-    assert found(experts(t=12), P(None, ("a", "b"))) == {"z": ("a", "b")}
-    assert dict(experts(t=12).fitted({"z": ("a", "b")}, MESH).sizes)["z"] == 8
-    assert found(experts(), P(None, ("b", "a"))) == {"z": ("b", "a")}
-    assert found(experts(i=16), P(None, "b")) == {}
+    assert found(dispatch(t=12), P(None, ("a", "b"))) == {"z": ("a", "b")}
+    assert dict(dispatch(t=12).fitted({"z": ("a", "b")}, MESH).sizes)["z"] == 8
+    assert found(dispatch(), P(None, ("b", "a"))) == {"z": ("b", "a")}
+    assert found(dispatch(i=16), P(None, "b")) == {}
+
+
+def test_the_layers_tokens_are_cut_anywhere():
+    assert found(experts(t=12), P(None, ("a", "b"))) == {"t": ("a", "b")}
+    assert dict(experts(t=12).fitted({"t": ("a", "b")}, MESH).sizes)["t"] == 16
 
 
 @pytest.mark.parametrize(("k", "g", "devices", "want"), [
@@ -177,7 +188,7 @@ def test_axes_are_cut_where_key_heads_end():
     assert heads(((8, 1),)) == ((2, 4), (4, 1))
     assert heads(((16, 1),)) == ((16, 1),) and heads(((3, 1),)) == ((3, 1),) and heads(()) == ()
     assert heads(((4, 2), (2, 1))) == ((2, 4), (2, 2), (2, 1))
-    assert experts().cut([((), ((8, 1),), ())])[0][1] == ((8, 1),)
+    assert dispatch().cut([((), ((8, 1),), ())])[0][1] == ((8, 1),)
 
 
 @pytest.mark.parametrize(("shape", "want"), [((8, 3), P("a")), ((8, 4), P("a", ("b", "c"))), ((9, 2), P(None, "b"))])
@@ -187,8 +198,8 @@ def test_axes_that_divide(shape, want):
 
 
 def test_the_rule_of_the_whole_call_from_one_devices_shapes():
-    rule = experts(e=1).scaled(("z", "e"), 8)
-    assert dict(rule.sizes)["z"] == 32 and dict(rule.sizes)["e"] == 8 and dict(rule.sizes)["d"] == 4
+    rule = experts(e=1).scaled(("t", "e"), 8)
+    assert dict(rule.sizes)["t"] == 128 and dict(rule.sizes)["e"] == 8 and dict(rule.sizes)["d"] == 4
 
 
 def test_one_devices_slice_is_cut_evenly_or_not_at_all():
@@ -216,7 +227,8 @@ def test_every_rule_is_one_that_custom_partitioning_takes(family):
     """The text and sizes go through JAX's own parser."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
-    rule = attention(("bias", (1, N, T, 1))) if family == "attention" else experts(gate=True)
+    of = {"attention": attention(("bias", (1, N, T, 1))), "experts": experts(gate=True), "movers": dispatch()}
+    rule = of[family]
     call = custom_partitioning(lambda *xs: tuple(jnp.zeros(rule.shape(dims)) for dims in rule.results))
     call.def_partition(partition=lambda *_: None, sharding_rule=str(rule), **rule.compound_sizes)
     jax.eval_shape(call, *(jnp.zeros(rule.shape(dims)) for dims in rule.operands))

@@ -5,8 +5,9 @@
     backward(rows, weight, w_in, w_gate, w_out, dy, counts) -> Grads
 
 on one device's arrays: rows, dy [e, R, D]; weight [e, R]; w_in, w_gate [e, D, F]; w_out [e, F, D]; w_gate is None without a
-gate. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first counts[0] of them
-expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in float32 (float64 for float64 inputs).
+gate. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first counts[0] of
+them expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in float32
+(float64 for float64 inputs).
 
     hidden = silu(rows w_gate) * (rows w_in), with a gate (SwiGLU);  gelu(rows w_in), tanh form, without
     out = hidden w_out
@@ -24,7 +25,7 @@ from ringmoe.pallas import grouped
 
 
 class Grads(NamedTuple):
-    """Gradients of sum(weight * out * dy), all in float32 (float64): drows and dweight like rows and weight, dW like their W."""
+    """Gradients of sum(weight * out * dy), all in float32 (float64): each of the shape of what it is the gradient of."""
 
     drows: jax.Array
     dweight: jax.Array

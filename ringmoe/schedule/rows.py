@@ -2,7 +2,7 @@
 
 The two are each other's transposes and undo each other when weights sum to one and nothing is dropped.
 x is [*B, T, D]; expert, slot, weight are [*B, T, k] as in `router.Routing`; slot -1 means no row. Rows lie
-    by slot, [E, R, D], R = groups * C: row (e, g * C + c) is slot c of expert e in group g, and all groups are local: `slots_of`;
+    by slot, [E, R, D], R = groups * C: row (e, g * C + c) is slot c of expert e in group g; groups are whole: `slots_of`;
     packed, [P, R, D]: part p has the rows of the p-th share of the experts, by expert and in the order of the assignments,
     from row 0 on and without gaps: `packed`.
 """
@@ -70,7 +70,7 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
 
 
 def _in_order(keys: jax.Array, bound: int) -> jax.Array:
-    """The places of `keys`, int32 in [0, bound), in ascending order and stably; in one array, which sorts faster, if it fits."""
+    """The places of `keys`, int32 in [0, bound), in ascending order, equals as they were; in one array, if it fits: faster."""
     n, place = keys.size, lax.broadcasted_iota(jnp.int32, keys.shape, 0)
     if bound * n < 2**31:
         return lax.rem(lax.sort(keys * n + place), jnp.int32(n))
