@@ -48,6 +48,9 @@ EXPERTS = {
     "w_in": "e d f",
     "w_gate": "e d f",
     "w_out": "e f d",
+    "b_in": "e f",
+    "b_gate": "e f",
+    "b_out": "e d",
     "rows": "e ... z r d",
 }
 """z groups of i consecutive tokens, d model dim, c choices of a token, e experts, f hidden dim, r rows an expert takes of a

@@ -1,17 +1,18 @@
 """The expert FFN on any backend: batched matmuls left to XLA. What an expert kernel is, too:
 
-    check(rows, w_in, w_gate, w_out)                          raises NotImplementedError with what it lacks
-    forward(rows, w_in, w_gate, w_out) -> out
-    backward(rows, weight, w_in, w_gate, w_out, dy) -> Grads
+    check(rows, weights, activation)                          raises NotImplementedError with what it lacks
+    forward(rows, weights, activation) -> out
+    backward(rows, weight, weights, activation, dy) -> Grads
 
-on one device's arrays: rows, dy [e, R, D]; weight [e, R]; w_in, w_gate [e, D, F]; w_out [e, F, D]; w_gate is None without a
-gate. `out` is the sum over this device's share of F, in float32 (float64 for float64 inputs).
+on one device's arrays: rows, dy [e, R, D]; weight [e, R]; weights: `ffn.Weights`, None where absent; activation: a name in
+`ffn.ACTIVATIONS`. `out` is the sum over this device's share of F, in float32 (float64 for float64 inputs).
 
-    hidden = silu(rows w_gate) * (rows w_in), with a gate (SwiGLU);  gelu(rows w_in), tanh form, without
-    out = hidden w_out
+    hidden = act(rows w_gate + b_gate) * (rows w_in + b_in), with a gate;  act(rows w_in + b_in) without
+    out = hidden w_out + b_out
 
 Matmuls accumulate in float32; hidden is rounded to the rows' dtype before the second matmul. A row of zeros, an empty slot,
-gives zeros. Source: SwiGLU, https://arxiv.org/abs/2002.05202.
+gives what the biases make of it; its weight and its dy are 0, so that no gradient counts it.
+Source: SwiGLU and its kin, https://arxiv.org/abs/2002.05202.
 """
 
 from typing import NamedTuple
@@ -19,53 +20,79 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ringmoe.ffn import ACTIVATIONS, Weights
+
 
 class Grads(NamedTuple):
-    """Gradients of sum(weight * out * dy), all in float32 (float64): drows [e, R, D], dweight [e, R], dW like their W."""
+    """Gradients of sum(weight * out * dy), all in float32 (float64): drows [e, R, D], dweight [e, R], weights like theirs."""
 
     drows: jax.Array
     dweight: jax.Array
-    dw_in: jax.Array
-    dw_gate: jax.Array | None
-    dw_out: jax.Array
+    weights: Weights
 
 
-def check(rows, w_in, w_gate, w_out) -> None:
-    """Raises NotImplementedError for what this kernel lacks: nothing, it takes every floating dtype and shape."""
-    del rows, w_in, w_gate, w_out
+def check(rows: jax.Array, weights: Weights, activation: str) -> None:
+    """Raises NotImplementedError for what this kernel lacks: nothing, it takes every floating dtype, shape and activation."""
+    del rows, weights, activation
 
 
-def forward(rows: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, w_out: jax.Array) -> jax.Array:
+def forward(rows: jax.Array, weights: Weights, activation: str) -> jax.Array:
     """out = FFN_e(rows[e]) for every expert e; [e, R, D]. 2 e R F D FLOPs per matmul; keeps hidden, [e, R, F]."""
-    pre = _hidden_inputs(rows, w_in, w_gate)
-    return _matmul("erf,efd->erd", _activation(*pre).astype(rows.dtype), w_out)
+    hidden = ACTIVATIONS[activation](*_hidden_inputs(rows, weights))
+    return _plus(_times(hidden.astype(rows.dtype), weights.w_out), weights.b_out)
 
 
-def backward(
-    rows: jax.Array, weight: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, w_out: jax.Array, dy: jax.Array
-) -> Grads:
+def backward(rows: jax.Array, weight: jax.Array, weights: Weights, activation: str, dy: jax.Array) -> Grads:
     """All gradients of y = weight * FFN(rows), with the hidden values recomputed.
 
-    With g = dy w_out^T: dweight = <g, hidden> = <dy, out> and dhidden = weight * g, so `out` itself is never recomputed.
+    With g = dy w_out^T: dweight = <g, hidden> + <dy, b_out> = <dy, out> and dhidden = weight * g, so `out` itself is never
+    recomputed. Bias gradients are sums of the same rows that the matmuls take, in float32.
     """
-    hidden, pullback = jax.vjp(_activation, *_hidden_inputs(rows, w_in, w_gate))
+    hidden, pullback = jax.vjp(ACTIVATIONS[activation], *_hidden_inputs(rows, weights))
     weight = weight[..., None].astype(hidden.dtype)
-    g = _matmul("erd,efd->erf", dy, w_out)
+    g = _times_transposed(dy, weights.w_out)
     dweight = jnp.sum(g * hidden, axis=-1)
-    dw_out = _matmul("erf,erd->efd", (weight * hidden).astype(rows.dtype), dy)
-    dpre = [d.astype(rows.dtype) for d in pullback(weight * g)]
-    drows = [_matmul("erf,edf->erd", d, w) for d, w in zip(dpre, (w_in, w_gate), strict=False)]
-    dws = [_matmul("erd,erf->edf", rows, d) for d in dpre]
-    return Grads(sum(drows[1:], drows[0]), dweight, dws[0], dws[1] if w_gate is not None else None, dw_out)
+    if weights.b_out is not None:
+        dweight += _times_transposed(dy, weights.b_out[:, None])[..., 0]
+    found = {"w_out": _outer((weight * hidden).astype(rows.dtype), dy), "b_out": _sum_of_rows(weight * dy)}
+    drows = []
+    for side, w, d in zip(("in", "gate"), (weights.w_in, weights.w_gate), pullback(weight * g)):
+        rounded = d.astype(rows.dtype)
+        drows.append(_times_transposed(rounded, w))
+        found |= {f"w_{side}": _outer(rows, rounded), f"b_{side}": _sum_of_rows(d)}
+    dweights = {name: None if w is None else found[name] for name, w in weights._asdict().items()}
+    return Grads(sum(drows[1:], drows[0]), dweight, Weights(**dweights))
 
 
-def _activation(u, v=None):
-    """hidden from u = rows w_in and v = rows w_gate, elementwise."""
-    return jax.nn.gelu(u, approximate=True) if v is None else jax.nn.silu(v) * u
+def _hidden_inputs(rows, weights: Weights):
+    """[u], or [u, v] with a gate: what goes into the activation."""
+    pairs = ((weights.w_in, weights.b_in), (weights.w_gate, weights.b_gate))
+    return [_plus(_times(rows, w), b) for w, b in pairs if w is not None]
 
 
-def _hidden_inputs(rows, w_in, w_gate):
-    return [_matmul("erd,edf->erf", rows, w) for w in (w_in, w_gate) if w is not None]
+def _times(rows, w):
+    """rows w of each expert: [e, R, A] [e, A, B] -> [e, R, B]."""
+    return _matmul("era,eab->erb", rows, w)
+
+
+def _times_transposed(rows, w):
+    """rows w^T of each expert: [e, R, B] [e, A, B] -> [e, R, A]."""
+    return _matmul("erb,eab->era", rows, w)
+
+
+def _outer(rows, g):
+    """rows^T g of each expert: [e, R, A] [e, R, B] -> [e, A, B]."""
+    return _matmul("era,erb->eab", rows, g)
+
+
+def _plus(rows, bias):
+    """Each expert's bias [e, A] on its rows [e, R, A]; None is none."""
+    return rows if bias is None else rows + bias[:, None].astype(rows.dtype)
+
+
+def _sum_of_rows(rows):
+    """Each expert's rows [e, R, A] added up: [e, A]."""
+    return jnp.sum(rows, axis=1)
 
 
 def _matmul(spec, a, b):

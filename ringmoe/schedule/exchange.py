@@ -40,10 +40,10 @@ def to_tokens(plan: ExpertPlan, rows, dtype):
 
 
 def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
-    """`work(rows, *weights)` of each piece where its experts are.
+    """`work(rows, weights)` of each piece where its experts are.
 
     Args:
-        work: [e, r, D] rows -> [e, r, D] in the dtype that travels.
+        work: [e, r, D] rows, the experts' arrays -> [e, r, D] in the dtype that travels.
         rows: [v, r, D] by visible expert, this device's own ones first and then those of the devices after it on the ring.
 
     Returns:
@@ -62,7 +62,7 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
     def step(piece, after):
         piece, now, _ = lax.optimization_barrier((piece, weights, after))
         with jax.named_scope("experts"):
-            return work(piece, *now)
+            return work(piece, now)
 
     arrived = [travel(pieces[s], s) for s in both_ways[0]]
     home = {0: step(pieces[0], ())}
