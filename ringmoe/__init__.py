@@ -5,6 +5,7 @@ import pathlib
 from jax.extend import source_info_util
 
 from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.dense import SharedExpert as SharedExpert
 from ringmoe.inspector import OverlapReport as OverlapReport
 from ringmoe.inspector import inspect as inspect
 from ringmoe.inspector.machines import Target as Target
@@ -25,5 +26,6 @@ from ringmoe.router import route as route
 from ringmoe.router import update_selection_bias as update_selection_bias
 
 # Tracebacks and `explain` point at the caller's line, not at ours; the demo's model is a caller.
-for _part in ("attention.py", "compat.py", "moe.py", "lowering", "pallas", "primitives", "router", "schedule"):
+for _part in ("attention.py", "compat.py", "dense.py", "ffn.py", "moe.py", "lowering", "pallas", "primitives", "router",
+              "schedule"):  # fmt: skip
     source_info_util.register_exclusion(str(pathlib.Path(__file__).parent / _part))

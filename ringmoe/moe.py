@@ -1,15 +1,17 @@
 """Public MoE ops: docstring, checks, one bind each."""
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ringmoe import compat, pallas, router, rules
+from ringmoe import compat, dense, pallas, router
+from ringmoe.dense import SharedExpert
 from ringmoe.errors import check
+from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE, Weights
 from ringmoe.primitives import experts as primitive
 from ringmoe.router import MoeMetrics, RouterConfig, Routing
 
@@ -21,6 +23,11 @@ def moe_ffn(
     w_out: ArrayLike,
     *,
     w_gate: ArrayLike | None = None,
+    b_in: ArrayLike | None = None,
+    b_gate: ArrayLike | None = None,
+    b_out: ArrayLike | None = None,
+    activation: str | None = None,
+    shared: SharedExpert | None = None,
     config: RouterConfig,
     router_bias: ArrayLike | None = None,
     selection_bias: ArrayLike | None = None,
@@ -36,7 +43,8 @@ def moe_ffn(
     """A sparse feed-forward layer: every token goes to its `top_k` experts and comes back.
 
         y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight + router_bias)
-        FFN_e(x) = (silu(x w_gate_e) * (x w_in_e)) w_out_e, with a gate (SwiGLU);  gelu(x w_in_e) w_out_e without
+        FFN_e(x) = (act(v) * u) w_out_e + b_out_e,   u = x w_in_e + b_in_e,   v = x w_gate_e + b_gate_e
+        FFN_e(x) = act(u) w_out_e + b_out_e without a gate
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
     matmuls of a wide F outlast the wire, in pieces, each under way during the matmuls of others. Where they don't, each
@@ -48,7 +56,12 @@ def moe_ffn(
     Args:
       x: [..., T, D]; bf16, fp16, fp32 or fp64. Sharded by batch, by sequence, by both or not at all.
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
-      w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: GELU (tanh form) instead of SwiGLU.
+      w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: no gate.
+      b_in, b_gate: [E, F]; b_out: [E, D], of x's dtype, sharded as the weights are; each may be None. b_gate needs w_gate.
+      activation: act. "silu" (SwiGLU with a gate), "gelu" (tanh form; GeGLU), "gelu_exact" (of erf), "relu" (ReGLU), "relu2"
+        (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
+        needs a gate. None: "silu" with a gate, "gelu" without.
+      shared: one more expert that every token visits, of the same activation; see `SharedExpert`. None: there is none.
       config: see `RouterConfig`. Tokens compete for slots within a sequence, or groups of `config.group_size` consecutive
         tokens, or all together; which of them are dropped doesn't depend on the mesh.
       router_bias: [E], added to the logits. selection_bias, expert_scale: [E]; expert: [..., T, k] int32: see `route`.
@@ -59,39 +72,47 @@ def moe_ffn(
         one device's tokens, the weights its experts, router_weight all of them; metrics are then one device's. None: found.
 
     Returns:
-      `(y, metrics)`: y like x, and `MoeMetrics`. A token that was dropped by all its experts gives zeros; a token that holds
-      a NaN gives NaN and leaves every other token as it was.
+      `(y, metrics)`: y like x, and `MoeMetrics`. A token that was dropped by all its experts gives zeros (or what the shared
+      one gives); a token that holds a NaN gives NaN and leaves every other token as it was.
 
     Raises:
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
 
     Cost per device of P: about 2 T k capacity_factor D F / P multiply-adds a matrix; 2 (P - 1) / P of its rows of D elements
     sent, forward; rows and their outputs in memory.
-    Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961.
+    Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961; gated activations,
+    https://arxiv.org/abs/2002.05202; ReLU squared, https://arxiv.org/abs/2109.08668; gpt-oss, https://arxiv.org/abs/2508.10925.
     """
-    x, router_weight, w_in, w_out = (jnp.asarray(a) for a in (x, router_weight, w_in, w_out))
-    optional = (w_gate, router_bias, selection_bias, expert_scale, noise_weight, expert, token_mask)
-    w_gate, router_bias, *others, token_mask = (None if a is None else jnp.asarray(a) for a in optional)
+    x, router_weight = jnp.asarray(x), jnp.asarray(router_weight)
+    weights = Weights(*map(_asarray, (w_in, w_gate, w_out, b_in, b_gate, b_out)))
+    routers = tuple(map(_asarray, (router_bias, selection_bias, expert_scale, noise_weight, expert)))
+    shared, mask = None if shared is None else SharedExpert(*map(_asarray, shared)), _asarray(token_mask)
+    activation = ("gelu" if w_gate is None else "silu") if activation is None else activation
     axes = compat.check_axis_name(axis_name)
-    router.check_mask(token_mask, x.shape[:-1])
-    _check_layer(x, router_weight, w_in, w_out, w_gate, config, axes)
+    router.check_mask(mask, x.shape[:-1])
+    _check_layer(x, router_weight, weights, config, axes)
+    _check_activation(activation, weights)
+    dense.check_shared(shared, x, activation)
     pallas.check_implementation("experts", implementation)
     with jax.named_scope("router"):
-        token_mask = router.lie_alike(token_mask, x)
+        mask = router.lie_alike(mask, x)
         # A masked token may hold anything: it must not reach the router weight's gradient.
-        seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
-        weights = (router_weight, router_bias, *others)
-        routing, metrics = _route(seen, weights, config, token_mask, key, train, axes)
+        seen = x if mask is None else jnp.where(mask[..., None], x, 0)
+        routing, metrics = _route(seen, (router_weight, *routers), config, mask, key, train, axes)
     weight = routing.weight
     if config.scale_input:
         x = (x * weight).astype(x.dtype)
         weight = jnp.where(routing.active[..., None], 1, weight)
     # Where nothing can be dropped places are of no interest: XLA leaves out the counting, and its exchange.
     kept = routing.slot if routing.capacity < routing.group_size else jnp.where(routing.active[..., None], 0, -1)
-    arrays = compat.vary_alike(
-        (x, routing.expert, jnp.broadcast_to(kept, routing.expert.shape), weight, w_in, w_gate, w_out)
-    )
-    return primitive.experts(_call(routing, implementation, axes), *arrays), metrics
+    kept = jnp.broadcast_to(kept, routing.expert.shape)
+    arrays = compat.vary_alike((x, routing.expert, kept, weight, weights))
+    y = primitive.experts(_call(routing, implementation, axes, activation), *arrays)
+    return dense.add_shared(y, seen, shared, activation), metrics
+
+
+def _asarray(x: ArrayLike | None) -> Any:
+    return None if x is None else jnp.asarray(x)
 
 
 def _route(x, weights, config: RouterConfig, token_mask, key, train, axes) -> tuple[Routing, MoeMetrics]:
@@ -116,26 +137,15 @@ def _route(x, weights, config: RouterConfig, token_mask, key, train, axes) -> tu
         key, jitter_key = jax.random.split(key)
     if train and config.noise == "jitter":
         x = router.jittered(x, config, jitter_key, axes)
-    logits = _logits(x, router_weight.astype(acc))
+    logits = dense.logits(x, router_weight)
     if router_bias is not None:
         logits = logits + router_bias.astype(acc)
-    noise_logits = None if noise_weight is None else _logits(x, noise_weight.astype(acc))
+    noise_logits = None if noise_weight is None else dense.logits(x, noise_weight)
     routing = router.route(
         logits, config, token_mask=token_mask, selection_bias=selection_bias, expert_scale=expert_scale,
         noise_logits=noise_logits, expert=expert, key=key, train=train, axis_name=axes,
     )  # fmt: skip
     return routing, router.metrics(routing, logits, config, noise_logits=noise_logits)
-
-
-def _logits(x, router_weight):
-    """x router_weight at highest precision. With Explicit axes the result lies as the tokens do, whatever the weight does."""
-    product = functools.partial(jnp.einsum, "...d,de->...e", precision=jax.lax.Precision.HIGHEST)
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return product(x, router_weight)
-    *tokens, model = rules.axes_of(jax.typeof(x).sharding.spec, x.ndim)
-    spec = lambda *axes: NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
-    return product(x, jax.sharding.reshard(router_weight, spec(model, ())), out_sharding=spec(*tokens, ()))
 
 
 def dispatch(x: ArrayLike, routing: Routing) -> jax.Array:
@@ -205,8 +215,8 @@ def _replicated(x):
     return jax.sharding.reshard(x, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else x
 
 
-def _call(routing: Routing, implementation=None, axes=()) -> primitive.Call:
-    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes)
+def _call(routing: Routing, implementation=None, axes=(), activation=None) -> primitive.Call:
+    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes, activation)
 
 
 def _mergeable(rows):
@@ -220,7 +230,7 @@ def _mergeable(rows):
     )
 
 
-def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, axes):
+def _check_layer(x, router_weight, weights: Weights, config: RouterConfig, axes):
     check(
         x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating),
         f"x has shape {x.shape} and dtype {x.dtype}, expected floating [..., T, D]",
@@ -233,15 +243,28 @@ def _check_layer(x, router_weight, w_in, w_out, w_gate, config: RouterConfig, ax
     )
     parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
     check(e % parts == 0, f"config.num_experts={e} over axis_name={axes} of {parts} devices, expected a multiple")
-    f = w_in.shape[-1] if w_in.ndim else 0
-    shapes = {"w_in": (e // parts, d, f), "w_gate": (e // parts, d, f), "w_out": (e // parts, f, d)}
-    for name, w in (("w_in", w_in), ("w_gate", w_gate), ("w_out", w_out)):
+    e, f = e // parts, weights.w_in.shape[-1] if weights.w_in.ndim else 0
+    shapes = Weights((e, d, f), (e, d, f), (e, f, d), (e, f), (e, f), (e, d))
+    for name, w, shape in zip(Weights._fields, weights, shapes):
         check(
-            w is None or w.shape == shapes[name],
-            f"{name} has shape {None if w is None else w.shape}, expected {shapes[name]} ([E, D, F]; w_out [E, F, D]): "
-            f"E={e} experts{f' over {parts} devices' * (parts > 1)}, D={d} of x, F={f} of w_in",
+            w is None or w.shape == shape,
+            f"{name} has shape {None if w is None else w.shape}, expected {shape} ([E, D, F]; w_out [E, F, D]; b_in, b_gate "
+            f"[E, F]; b_out [E, D]): E={config.num_experts} experts{f' over {parts} devices' * (parts > 1)}, D={d} of x, "
+            f"F={f} of w_in",
         )
         check(
             w is None or w.dtype == x.dtype,
             f"{name} has dtype {None if w is None else w.dtype}, expected x's {x.dtype}: cast one",
         )
+
+
+def _check_activation(activation: str, weights: Weights):
+    check(activation in ACTIVATIONS, f"{activation=}, expected None or one of {tuple(ACTIVATIONS)}")
+    check(
+        weights.w_gate is not None or activation not in NEED_A_GATE,
+        f"{activation=} without w_gate, expected a gate [E, D, F]: pass w_gate, or another activation",
+    )
+    check(
+        weights.w_gate is not None or weights.b_gate is None,
+        "b_gate without w_gate, expected both: a gate's bias is added to x w_gate; pass w_gate, or leave b_gate out",
+    )

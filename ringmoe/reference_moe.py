@@ -3,6 +3,7 @@
 Everything runs in the dtype of its inputs; give float64 for an oracle. Shapes: x [*B, T, D], logits [*B, T, E].
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -60,22 +61,48 @@ def weights(logits, selection: Selection, *, renormalize: bool) -> jax.Array:
     return weight / weight.sum(-1, keepdims=True) if renormalize else weight
 
 
-def experts(x, selection: Selection, weight, w_in, w_out, w_gate=None) -> jax.Array:
+def hidden(u, v=None, activation: str | None = None) -> jax.Array:
+    """What a feed-forward network has between its matmuls, from u = x w_in and v = x w_gate; None is SwiGLU or tanh-GELU."""
+    if activation == "clamped_silu":
+        assert v is not None
+        v = jnp.where(v > 7, 7, v)
+        return v / (1 + jnp.exp(-1.702 * v)) * (1 + jnp.where(u > 7, 7, jnp.where(u < -7, -7, u)))
+    act = {
+        "silu": lambda a: a / (1 + jnp.exp(-a)),
+        "gelu": lambda a: a / 2 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))),
+        "gelu_exact": lambda a: a / 2 * (1 + jax.lax.erf(a / math.sqrt(2))),
+        "relu": lambda a: jnp.where(a > 0, a, 0),
+        "relu2": lambda a: jnp.where(a > 0, a**2, 0),
+    }[activation or ("gelu" if v is None else "silu")]
+    return act(u) if v is None else act(v) * u
+
+
+def experts(
+    x, selection: Selection, weight, w_in, w_out, w_gate=None, b_in=0, b_gate=0, b_out=0, activation=None
+) -> jax.Array:
     """y = sum over the choices that have a slot of weight * FFN_expert(x); differentiable in all arrays.
 
-    SwiGLU with w_gate, tanh-GELU without. A token whose weights are NaN gives NaN.
+    A token whose weights are NaN gives NaN.
     """
-    u = jnp.einsum("...td,edf->...tef", x, w_in)
-    if w_gate is None:
-        hidden = jax.nn.gelu(u, approximate=True)
-    else:
-        hidden = jax.nn.silu(jnp.einsum("...td,edf->...tef", x, w_gate)) * u
-    out = jnp.einsum("...tef,efd->...ted", hidden, w_out)
+    times = lambda w, b: jnp.einsum("...td,edf->...tef", x, w) + b
+    u, v = times(w_in, b_in), None if w_gate is None else times(w_gate, b_gate)
+    out = jnp.einsum("...tef,efd->...ted", hidden(u, v, activation), w_out) + b_out
     chosen = jax.nn.one_hot(selection.expert, w_in.shape[0], dtype=x.dtype) * (selection.slot >= 0)[..., None]
     return jnp.einsum("...tk,...tke,...ted->...td", weight, chosen, out)
 
 
-def moe_ffn(x, router_weight, w_in, w_out, w_gate=None, *, selection: Selection, renormalize: bool = True) -> jax.Array:
-    """The whole layer, differentiable, with the choices of `select(x @ router_weight, ...)` held fixed."""
+def shared(x, w_in, w_out, w_gate=None, router=None, activation=None) -> jax.Array:
+    """The expert that every token visits: sigmoid(x router) FFN(x), or FFN(x)."""
+    out = hidden(x @ w_in, None if w_gate is None else x @ w_gate, activation) @ w_out
+    return out if router is None else out / (1 + jnp.exp(-x @ router.reshape(-1, 1)))
+
+
+def moe_ffn(
+    x, router_weight, w_in, w_out, w_gate=None, *, selection: Selection, renormalize: bool = True, **kind
+) -> jax.Array:
+    """The whole layer, differentiable, with the choices of `select(x @ router_weight, ...)` held fixed.
+
+    `kind`: the biases and the activation of `experts`.
+    """
     weight = weights(x @ router_weight, selection, renormalize=renormalize)
-    return experts(x, selection, weight, w_in, w_out, w_gate)
+    return experts(x, selection, weight, w_in, w_out, w_gate, **kind)

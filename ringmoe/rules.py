@@ -48,6 +48,9 @@ EXPERTS = {
     "w_in": "e d f",
     "w_gate": "e d f",
     "w_out": "e f d",
+    "b_in": "e f",
+    "b_gate": "e f",
+    "b_out": "e d",
 }
 """t tokens, d model dim, c choices of a token, e experts, f hidden dim."""
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from ringmoe import plan, reference_moe, rules
+from ringmoe.ffn import Weights
 from ringmoe.pallas import experts_xla
 from ringmoe.plan import Ring
 from ringmoe.router import RouterConfig, route
@@ -52,7 +53,7 @@ RULE = rules.make(
 
 
 def make_inputs(gated=True, dtype=jnp.float32):
-    """(x, expert, slot, weight, w_in, w_gate, w_out), dy; and the logits."""
+    """(x, expert, slot, weight, w_in, w_gate, w_out, b_in, b_gate, b_out), dy; and the logits."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -62,9 +63,11 @@ def make_inputs(gated=True, dtype=jnp.float32):
     x, dy = normal(B, T, D), normal(B, T, D)
     w_in, w_gate = (normal(E, D, F) / np.float32(math.sqrt(D)) for _ in range(2))
     w_out = normal(E, F, D) / np.float32(math.sqrt(F))
-    x, dy, w_in, w_gate, w_out = (jnp.asarray(a, dtype) for a in (x, dy, w_in, w_gate, w_out))
+    w_gate, b_gate = (w_gate, normal(E, F)) if gated else (None, None)
+    weights = Weights(w_in, w_gate, w_out, normal(E, F), b_gate, normal(E, D))
+    x, dy, *weights = jax.tree.map(lambda a: jnp.asarray(a, dtype), [x, dy, *weights])
     routing = jitted_route(logits)
-    return (x, routing.expert, routing.slot, routing.weight, w_in, w_gate if gated else None, w_out), dy, logits
+    return (x, routing.expert, routing.slot, routing.weight, *weights), dy, logits
 
 
 @jax.jit
@@ -84,7 +87,10 @@ def make_plan(case):
 
 
 def shard(case, body, in_specs, out_specs, **options):
-    """jit of shard_map of `body` on the case's mesh; T, I, O in the specs stand for tokens, w_in and w_gate, w_out."""
+    """jit of shard_map of `body` on the case's mesh.
+
+    In the specs T stands for tokens; I for w_in and w_gate; O for w_out; H for b_in and b_gate; M for b_out.
+    """
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     names, sizes = zip(*axes, strict=True)
     mesh = jax.make_mesh(
@@ -94,22 +100,34 @@ def shard(case, body, in_specs, out_specs, **options):
         "T": P(batch or None, sequence or None, None),
         "I": P(expert_axes or None, None, hidden or None),
         "O": P(expert_axes or None, hidden or None, None),
+        "H": P(expert_axes or None, hidden or None),
+        "M": P(expert_axes or None),
     }
     in_specs, out_specs = (tuple(spec[letter] for letter in letters) for letters in (in_specs, out_specs))
     out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options))
 
 
+def scheduled(run, case):
+    """`run` of the schedule as a function of the flat arrays of `make_inputs`, to flat results."""
+
+    def body(x, expert, slot, weight, *rest):
+        weights, dy = Weights(*rest[: len(Weights._fields)]), rest[len(Weights._fields) :]
+        kind = weights, "gelu" if weights.w_gate is None else "silu"
+        out = run(make_plan(case), experts_xla, x, expert, slot, weight, *kind, *dy)
+        return (*out[:2], *out[2]) if dy else out
+
+    return body
+
+
 @functools.cache
 def make_forward(case, **options):
-    return shard(case, functools.partial(experts.forward, make_plan(case), experts_xla), "TTTTIIO", "T", **options)
+    return shard(case, scheduled(experts.forward, case), "TTTTIIOHHM", "T", **options)
 
 
 @functools.cache
 def make_backward(case, **options):
-    return shard(
-        case, functools.partial(experts.backward, make_plan(case), experts_xla), "TTTTIIOT", "TTIIO", **options
-    )
+    return shard(case, scheduled(experts.backward, case), "TTTTIIOHHMT", "TTIIOHHM", **options)
 
 
 @functools.cache
@@ -125,8 +143,9 @@ def oracle(gated):
             lambda a: jnp.asarray(np.asarray(a), jnp.float64), [x, dy, weight, *weights]
         )
 
-        def layer(x, weight, w_in, w_gate, w_out):
-            return reference_moe.experts(x, selection, weight, w_in, w_out, w_gate)
+        def layer(x, weight, *weights):
+            given = {name: w for name, w in zip(Weights._fields, weights) if w is not None}
+            return reference_moe.experts(x, selection, weight, **given)
 
         y, pullback = jax.vjp(layer, x, weight, *weights)
         return jax.tree.map(np.asarray, (y, pullback(dy)))
@@ -135,7 +154,7 @@ def oracle(gated):
 def assert_equals_oracle(y, grads, gated=True, atol=(1e-5, 1e-4)):
     want, want_grads = oracle(gated)
     np.testing.assert_allclose(y, want, rtol=0, atol=atol[0])
-    for name, got, expected in zip(("x", "weight", "w_in", "w_gate", "w_out"), grads, want_grads, strict=True):
+    for name, got, expected in zip(("x", "weight", *Weights._fields), grads, want_grads, strict=True):
         assert (got is None) == (expected is None)
         if got is not None:
             np.testing.assert_allclose(got, expected, rtol=0, atol=atol[1], err_msg=name)
@@ -194,12 +213,11 @@ def test_the_same_choices_are_dropped_on_every_mesh(case):
     """Routing where the tokens are, device by device, drops what routing all of them at once drops."""
     arrays, _, logits = make_inputs()
 
-    def layer(x, logits, w_in, w_gate, w_out):
+    def layer(x, logits, *weights):
         routing = route(logits, CONFIG)
-        arrays = (routing.expert, routing.slot, routing.weight)
-        return experts.forward(make_plan(case), experts_xla, x, *arrays, w_in, w_gate, w_out), routing.slot
+        return scheduled(experts.forward, case)(x, routing.expert, routing.slot, routing.weight, *weights), routing.slot
 
-    y, slot = shard(case, layer, "TTIIO", "TT")(arrays[0], logits, *arrays[4:])
+    y, slot = shard(case, layer, "TTIIOHHM", "TT")(arrays[0], logits, *arrays[4:])
     np.testing.assert_array_equal(slot, arrays[2])
     np.testing.assert_allclose(y, oracle(True)[0], rtol=0, atol=1e-5)
 

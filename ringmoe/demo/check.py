@@ -44,7 +44,8 @@ def check_experts(losses: Sequence[float], dense: Sequence[float], dropped: Sequ
     if not (ours <= theirs and drops < DROPS_BOUND):
         raise CheckFailed(
             f"with experts the loss is {ours:.3f} nats per byte, {theirs:.3f} without, and {drops:.1%} of the choices were "
-            f"dropped after {len(losses)} steps, expected no higher loss and less than {DROPS_BOUND:.0%}; train for more with --steps"
+            f"dropped after {len(losses)} steps, expected no higher loss and less than {DROPS_BOUND:.0%}; train for more "
+            "with --steps"
         )
     return f"with experts {ours:.3f} nats per byte, without {theirs:.3f}; {drops:.2%} of their choices dropped"
 
@@ -68,7 +69,7 @@ def routing_margin(params: model.Params, tokens: jax.Array, config: model.Config
         if "router" in layer:
             y = model.rms_norm(x, layer["ffn_norm"])
             probabilities = jax.nn.softmax(jnp.matmul(y, layer["router"], precision="highest"), -1)
-            best = jax.lax.top_k(probabilities, config.router.top_k + 1)[0]
+            best = jax.lax.top_k(probabilities, config.experts.top_k + 1)[0]
             closest = jnp.minimum(closest, jnp.min(best[..., -2] - best[..., -1], -1))
         x = x + model.feed_forward(layer, x, config)[0]
     return closest

@@ -37,6 +37,12 @@ class Config:
     def has_experts(self, layer: int) -> bool:
         return self.router is not None and layer % 2 == 1
 
+    @property
+    def experts(self) -> ringmoe.RouterConfig:
+        """How bytes choose among the experts of a model that has some."""
+        assert self.router is not None, "a dense model"
+        return self.router
+
 
 def init(key: jax.Array, config: Config) -> Params:
     """Float32 weights, normal with variance 1 / fan-in; what a layer adds to the residual is smaller by its depth."""
@@ -59,7 +65,7 @@ def init(key: jax.Array, config: Config) -> Params:
             "ffn_norm": jnp.ones(d),
         }
         if config.has_experts(i):
-            e = config.router.num_experts
+            e = config.experts.num_experts
             layer["router"], layer["router_noise"] = normal((d, e), d), jnp.zeros((d, e))
             layer["experts"] = {
                 "gate": normal((e, d, fe), d),
@@ -113,7 +119,8 @@ def attend(layer: Params, x: jax.Array, config: Config) -> jax.Array:
 def feed_forward(layer: Params, x: jax.Array, config: Config, key: jax.Array | None = None):
     """SwiGLU of the normed x [B, T, D], to be added to x, by one dense layer or by each byte's top experts.
 
-    With a key, in training, the router's logits are noisy. Returns `(y, metrics)`: `metrics` is what `ringmoe.moe_ffn` says of its routing, None for a dense layer.
+    With a key, in training, the router's logits are noisy.
+    Returns `(y, metrics)`: `metrics` is what `ringmoe.moe_ffn` says of its routing, None for a dense layer.
     """
     y = rms_norm(x, layer["ffn_norm"])
     if "experts" in layer:
@@ -124,7 +131,7 @@ def feed_forward(layer: Params, x: jax.Array, config: Config, key: jax.Array | N
             experts["in"],
             experts["out"],
             w_gate=experts["gate"],
-            config=config.router,
+            config=config.experts,
             noise_weight=layer["router_noise"],
             key=key,
             train=key is not None,
@@ -134,7 +141,7 @@ def feed_forward(layer: Params, x: jax.Array, config: Config, key: jax.Array | N
 
 
 def forward(params: Params, tokens: jax.Array, config: Config, key: jax.Array | None = None):
-    """`(logits [B, T, V] of each next byte, the metrics of every MoE layer)` for tokens [B, T] int32; in training with a key."""
+    """`(logits [B, T, V] of each next byte, the metrics of every MoE layer)` for tokens [B, T] int32; a key is for training."""
     x = params["embedding"][tokens]
     metrics = []
     for i, layer in enumerate(params["layers"]):

@@ -1,19 +1,20 @@
 """The expert FFN on any backend: matmuls left to XLA. What an expert kernel is, too:
 
-    check(rows, w_in, w_gate, w_out)                          raises NotImplementedError with what it lacks
-    forward(rows, w_in, w_gate, w_out, counts) -> out
-    backward(rows, weight, w_in, w_gate, w_out, dy, counts) -> Grads
+    check(rows, weights, activation)                          raises NotImplementedError with what it lacks
+    forward(rows, weights, activation, counts) -> out
+    backward(rows, weight, weights, activation, dy, counts) -> Grads
 
-on one device's arrays: rows, dy [e, R, D]; weight [e, R]; w_in, w_gate [e, D, F]; w_out [e, F, D]; w_gate is None without a
-gate. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first counts[0] of
-them expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in float32
-(float64 for float64 inputs).
+on one device's arrays: rows, dy [e, R, D]; weight [e, R]; weights: `ffn.Weights`, None where absent; activation: a name in
+`ffn.ACTIVATIONS`. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first
+counts[0] of them expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in
+float32 (float64 for float64 inputs).
 
-    hidden = silu(rows w_gate) * (rows w_in), with a gate (SwiGLU);  gelu(rows w_in), tanh form, without
-    out = hidden w_out
+    hidden = act(rows w_gate + b_gate) * (rows w_in + b_in), with a gate;  act(rows w_in + b_in) without
+    out = hidden w_out + b_out
 
 Matmuls accumulate in float32; hidden is rounded to the rows' dtype before the second matmul. A row of zeros, an empty slot,
-gives zeros. Source: SwiGLU, https://arxiv.org/abs/2002.05202.
+gives what the biases make of it; its weight and its dy are 0, so that no gradient counts it.
+Source: SwiGLU and its kin, https://arxiv.org/abs/2002.05202.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ringmoe.ffn import ACTIVATIONS, Weights
 from ringmoe.pallas import grouped
 
 
@@ -29,62 +31,84 @@ class Grads(NamedTuple):
 
     drows: jax.Array
     dweight: jax.Array
-    dw_in: jax.Array
-    dw_gate: jax.Array | None
-    dw_out: jax.Array
+    weights: Weights
 
 
-def check(rows, w_in, w_gate, w_out) -> None:
-    """Raises NotImplementedError for what this kernel lacks: nothing, it takes every floating dtype and shape."""
-    del rows, w_in, w_gate, w_out
+def check(rows: jax.Array, weights: Weights, activation: str) -> None:
+    """Raises NotImplementedError for what this kernel lacks: nothing, it takes every floating dtype, shape and activation."""
+    del rows, weights, activation
 
 
-def forward(
-    rows: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, w_out: jax.Array, counts: jax.Array | None = None
-) -> jax.Array:
+def forward(rows: jax.Array, weights: Weights, activation: str, counts: jax.Array | None = None) -> jax.Array:
     """out = FFN_e(row) for every row of every expert e; like rows. 2 F D FLOPs a row and matmul; keeps hidden."""
-    pre = _hidden_inputs(rows, w_in, w_gate, counts)
-    return _times(_activation(*pre).astype(rows.dtype), w_out, counts)
+    hidden = ACTIVATIONS[activation](*_hidden_inputs(rows, weights, counts))
+    return _plus(_times(hidden.astype(rows.dtype), weights.w_out, counts), weights.b_out, counts)
 
 
 def backward(
-    rows: jax.Array, weight: jax.Array, w_in: jax.Array, w_gate: jax.Array | None, w_out: jax.Array, dy: jax.Array,
+    rows: jax.Array,
+    weight: jax.Array,
+    weights: Weights,
+    activation: str,
+    dy: jax.Array,
     counts: jax.Array | None = None,
-) -> Grads:  # fmt: skip
+) -> Grads:
     """All gradients of y = weight * FFN(rows), with the hidden values recomputed.
 
-    With g = dy w_out^T: dweight = <g, hidden> = <dy, out> and dhidden = weight * g, so `out` itself is never recomputed.
+    With g = dy w_out^T: dweight = <g, hidden> + <dy, b_out> = <dy, out> and dhidden = weight * g, so `out` itself is never
+    recomputed. Bias gradients are sums of the same rows that the matmuls take, in float32.
     """
-    hidden, pullback = jax.vjp(_activation, *_hidden_inputs(rows, w_in, w_gate, counts))
+    hidden, pullback = jax.vjp(ACTIVATIONS[activation], *_hidden_inputs(rows, weights, counts))
     weight = weight[..., None].astype(hidden.dtype)
-    g = _back(dy, w_out, counts)
+    g = _back(dy, weights.w_out, counts)
     dweight = jnp.sum(g * hidden, axis=-1)
-    dw_out = _outer((weight * hidden).astype(rows.dtype), dy, counts)
-    dpre = [d.astype(rows.dtype) for d in pullback(weight * g)]
-    drows = [_back(d, w, counts) for d, w in zip(dpre, (w_in, w_gate), strict=False)]
-    dws = [_outer(rows, d, counts) for d in dpre]
-    return Grads(sum(drows[1:], drows[0]), dweight, dws[0], dws[1] if w_gate is not None else None, dw_out)
+    if weights.b_out is not None:
+        dweight += _back(dy, weights.b_out[:, None], counts)[..., 0]
+    found = {"w_out": _outer((weight * hidden).astype(rows.dtype), dy, counts), "b_out": _sum(weight * dy, counts)}
+    drows = []
+    for side, w, d in zip(("in", "gate"), (weights.w_in, weights.w_gate), pullback(weight * g)):
+        rounded = d.astype(rows.dtype)
+        drows.append(_back(rounded, w, counts))
+        found |= {f"w_{side}": _outer(rows, rounded, counts), f"b_{side}": _sum(d, counts)}
+    dweights = {name: None if w is None else found[name] for name, w in weights._asdict().items()}
+    return Grads(sum(drows[1:], drows[0]), dweight, Weights(**dweights))
 
 
-def _activation(u, v=None):
-    """hidden from u = rows w_in and v = rows w_gate, elementwise."""
-    return jax.nn.gelu(u, approximate=True) if v is None else jax.nn.silu(v) * u
-
-
-def _hidden_inputs(rows, w_in, w_gate, counts):
-    return [_times(rows, w, counts) for w in (w_in, w_gate) if w is not None]
+def _hidden_inputs(rows, weights: Weights, counts):
+    """[u], or [u, v] with a gate: what goes into the activation."""
+    pairs = ((weights.w_in, weights.b_in), (weights.w_gate, weights.b_gate))
+    return [_plus(_times(rows, w, counts), b, counts) for w, b in pairs if w is not None]
 
 
 def _times(rows, w, counts):
+    """rows w of each expert."""
     return _matmul("eri,eio->ero", rows, w) if counts is None else grouped.times(rows, w, counts)
 
 
 def _back(rows, w, counts):
+    """rows w^T of each expert."""
     return _matmul("ero,eio->eri", rows, w) if counts is None else grouped.back(rows, w, counts)
 
 
 def _outer(rows, others, counts):
+    """rows^T others of each expert."""
     return _matmul("eri,ero->eio", rows, others) if counts is None else grouped.outer(rows, others, counts)
+
+
+def _plus(rows, bias, counts):
+    """Each expert's bias [e, A] on its rows; None is none. To sorted rows it comes as a matmul of ones."""
+    if bias is None:
+        return rows
+    return rows + (bias[:, None].astype(rows.dtype) if counts is None else _times(_ones(rows), bias[:, None], counts))
+
+
+def _sum(rows, counts):
+    """Each expert's rows added up: [e, A]."""
+    return jnp.sum(rows, axis=1) if counts is None else _outer(_ones(rows), rows, counts)[:, 0]
+
+
+def _ones(rows):
+    return jnp.ones((rows.shape[0], 1), rows.dtype)
 
 
 def _matmul(spec, a, b):

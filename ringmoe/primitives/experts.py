@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jax.interpreters import ad
 from jax.sharding import AxisType
 
 from ringmoe import pallas, plan
+from ringmoe.ffn import Weights
 from ringmoe.interface import MOE_OUTPUT
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import experts as schedule
 
-WEIGHTS = ("w_in", "w_gate", "w_out")
+WEIGHTS = Weights._fields
 LAYER = ("tokens", "expert", "slot", "weight", *WEIGHTS)
 
 
@@ -27,15 +29,16 @@ class Call:
     group_size: int
     implementation: str | None = None
     axis_name: tuple[str, ...] = ()
+    activation: str | None = None  # in ffn.ACTIVATIONS; None: a half of the layer, which has no experts
 
 
-def experts(call: Call, x, expert, slot, weight, w_in, w_gate, w_out):
-    """y like x: sum over each token's choices of weight * FFN of that expert. x [*batch, T, D]; w_gate may be None.
+def experts(call: Call, x, expert, slot, weight, weights: Weights):
+    """y like x: sum over each token's choices of weight * FFN of that expert. x [*batch, T, D]; absent weights are None.
 
     Differentiable to any order: FORWARD's jvp is TANGENT, a linear op; TANGENT's transpose is BACKWARD; the derivatives of
     those two are left to JAX.
     """
-    layer = dict(zip(LAYER, (x, expert, slot, weight, w_in, w_gate, w_out)))
+    layer = dict(zip(LAYER, (x, expert, slot, weight, *weights), strict=True))
     return _bind(FORWARD, call, layer, ("tokens",))[0]
 
 
@@ -134,9 +137,17 @@ def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
 
 
 def _kernel(platform: str, params, named):
-    weights = (named[name] for name in WEIGHTS)
-    check = lambda kernel: kernel.check(named["tokens"], *weights)
+    check = lambda kernel: kernel.check(named["tokens"], _weights(named), params["spec"].activation)
     return pallas.pick("experts", platform, params["implementation"], check)
+
+
+def _weights(named) -> Weights:
+    return Weights(*(named[name] for name in WEIGHTS))
+
+
+def _layer(params, named) -> Any:
+    """What the schedule takes after its kernel."""
+    return *(named[name] for name in LAYER[: -len(WEIGHTS)]), _weights(named), params["spec"].activation
 
 
 def _body(run):
@@ -150,14 +161,12 @@ def _body(run):
 
 
 def _forward_body(plan, platform, params, named):
-    layer = (named[name] for name in LAYER)
-    return [schedule.forward(plan, _kernel(platform, params, named), *layer)]
+    return [schedule.forward(plan, _kernel(platform, params, named), *_layer(params, named))]
 
 
 def _backward_body(plan, platform, params, named):
-    layer = (named[name] for name in (*LAYER, "tokens_cotangent"))
-    grads = schedule.backward(plan, _kernel(platform, params, named), *layer)
-    return [grad for grad in grads if grad is not None]
+    layer: Any = *_layer(params, named), named["tokens_cotangent"]
+    return jax.tree.leaves(schedule.backward(plan, _kernel(platform, params, named), *layer))
 
 
 def _dispatch_body(plan, platform, params, named):

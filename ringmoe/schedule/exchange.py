@@ -7,7 +7,7 @@ and a neighbour's way home is all that nothing hides.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,8 @@ class Sorted(NamedTuple):
     """How sorted rows lie where their experts are: rows that came, P parts of r by source, are brought together by expert."""
 
     counts: jax.Array  # [e] int32: how many rows each of this device's experts has
-    came: (
-        jax.Array | None
-    )  # [P * r] int32: which of the rows that came lies there; past the end: none. None: one source
-    went: jax.Array | None  # [P * r] int32: the inverse
+    came: Any  # [P * r] int32: which of the rows that came lies there; past the end: none. None: one source
+    went: Any  # [P * r] int32: the inverse
 
 
 def sort(plan: ExpertPlan, counts) -> Sorted:
@@ -79,10 +77,10 @@ def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
 
 
 def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
-    """`work(rows, *weights)` of each piece where its experts are.
+    """`work(rows, weights)` of each piece where its experts are.
 
     Args:
-        work: [e, r, D] rows -> [e, r, D] in the dtype that travels.
+        work: [e, r, D] rows, the experts' arrays -> [e, r, D] in the dtype that travels.
         rows: [v, r, D] by visible expert, this device's own ones first and then those of the devices after it on the ring.
 
     Returns:
@@ -101,7 +99,7 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
     def step(piece, after):
         piece, now, _ = lax.optimization_barrier((piece, weights, after))
         with jax.named_scope("experts"):
-            return work(piece, *now)
+            return work(piece, now)
 
     arrived = [travel(pieces[s], s) for s in both_ways[0]]
     home = {0: step(pieces[0], ())}

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringmoe.ffn import Weights
 from ringmoe.plan import ExpertPlan
 from ringmoe.schedule.exchange import Sorted, sort, to_experts, to_tokens, visit_in_pieces
 from ringmoe.schedule.rows import (
@@ -29,38 +30,39 @@ from ringmoe.schedule.rows import (
 from ringmoe.schedule.sums import sum_over
 
 
-def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out) -> jax.Array:
+def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights, activation: str) -> jax.Array:
     """y = sum_j weight_j FFN_{expert_j}(x), over the choices that were kept; like x.
 
     Args:
         plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`.
         x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts. Of the slot only
             whether there is one counts: whole groups need not be here.
-        w_in, w_gate: [e, D, f], w_out: [e, f, D]; w_gate None without a gate.
+        weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`.
 
     Cost per device: v * r * D (sorted: P * r * D) elements of x's dtype to send out, a share (P - 1) / P of it over the wire,
     and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
     exchange (in pieces: once).
     """
     in_pieces = plan.ring.size > 1
+    weights = _added_once(plan, weights)
     with jax.named_scope("dispatch"):
         slots, order = _rows(plan, expert, slot, in_pieces)
         rows = dispatch_local(x, slots)
     if in_pieces:
-        work = lambda *piece: kernel.forward(*piece).astype(x.dtype)
-        out = visit_in_pieces(plan.ring, work, rows, (w_in, w_gate, w_out))
+        work = lambda piece, weights: kernel.forward(piece, weights, activation).astype(x.dtype)
+        out = visit_in_pieces(plan.ring, work, rows, weights)
     else:
         rows = to_experts(plan, rows, order)
         with jax.named_scope("experts"):
-            out = kernel.forward(rows, w_in, w_gate, w_out, order and order.counts)
+            out = kernel.forward(rows, weights, activation, order and order.counts)
         out = to_tokens(plan, out, x.dtype, order)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
 
 
-def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_out, dy):
-    """(dx, dweight, dw_in, dw_gate, dw_out), each of the dtype of what it is the gradient of; dw_gate None without a gate.
+def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights, activation: str, dy):
+    """(dx, dweight, dweights), each of the dtype of what it is the gradient of.
 
     Nothing but the arguments is kept from the forward pass: rows travel again, together with rows of dy and the weights of
     their slots. <dy row, out row> is taken where the expert is and travels back as one number per slot.
@@ -75,16 +77,18 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, w_in, w_gate, w_
         row_weight = dispatch_scalars(weight, slots)
     rows, dy_rows, row_weight = (to_experts(plan, a, order) for a in (rows, dy_rows, row_weight))
     with jax.named_scope("experts"):
-        grads = kernel.backward(rows, row_weight, w_in, w_gate, w_out, dy_rows, order and order.counts)
+        grads = kernel.backward(
+            rows, row_weight, _added_once(plan, weights), activation, dy_rows, order and order.counts
+        )
     drows = to_tokens(plan, grads.drows, x.dtype, order)
     drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype, order)
     with jax.named_scope("combine"):
         dx = combine_local(drows, slots, None)
         dweight = combine_scalars(drow_weight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
-        dw = sum_over((grads.dw_in, grads.dw_gate, grads.dw_out), plan.weight_sum_axes)
-    dw = (None if d is None else d.astype(w.dtype) for d, w in zip(dw, (w_in, w_gate, w_out), strict=True))
-    return dx.astype(x.dtype), dweight.astype(weight.dtype), *dw
+        dweights = sum_over(grads.weights, plan.weight_sum_axes)
+    dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
+    return dx.astype(x.dtype), dweight.astype(weight.dtype), dweights
 
 
 def dispatch(plan: ExpertPlan, capacity: int, group_size: int, x, expert, slot, weight) -> jax.Array:
@@ -102,6 +106,16 @@ def combine(plan: ExpertPlan, capacity: int, group_size: int, rows, expert, slot
     flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
     y = combine_local(flat, slots_of(*_visible(plan, expert, slot), capacity, group_size), weight)
     return sum_over(y, plan.sum_axes).astype(rows.dtype)
+
+
+def _added_once(plan, weights: Weights) -> Weights:
+    """Of the devices that hold parts of a hidden dim, whose outputs are summed, one adds the outputs' bias.
+
+    Its gradient comes from dy alone, which those devices share: it needs no such care.
+    """
+    if weights.b_out is None or not plan.hidden_axes:
+        return weights
+    return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
 
 
 def _rows(plan, expert, slot, in_pieces=False) -> tuple[Slots, Sorted | None]:
