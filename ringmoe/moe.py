@@ -101,7 +101,7 @@ def moe_ffn(
         routing, metrics = _route(seen, (router_weight, *routers), config, mask, key, train, axes)
     weight = routing.weight
     if config.scale_input:
-        x = (x * weight).astype(x.dtype)
+        x = (seen * weight).astype(x.dtype)  # not what a mask hides
         weight = jnp.where(routing.active[..., None], 1, weight)
     # Where nothing can be dropped places are of no interest: XLA leaves out the counting, and its exchange.
     kept = routing.slot if routing.capacity < routing.group_size else jnp.where(routing.active[..., None], 0, -1)

@@ -57,8 +57,9 @@ def test_the_full_size_model_is_what_the_demo_promises():
     assert experts == [(8, config.model_dim, config.expert_hidden_dim)] * 2
     assert config.router.top_k == 2
     assert train.SEQUENCE_LENGTH >= 4096
-    # A group of tokens lies on one device, so that its capacity is counted there.
-    assert train.SEQUENCE_LENGTH // placement.MESH_SHAPE[1] % config.router.group_size == 0
+    assert config.router.noise == "learned"
+    # Without experts, equal work for each byte.
+    assert config.hidden_dim == config.router.top_k * config.expert_hidden_dim
 
 
 def test_shapes_and_loss_at_init(params):
@@ -67,7 +68,7 @@ def test_shapes_and_loss_at_init(params):
     assert logits.shape == (2, 64, 256)
     assert logits.dtype == jnp.float32
     assert len(metrics) == 1
-    total, report = jax.jit(model.loss, static_argnums=3)(params, tokens, tokens, TINY)
+    total, report = jax.jit(model.loss, static_argnums=3)(params, tokens, tokens, TINY, jax.random.key(2))
     assert report["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert report["expert_load"].shape == (1, 4)
     assert report["expert_load"].sum() == 2 * 64 * 2
@@ -163,7 +164,7 @@ def test_the_standard_library_is_enough_text():
 
 def test_experts_are_divided_and_the_rest_is_everywhere(params):
     mesh = jax.sharding.AbstractMesh(placement.MESH_SHAPE, placement.AXES)
-    state = train.State(params, jax.eval_shape(train.make_optimizer(2).init, params))
+    state = train.State(params, jax.eval_shape(train.make_optimizer(2).init, params), jnp.int32(0))
     placed = jax.tree_util.tree_leaves_with_path(placement.state_shardings(state, mesh))
     divided = {jax.tree_util.keystr(path) for path, sharding in placed if sharding.spec != jax.sharding.PartitionSpec()}
     assert sum("experts" in path for path in divided) == len(divided) == 3 * 3  # weights and both of Adam's moments
@@ -181,6 +182,34 @@ def test_a_loss_above_the_bound_fails():
     for losses in ([3.0], [5.0, math.nan], []):
         with pytest.raises(check.CheckFailed, match="--steps"):
             check.check_loss(losses)
+
+
+def test_experts_have_to_be_worth_their_while():
+    few, many = [0.01] * 3, [0.01, 0.05, 0.05]
+    assert "with experts 2.500 nats per byte, without 2.600; 1.00%" in check.check_experts([2.5] * 3, [2.6] * 3, few)
+    for losses, drops in (([2.7] * 3, few), ([2.5] * 3, many), ([math.nan] * 3, few)):
+        with pytest.raises(check.CheckFailed, match=r"with experts the loss is .* --steps"):
+            check.check_experts(losses, [2.6] * 3, drops, window=2)
+
+
+def test_a_dense_model_has_no_experts_and_trains():
+    config = dataclasses.replace(TINY, router=None)
+    params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), config)
+    assert not any("experts" in layer for layer in params["layers"])
+    tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
+    total, report = jax.jit(model.loss, static_argnums=3)(params, tokens, tokens, config, jax.random.key(2))
+    assert set(report) == {"loss"} and total == report["loss"]
+
+
+def test_noise_is_for_training_alone(params):
+    config = dataclasses.replace(TINY, router=dataclasses.replace(TINY.router, noise="learned"))
+    tokens = np.random.default_rng(0).integers(0, 255, (2, 64))
+    run = jax.jit(model.forward, static_argnums=2)
+    calm, again, noisy, other = (
+        run(params, tokens, config, key)[0] for key in (None, None, *jax.random.split(jax.random.key(0)))
+    )
+    np.testing.assert_array_equal(calm, again)
+    assert (calm != noisy).any() and (noisy != other).any()
 
 
 @pytest.mark.parametrize("error", [2e-4, math.nan])
@@ -247,7 +276,9 @@ def test_a_missing_extra_is_named(missing):
 def test_the_picture_is_written(tmp_path, steps):
     load = np.random.default_rng(0).integers(1, 100, (steps, 2, 8))
     path = tmp_path / "demo.png"
-    picture.save(path, np.linspace(5.5, 2.5, steps), np.full(steps, 0.1), load, check.LOSS_BOUND)
+    picture.save(
+        path, np.linspace(5.5, 2.5, steps), np.full(steps, 0.1), load, np.linspace(5.5, 2.6, steps), check.LOSS_BOUND
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import ringmoe
 from ringmoe.router import PRESETS, RouterConfig, drops_by_part, metrics, route
 from tests.helpers import make_mesh
 
@@ -107,13 +108,16 @@ def test_devices_that_share_a_group_exchange_counts_alone(mode):
     assert sizes == [B * 8 * 2 * E] and not others, (sizes, others)
 
 
-def test_with_no_capacity_whole_groups_need_no_exchange():
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+def test_with_no_capacity_nothing_is_counted_across_devices(capacity_factor):
     mesh = make_mesh((8,), AxisType.Explicit)
+    config = RouterConfig(E, capacity_factor=capacity_factor)
     with jax.set_mesh(mesh):
-        logits = jax.device_put(inputs()[0], NamedSharding(mesh, P(None, "a")))
-        config = RouterConfig(E, group_size=8, capacity_factor=None)
-        text = jax.jit(lambda logits: route(logits, config)).lower(logits).compile().as_text()
-    assert not re.search(r"all-gather|all-reduce|collective-permute|all-to-all", text)
+        x = jax.device_put(inputs()[0][..., :4], NamedSharding(mesh, P(None, "a")))
+        weights = (jnp.ones((4, E)), jnp.ones((E, 4, 2)), jnp.ones((E, 2, 4)))
+        text = jax.jit(lambda x: ringmoe.moe_ffn(x, *weights, config=config)[0]).lower(x).compile().as_text()
+    exchanged = re.search(r"all-gather|all-reduce|collective-permute|all-to-all", text)
+    assert (exchanged is None) == (capacity_factor is None)
 
 
 def test_drops_by_source():
