@@ -23,15 +23,15 @@ class Sorted(NamedTuple):
 
     counts: jax.Array  # [e] int32: how many rows each of this device's experts has
     came: (
-        jax.Array | None
-    )  # [P * r] int32: which of the rows that came lies there; past the end: none. None: one source
-    went: jax.Array | None  # [P * r] int32: the inverse
+        jax.Array
+    )  # [P * r] int32: which of the rows that came lies there, past the end: none; empty if nothing travels
+    went: jax.Array  # [P * r] int32: the inverse
 
 
 def sort(plan: ExpertPlan, counts) -> Sorted:
     """Of `counts` [v], the rows that this device has for each visible expert. The counts travel, as a few numbers."""
     if not plan.exchange_axes:
-        return Sorted(counts, None, None)
+        return Sorted(counts, *[jnp.zeros(0, jnp.int32)] * 2)
     with jax.named_scope("exchange"):
         counts = lax.all_to_all(counts.reshape(plan.num_exchange, -1), plan.exchange_axes, 0, 0)  # [source, expert]
     length = counts.shape[0] * plan.rows
