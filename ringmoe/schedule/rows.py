@@ -15,6 +15,8 @@ from jax import lax
 
 from ringmoe.schedule.gather import count_below, staircase, sum_of_rows, take
 
+LARGEST = 2**31 - 1
+
 
 class Slots(NamedTuple):
     """Which assignment has which row, and the inverse. Assignments are counted flat over [*B, T, k], rows over [E or P, R]."""
@@ -75,7 +77,7 @@ def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
         lax.broadcasted_iota(jnp.int32, keys.shape, 0),
         jnp.arange(1, bound + 1, dtype=jnp.int32),
     )
-    if (bound + 1) * n < 2**31:  # one array sorts faster than two
+    if (bound + 1) * n <= LARGEST:  # one array sorts faster than two
         both = lax.sort(keys * n + place)
         return lax.rem(both, jnp.int32(n)), count_below(both, after * n)
     keys, order = lax.sort((keys, place), num_keys=1)
