@@ -312,7 +312,7 @@ def test_what_is_dropped_does_not_depend_on_the_mesh(door):
 CUT = {  # tokens, tokens of a group: over eight devices
     "two devices a group": (64, 16),
     "six of sixteen a device, the rows sorted": (48, 16),
-    "one group for all, and padding": (20, 20),
+    "one group for all": (40, 40),
 }
 
 
