@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ringmoe.errors import check
+from ringmoe.errors import check, warn_once
 from ringmoe.masks import Band
 from ringmoe.meshes import Axes
 from ringmoe.rules import Rule
@@ -249,11 +249,18 @@ def experts(
     split["f"] = tuple(a for a in split.get("f", ()) if a not in (*token_axes, *expert_axes))
     exchange = tuple(a for a in expert_axes if a in token_axes)
     own = tuple(a for a in expert_axes if a not in token_axes)
-    sizes = dict(rule.fitted(split, length).sizes)
+    given, sizes = dict(rule.sizes), dict(rule.fitted(split, length).sizes)
+    if sizes.get("z", 1) > given.get("z", 1):
+        warn_once(
+            "groups padded",
+            f"{given.get('z', 1)} groups of {given['i']} tokens over mesh axes {split['z']}, and their rows lie by group: some "
+            f"devices hold nothing but padding up to {sizes['z']} groups; choose a group_size that divides the tokens of one "
+            "device",
+        )
     splits = lambda axes: math.prod(length[a] for a in axes)
     tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
-    room = _most_rows(dict(rule.sizes), tokens, consecutive, capacity, group_size) if "t" in sizes else 0
+    room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
     in_order = sizes["e"] * room > SORTING * tokens * sizes["c"]
     rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
     hides = (

@@ -391,11 +391,13 @@ def test_heads_that_no_split_fits_are_padded_or_gathered_and_said_so(fresh_warni
 @pytest.mark.parametrize(("door", "groups", "size"), [(TYPES, 4, 4), (RINGMOE_JIT, 3, 8)], ids=str)
 def test_groups_that_the_devices_cannot_share_are_padded_and_said_so(door, groups, size, fresh_warnings):
     config, rng = ringmoe.RouterConfig(E, group_size=size), np.random.default_rng(0)
-    arrays = [
-        rng.normal(size=shape).astype(np.float32) for shape in ((1, size * groups, D), (D, E), (E, D, F), (E, F, D))
-    ]
-    fun = lambda *arrays: ringmoe.moe_ffn(*arrays, config=config)[0]
-    placed = put(make_mesh((8,), door.axis_type), tuple(arrays), (P(None, "a"), P(), P("a"), P("a")))
+    arrays = tuple(rng.normal(size=(1, size * groups, n)).astype(np.float32) for n in (D, E))
+
+    def fun(x, logits):
+        routing = ringmoe.route(logits, config)
+        return ringmoe.combine(ringmoe.dispatch(x, routing), routing)
+
+    placed = put(make_mesh((8,), door.axis_type), arrays, (P(None, "a"), P(None, "a")))
     with pytest.warns(
         errors.CostWarning, match=rf"groups padded: {groups} groups of {size} tokens over mesh axes \('a',\)"
     ):

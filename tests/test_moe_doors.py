@@ -309,6 +309,68 @@ def test_what_is_dropped_does_not_depend_on_the_mesh(door):
         np.testing.assert_array_equal(metrics.expert_load, want.expert_load)
 
 
+CUT = {  # tokens, tokens of a group: over eight devices
+    "two devices a group": (64, 16),
+    "six of sixteen a device, the rows sorted": (48, 16),
+    "one group for all": (40, 40),
+}
+
+
+@pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
+@pytest.mark.parametrize("cut", CUT)
+@pytest.mark.parametrize("factor", [0.75, None])
+def test_devices_may_cut_a_group(cut, door, factor, recwarn):
+    """What is kept is the same to the bit, whatever part of its group a device holds, and so are output and gradients."""
+    num_tokens, group_size = CUT[cut]
+    config = dataclasses.replace(CONFIG, group_size=group_size, capacity_factor=factor)
+    arrays = uneven_inputs()
+    arrays["x"] = arrays["x"][:, :num_tokens]
+    cotangent = np.random.default_rng(1).normal(size=arrays["x"].shape).astype(np.float32)
+    specs = {"x": P(None, "a"), "router_weight": P(), "w_in": P("a"), "w_out": P("a")}
+    run = lambda door, mesh: value_and_gradients(
+        functools.partial(layer, config), loss, tuple(arrays), door, mesh, arrays, specs, cotangent
+    )
+    (want, *_, dropped, load), want_grads = run(ONE_DEVICE, None)
+    assert bool(dropped) == (factor is not None)
+    mesh = make_mesh((8,), door.axis_type)
+    (y, *_, got_dropped, got_load), grads = run(door, mesh)
+    assert got_dropped == dropped and not [w for w in recwarn if "groups padded" in str(w.message)]
+    np.testing.assert_array_equal(got_load, load)
+    np.testing.assert_array_equal((y == 0).all(-1), (want == 0).all(-1))
+    forward, gradient = TOLERANCE[jnp.dtype(jnp.float32)]
+    assert_close(y, want, forward)
+    for name, grad in grads.items():
+        assert_close(grad, want_grads[name], gradient, name)
+    if door is RINGMOE_JIT:
+        fun = ringmoe.jit(lambda arrays: layer(config, **arrays)[0])
+        (row,) = ringmoe.explain(fun, put(mesh, arrays, specs)).rows
+        assert row.exchange == "all_to_all" and ("sorted" in row.reason) == (factor is None or num_tokens < 64)
+
+
+@pytest.mark.parametrize("door", [ONE_DEVICE, TYPES, RINGMOE_JIT, PARTITIONER], ids=str)
+def test_a_dropless_layer_has_tangents_and_is_mapped(door):
+    """Rows that lie sorted: pushed forward, the layer gives what its gradient says; mapped over layers of weights, each one."""
+    config, arrays = dataclasses.replace(CONFIG, capacity_factor=None), uneven_inputs()
+    specs = {"x": P(None, "a"), "router_weight": P(), "w_in": P("a"), "w_out": P("a")}
+    mesh = None if door is ONE_DEVICE else make_mesh((8,), door.axis_type)
+    arrays = put(mesh, arrays, specs)
+    fun = lambda arrays: layer(config, **arrays)[0]
+    square = lambda arrays: jnp.sum(fun(arrays) ** 2)
+    y, moved = door.jit(lambda arrays: jax.jvp(fun, (arrays,), (arrays,)))(arrays)
+    grads = door.jit(jax.grad(square))(arrays)
+    along = sum(jnp.vdot(np.asarray(grads[name]), np.asarray(arrays[name])) for name in arrays)
+    np.testing.assert_allclose(2 * np.vdot(y, moved), along, rtol=1e-4)
+    weights = {
+        name: jnp.stack([np.asarray(arrays[name])] * 2) * jnp.array([1.0, 2.0])[:, None, None, None]
+        for name in ("w_in", "w_out")
+    }
+    weights = put(mesh, weights, {name: P(None, "a") for name in weights})
+    mapped = door.jit(lambda arrays, weights: jax.vmap(lambda w: fun(arrays | w))(weights))(arrays, weights)
+    np.testing.assert_allclose(mapped[0], y, atol=1e-4 * np.abs(y).max())
+    want = door.jit(lambda arrays: fun(arrays | {name: 2 * arrays[name] for name in weights}))(arrays)
+    np.testing.assert_allclose(mapped[1], want, atol=1e-4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize(("door", "place"), [
     (ONE_DEVICE, "one device"), (TYPES, "sequence"), (RINGMOE_JIT, "batch and sequence"),
     (PARTITIONER, "experts elsewhere"),

@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringmoe.router import RouterConfig, route
-from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, slots_of
+from ringmoe.schedule import rows as movers
+from ringmoe.schedule.rows import combine_local, combine_scalars, dispatch_local, dispatch_scalars, packed, slots_of
 
 D = 3
 
@@ -112,6 +114,28 @@ def test_combine_equals_the_loop(drawn):
     got = np.asarray(back(rows, routing)[0])
     np.testing.assert_allclose(got.reshape(-1, D), want, atol=1e-6)
     assert (got[(np.asarray(routing.slot) < 0).all(-1)] == 0).all()
+
+
+@pytest.mark.parametrize("one_key", [True, False])
+@given(routings(), st.booleans())
+def test_packed_rows_equal_the_loops(one_key, drawn, in_one_part):
+    """By expert and in the order of the assignments, from the first row of each part on; and where each one lies."""
+    _, routing = drawn
+    num_experts = routing.num_experts
+    expert = np.where(np.asarray(routing.slot) < 0, num_experts, routing.expert)
+    parts, length = (1, expert.size) if in_one_part else (num_experts, expert.shape[-2] * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        if not one_key:  # as where both in one key would not fit
+            patch.setattr(movers, "LARGEST", 0)
+        found, counts = packed(jnp.asarray(expert), num_experts, parts, length)
+    want, place = np.full((parts, length), expert.size), np.full(expert.size, parts * length)
+    for part, shared in enumerate(np.split(np.arange(num_experts), parts)):
+        mine = [n for e in shared for n, of in enumerate(expert.reshape(-1)) if of == e]
+        want[part, : len(mine)] = mine
+        place[mine] = part * length + np.arange(len(mine))
+    np.testing.assert_array_equal(found.assignment, want)
+    np.testing.assert_array_equal(found.place, place.reshape(expert.shape))
+    np.testing.assert_array_equal(counts, np.bincount(expert.reshape(-1), minlength=num_experts + 1)[:-1])
 
 
 @given(routings(layouts=LAYOUTS[5:]))

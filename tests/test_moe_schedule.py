@@ -172,6 +172,29 @@ def test_without_a_gate(case):
     assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy), gated=False)
 
 
+@pytest.mark.parametrize("case", [case for name, case in SORTED.items() if name in IN_PIECES])
+def test_no_row_is_lost_though_all_are_sent_to_one_device(case):
+    """Every token chooses the same experts, and all of them are kept."""
+    (x, expert, _, weight, *weights), dy, _ = make_inputs()
+    expert = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), expert.shape)
+    y, (dx, dweight, *_) = (
+        make_forward(case)(x, expert, expert, weight, *weights),
+        make_backward(case)(x, expert, expert, weight, *weights, dy),
+    )
+    with jax.enable_x64(True):
+        double = lambda a: jnp.asarray(np.asarray(a), jnp.float64)
+        x, weight, dy, w_in, w_gate, w_out = map(double, (x, weight, dy, *weights))
+
+        def dense(x, weight):
+            ffn = lambda e: (jax.nn.silu(x @ w_gate[e]) * (x @ w_in[e])) @ w_out[e]
+            return weight[..., :1] * ffn(1) + weight[..., 1:] * ffn(0)
+
+        want, pullback = jax.vjp(dense, x, weight)
+        want_dx, want_dweight = pullback(dy)
+    for got, expected, atol in ((y, want, 1e-5), (dx, want_dx, 1e-4), (dweight, want_dweight, 1e-4)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
 def test_without_replication_checks():
     arrays, dy, _ = make_inputs()
     case = "experts and hidden"
@@ -246,6 +269,8 @@ def test_a_nan_token_changes_no_other(case):
         ("experts on another axis", {"all-reduce"}),
         ("hidden", {"all-reduce"}),
         ("exchange, own, exchange", {"all-to-all", "all-reduce"}),
+        ("one device, sorted", set()),
+        ("exchange, own, exchange, sorted", {"all-to-all", "all-reduce"}),
     ],
 )
 def test_compiled_text_holds_the_planned_collectives_and_no_scatter(case, collectives):

@@ -103,7 +103,10 @@ def _tiled(kind, a, b, counts):
         steps = jnp.int32(counts.size + a.shape[0] // tile)  # what XLA may send in there must happen on every device
     else:
         steps = tiles_ends[-1]
-    return lax.fori_loop(jnp.int32(0), steps, step, compat.vary_alike((jnp.zeros(shape, acc), a))[0])
+    zero = (a[0, 0] > jnp.inf).astype(
+        acc
+    )  # not before `a` is there: XLA would fill the result's memory at the very beginning
+    return lax.fori_loop(jnp.int32(0), steps, step, jnp.full(shape, zero))
 
 
 def _dot(a, b, contracted, acc):

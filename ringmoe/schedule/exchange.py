@@ -7,7 +7,7 @@ and a neighbour's way home is all that nothing hides.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ class Sorted(NamedTuple):
     """How sorted rows lie where their experts are: rows that came, P parts of r by source, are brought together by expert."""
 
     counts: jax.Array  # [e] int32: how many rows each of this device's experts has
-    came: Any  # [P * r] int32: which of the rows that came lies there; past the end: none. None: one source
-    went: Any  # [P * r] int32: the inverse
+    came: jax.Array  # [P * r] int32: which of those that came lies there; past the end: none. Empty if nothing travels
+    went: jax.Array  # [P * r] int32: the inverse
 
 
 def sort(plan: ExpertPlan, counts) -> Sorted:
     """Of `counts` [v], the rows that this device has for each visible expert. The counts travel, as a few numbers."""
     if not plan.exchange_axes:
-        return Sorted(counts, None, None)
+        return Sorted(counts, *[jnp.zeros(0, jnp.int32)] * 2)
     with jax.named_scope("exchange"):
         counts = lax.all_to_all(counts.reshape(plan.num_exchange, -1), plan.exchange_axes, 0, 0)  # [source, expert]
     length = counts.shape[0] * plan.rows

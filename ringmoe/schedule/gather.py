@@ -28,6 +28,16 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
     return _whole(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
+def count_below(ascending: jax.Array, bounds: jax.Array) -> jax.Array:
+    """How many of the numbers, which ascend, are less than each bound; by bisection."""
+    below = jnp.zeros_like(bounds)
+    for bit in reversed(range(ascending.size.bit_length())):
+        probe = below + (1 << bit)
+        less = (probe <= ascending.size) & (take(ascending, probe - 1) < bounds)
+        below = jnp.where(less, probe, below)
+    return below
+
+
 def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array:
     """heights[q] of the last start that is not past each number of `at`; starts ascend, and the first is not past any."""
     rises = jnp.diff(heights, prepend=jnp.zeros(1, heights.dtype))

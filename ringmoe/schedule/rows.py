@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.schedule.gather import staircase, sum_of_rows, take
+from ringmoe.schedule.gather import count_below, staircase, sum_of_rows, take
+
+LARGEST = 2**31 - 1
 
 
 class Slots(NamedTuple):
@@ -54,9 +56,8 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
     assignments into the order of the rows, another brings each one's place back: no scatter.
     """
     flat = expert.reshape(-1)
-    order = _in_order(flat, num_experts + 1)
-    experts = lax.broadcasted_iota(jnp.int32, (num_experts, 1), 0)
-    counts = jnp.sum(flat == experts, axis=1, dtype=jnp.int32)
+    order, ends = _in_order(flat, num_experts)
+    counts = jnp.diff(ends, prepend=jnp.zeros(1, jnp.int32))
     taken = jnp.sum(counts.reshape(parts, -1), axis=1, dtype=jnp.int32)
     first = jnp.cumsum(taken, dtype=jnp.int32) - taken
     row = lax.broadcasted_iota(jnp.int32, (parts, length), 1)
@@ -64,17 +65,23 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
     assignment = jnp.where(filled, take(order, jnp.where(filled, first[:, None] + row, flat.size)), flat.size)
     rank = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
     gaps = length * lax.broadcasted_iota(jnp.int32, (parts,), 0) - first  # before each part
-    lies = jnp.where(rank < jnp.sum(counts), rank + staircase(first, gaps, rank), parts * length)
+    lies = jnp.where(rank < ends[-1], rank + staircase(first, gaps, rank), parts * length)
     _, place = lax.sort((order, lies), num_keys=1)
     return Slots(assignment, place.reshape(expert.shape)), counts
 
 
-def _in_order(keys: jax.Array, bound: int) -> jax.Array:
-    """The places of `keys`, int32 in [0, bound), in ascending order, equals as they were; in one array, if it fits: faster."""
-    n, place = keys.size, lax.broadcasted_iota(jnp.int32, keys.shape, 0)
-    if bound * n < 2**31:
-        return lax.rem(lax.sort(keys * n + place), jnp.int32(n))
-    return lax.sort((keys, place), num_keys=1)[1]
+def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
+    """The places of `keys`, int32 in [0, bound], in ascending order, equals as they were; where each key < bound ends there."""
+    n, place, after = (
+        keys.size,
+        lax.broadcasted_iota(jnp.int32, keys.shape, 0),
+        jnp.arange(1, bound + 1, dtype=jnp.int32),
+    )
+    if (bound + 1) * n <= LARGEST:  # one array sorts faster than two
+        both = lax.sort(keys * n + place)
+        return lax.rem(both, jnp.int32(n)), count_below(both, after * n)
+    keys, order = lax.sort((keys, place), num_keys=1)
+    return order, count_below(keys, after)
 
 
 def dispatch_local(x: jax.Array, slots: Slots) -> jax.Array:
