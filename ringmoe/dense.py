@@ -1,12 +1,11 @@
 """What every token visits: the router and the shared expert, dense matmuls beside the sparse ones, left to XLA."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from ringmoe import rules
 from ringmoe.errors import check
@@ -27,10 +26,10 @@ class SharedExpert(NamedTuple):
     Source: DeepSeekMoE, https://arxiv.org/abs/2401.06066; with a router, Qwen2, https://arxiv.org/abs/2407.10671.
     """
 
-    w_in: ArrayLike
-    w_out: ArrayLike
-    w_gate: ArrayLike | None = None
-    router: ArrayLike | None = None
+    w_in: Any
+    w_out: Any
+    w_gate: Any = None
+    router: Any = None
 
 
 def check_shared(shared: SharedExpert | None, x: jax.Array, activation: str) -> None:

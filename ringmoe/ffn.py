@@ -4,7 +4,7 @@ out = hidden w_out + b_out,   hidden = act(v) * u with a gate, act(u) without,  
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ ALPHA, LIMIT = 1.702, 7.0  # gpt-oss's
 
 
 class Weights(NamedTuple):
-    """The arrays of a device's experts, or their gradients; None where absent.
+    """One thing for each array of the experts: the array, its gradient or its shape; None where absent.
 
     w_in, w_gate [e, D, F]; w_out [e, F, D]; b_in, b_gate [e, F]; b_out [e, D].
     """
 
-    w_in: jax.Array
-    w_gate: jax.Array | None
-    w_out: jax.Array
-    b_in: jax.Array | None = None
-    b_gate: jax.Array | None = None
-    b_out: jax.Array | None = None
+    w_in: Any
+    w_gate: Any
+    w_out: Any
+    b_in: Any = None
+    b_gate: Any = None
+    b_out: Any = None
 
 
 def _gated(act: Callable) -> Callable:
