@@ -1,7 +1,7 @@
 """What every token visits: the router and the shared expert, dense matmuls beside the sparse ones, left to XLA."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ class SharedExpert(NamedTuple):
     Source: DeepSeekMoE, https://arxiv.org/abs/2401.06066; with a router, Qwen2, https://arxiv.org/abs/2407.10671.
     """
 
-    w_in: jax.Array
-    w_out: jax.Array
-    w_gate: jax.Array | None = None
-    router: jax.Array | None = None
+    w_in: Any
+    w_out: Any
+    w_gate: Any = None
+    router: Any = None
 
 
 def check_shared(shared: SharedExpert | None, x: jax.Array, activation: str) -> None:

@@ -13,7 +13,7 @@ ALPHA, LIMIT = 1.702, 7.0  # gpt-oss's
 
 
 class Weights(NamedTuple):
-    """The arrays of a device's experts, or their gradients, or shapes; None where absent.
+    """One thing for each array of the experts: the array, its gradient or its shape; None where absent.
 
     w_in, w_gate [e, D, F]; w_out [e, F, D]; b_in, b_gate [e, F]; b_out [e, D].
     """

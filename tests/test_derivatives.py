@@ -40,7 +40,10 @@ EXPERTS = {
     "w_out": draw(E, F, D),
     "w_gate": draw(E, D, F),
 }
+BIASES = {"b_in": draw(E, F), "b_gate": draw(E, F), "b_out": draw(E, D)}
+EXPERTS |= BIASES
 EXPERT_SPECS = {"x": P("a", "b"), "router": P(), "w_in": P("b"), "w_out": P("b"), "w_gate": P("b")}
+EXPERT_SPECS |= {name: P("b") for name in BIASES}
 
 
 def attend(query, key, value, bias, axis_name=None):
@@ -54,15 +57,15 @@ def dense_attend(query, key, value, bias):
     return reference.dot_product_attention(query, key, value, bias, is_causal=True)
 
 
-def layer(x, router, w_in, w_out, w_gate, axis_name=None):
-    return ringmoe.moe_ffn(x, router, w_in, w_out, w_gate=w_gate, config=CONFIG, axis_name=axis_name)[0]
+def layer(x, router, w_in, w_out, **rest):
+    return ringmoe.moe_ffn(x, router, w_in, w_out, config=CONFIG, **rest)[0]
 
 
-def dense_layer(x, router, w_in, w_out, w_gate):
+def dense_layer(x, router, w_in, w_out, **rest):
     chosen = reference_moe.select(
         np.asarray(EXPERTS["x"] @ EXPERTS["router"]), top_k=2, capacity=CONFIG.capacity(GROUP), group_size=GROUP
     )
-    return reference_moe.moe_ffn(x, router, w_in, w_out, w_gate, selection=chosen)
+    return reference_moe.moe_ffn(x, router, w_in, w_out, selection=chosen, **rest)
 
 
 def scalar(fun):
@@ -140,6 +143,16 @@ def test_inside_a_users_shard_map(order):
         put(mesh, arrays, specs), put(mesh, along(arrays), specs)
     )
     assert_derivatives(got, "attention", order)
+
+
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
+def test_a_second_derivative_with_the_hidden_dim_sharded(door):
+    """One device adds the outputs' bias: in every order it is counted once."""
+    mesh, hidden = make_mesh((2, 2), door.axis_type), P(None, "b")
+    specs = {"x": P("a"), "router": P(), "w_in": P(None, None, "b"), "w_gate": P(None, None, "b"), "w_out": hidden}
+    specs |= {"b_in": hidden, "b_gate": hidden, "b_out": P()}
+    got = door.jit(grad_of_grad(layer))(put(mesh, EXPERTS, specs), put(mesh, along(EXPERTS), specs))
+    assert_derivatives(got, "experts", grad_of_grad)
 
 
 @pytest.mark.parametrize("op", OPS)

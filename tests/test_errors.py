@@ -24,7 +24,7 @@ from ringmoe.primitives import doors
 from tests.helpers import RINGMOE_JIT, TYPES, assert_close, make_mesh, put
 
 CHECKED = (
-    "attention", "moe", "router", "masks", "plan", "compat", "pallas", "primitives.doors", "lowering.jit",
+    "attention", "moe", "dense", "router", "masks", "plan", "compat", "pallas", "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4
@@ -71,6 +71,14 @@ def moe(
     return ringmoe.moe_ffn(
         make(x), make(router, jnp.float32), make(w_in), make(w_out), w_gate=make(w_gate), config=config, **kwargs
     )
+
+
+SHARED = jnp.zeros((D, F)), jnp.zeros((F, D))
+
+
+def moe_shared(w_in=(D, F), w_out=(F, D), w_gate=None, router=None, dtype=jnp.float32):
+    arrays = (None if shape is None else jnp.zeros(shape, dtype) for shape in (w_in, w_out, w_gate, router))
+    return moe(shared=ringmoe.SharedExpert(*arrays))
 
 
 def moe_manual(experts=E, w_in=(1, D, F), w_out=(1, F, D), axis_name="a", group_size=2):
@@ -246,6 +254,55 @@ CASES = {
     "weights of another dtype": (
         lambda: moe(w_in=jnp.zeros((E, D, F), jnp.bfloat16)),
         "w_in has dtype bfloat16, expected x's float32: cast",
+    ),
+    "b_in of another F": (
+        lambda: moe(b_in=jnp.zeros((E, 5))),
+        r"b_in has shape \(8, 5\), expected \(8, 6\).*F=6 of w_in",
+    ),
+    "b_out of one expert": (
+        lambda: moe(b_out=jnp.zeros(D)),
+        r"b_out has shape \(4,\), expected \(8, 4\).*b_out \[E, D\]",
+    ),
+    "a bias of another dtype": (
+        lambda: moe(b_in=jnp.zeros((E, F), jnp.bfloat16)),
+        "b_in has dtype bfloat16, expected x's float32: cast",
+    ),
+    "b_gate without w_gate": (
+        lambda: moe(b_gate=jnp.zeros((E, F))),
+        "b_gate without w_gate, expected both: .*pass w_gate, or leave b_gate out",
+    ),
+    "unknown activation": (
+        lambda: moe(activation="swish"),
+        "activation='swish', expected None or one of .*silu.*relu2.*clamped_silu",
+    ),
+    "an activation that needs a gate": (
+        lambda: moe(activation="clamped_silu"),
+        "activation='clamped_silu' without w_gate, expected a gate .*pass w_gate, or another",
+    ),
+    "a shared expert of another D": (
+        lambda: moe_shared(w_in=(5, F)),
+        r"shared.w_in is float32\(5, 6\), expected float32\(4, 6\)",
+    ),
+    "a shared expert without dims": (
+        lambda: moe_shared(w_in=()),
+        r"shared.w_in is float32\(\), expected float32\(4, 0\)",
+    ),
+    "a shared w_out the wrong way round": (
+        lambda: moe_shared(w_out=(D, F)),
+        r"shared.w_out is float32\(4, 6\), expected float32\(6, 4\) .*S=6 of shared.w_in",
+    ),
+    "a shared gate of another S": (lambda: moe_shared(w_gate=(D, 5)), r"shared.w_gate is float32\(4, 5\), expected"),
+    "a shared expert of another dtype": (
+        lambda: moe_shared(dtype=jnp.bfloat16),
+        r"shared.w_in is bfloat16\(4, 6\), expected float32",
+    ),
+    "a shared router of all experts": (
+        lambda: moe_shared(router=(D, E)),
+        r"shared.router is float32\(4, 8\), expected floating \[D\] or \[D, 1\] with D=4",
+    ),
+    "a shared expert that needs a gate": (
+        lambda: moe(w_gate=(E, D, F), activation="clamped_silu", shared=ringmoe.SharedExpert(*SHARED)),
+        r"activation='clamped_silu' with shared.w_gate=None, expected a gate \[D, S\]",
     ),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import reference_moe
+from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE
 from tests.helpers import (
     AXES,
     MANUAL,
@@ -46,7 +47,9 @@ ROLES = (
     "model",
     "nothing",
 )
-WANTED = ("x", "router_weight", "w_in", "w_gate", "w_out")
+SHARED = ("w_in", "w_out", "w_gate", "router")  # ringmoe.SharedExpert's, here with a prefix
+BIASES = ("b_in", "b_gate", "b_out")
+WANTED = ("x", "router_weight", "w_in", "w_gate", "w_out", *BIASES, *(f"shared_{name}" for name in SHARED))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Case:
     capacity_factor: float | None = 1.0
     renormalize: bool = True
     gate: bool = True
+    activation: str | None = None
+    biases: bool = False
+    shared: str = ""  # which arrays of a shared expert there are
     token_mask: bool = False
     d: int = 4
     f: int = 6
@@ -80,6 +86,10 @@ class Case:
     def num_experts(self) -> int:
         parts = self.size("experts")
         return self.experts * parts if parts > 1 else max(2, self.experts)
+
+    @property
+    def experts_activation(self) -> str:
+        return self.activation or ("silu" if self.gate else "gelu")
 
     @property
     def config(self) -> ringmoe.RouterConfig:
@@ -104,7 +114,12 @@ class Case:
             "w_out": normal(e, f, d, scale=f**-0.5),
             "token_mask": rng.random((b, t)) < 0.8 if self.token_mask else None,
         }
-        return arrays, rng.normal(size=(b, t, d)).astype(np.float32)
+        cotangent = rng.normal(size=(b, t, d)).astype(np.float32)
+        if self.biases:
+            arrays |= {"b_in": normal(e, f), "b_gate": normal(e, f) if self.gate else None, "b_out": normal(e, d)}
+        shapes = {"w_in": (d, f), "w_out": (f, d), "w_gate": (d, f), "router": (d, 1)}
+        arrays |= {f"shared_{name}": normal(*shapes[name], scale=d**-0.5) for name in self.shared.split()}
+        return arrays, cotangent
 
     @property
     def specs(self):
@@ -114,11 +129,22 @@ class Case:
         return {
             "x": tokens, "router_weight": P(), "token_mask": tokens,
             "w_in": P(experts, model, hidden), "w_gate": P(experts, model, hidden), "w_out": P(experts, hidden, model),
+            "b_in": P(experts, hidden), "b_gate": P(experts, hidden), "b_out": P(experts, model),
+            "shared_w_in": P(model, hidden), "shared_w_gate": P(model, hidden), "shared_w_out": P(hidden, model),
+            "shared_router": P(),
         }  # fmt: skip
 
 
-def layer(config, x, router_weight, w_in, w_out, w_gate=None, **kwargs):
-    y, metrics = ringmoe.moe_ffn(x, router_weight, w_in, w_out, w_gate=w_gate, config=config, **kwargs)
+def without_shared(arrays):
+    """The arrays, and those of the shared expert by its own names."""
+    rest = {name: x for name, x in arrays.items() if not name.startswith("shared_")}
+    return rest, {name: arrays[f"shared_{name}"] for name in SHARED if f"shared_{name}" in arrays}
+
+
+def layer(config, activation=None, **given):
+    given, shared = without_shared(given)
+    shared = ringmoe.SharedExpert(**shared) if shared else None
+    y, metrics = ringmoe.moe_ffn(**given, activation=activation, shared=shared, config=config)
     return y, metrics.load_balance_loss, metrics.z_loss, metrics.dropped, metrics.expert_load
 
 
@@ -153,12 +179,14 @@ def oracle(case: Case, loss):
         dropped = int((selection.active[..., None] & (selection.slot < 0)).sum())
         num_active = max(1, int(selection.active.sum()))
 
-        def dense(x, router_weight, w_in, w_out, w_gate=None):
-            y = reference_moe.moe_ffn(
-                x, router_weight, w_in, w_out, w_gate, selection=selection, renormalize=config.renormalize
-            )
+        def dense(**arrays):
+            arrays, shared = without_shared(arrays)
+            kind = {"selection": selection, "renormalize": config.renormalize, "activation": case.activation}
+            y = reference_moe.moe_ffn(**arrays, **kind)
+            if shared:
+                y += reference_moe.shared(arrays["x"], **shared, activation=case.experts_activation)
             y = jnp.where(active[..., None], y, 0)
-            logits = x @ router_weight
+            logits = arrays["x"] @ arrays["router_weight"]
             scores = jnp.where(active[..., None], jax.nn.softmax(logits, -1), 0).sum((0, 1)) / num_active
             balance = config.num_experts * jnp.sum(load / (num_active * config.top_k) * scores)
             z = jnp.sum(jnp.where(active, jax.nn.logsumexp(logits, -1), 0) ** 2) / num_active
@@ -171,7 +199,7 @@ def run(case: Case, loss=loss, arrays=None):
     made, cotangent = case.arrays()
     arrays = made if arrays is None else arrays
     mesh = make_mesh(case.mesh, case.door.axis_type) if case.mesh else None
-    fun = functools.partial(layer, case.config)
+    fun = functools.partial(layer, case.config, case.activation)
     out_specs = None
     if case.door.check_vma is not None:
         # Inside a shard_map metrics are one device's: drops and loads are added up here, the losses are left out.
@@ -219,14 +247,16 @@ def cases(draw):
     roles = tuple(draw(st.sampled_from(("batch", "sequence experts") if manual else ROLES)) for _ in mesh)
     if manual:
         roles = ("sequence experts", *roles[1:])
-    experts = draw(st.integers(1, 2))
+    experts, gate = draw(st.integers(1, 2)), draw(st.booleans())
     return Case(
         door=door, mesh=mesh, roles=roles, dtype=draw(st.sampled_from(("float32", "float32", "bfloat16", "float64"))),
         batch=draw(st.integers(1, 2)), groups=draw(st.integers(1, 2)), group_size=draw(st.sampled_from((1, 4, 6))),
         experts=experts, top_k=draw(st.integers(1, 2)),
         capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25, 4.0))), renormalize=draw(st.booleans()),
-        gate=draw(st.booleans()), token_mask=draw(st.booleans()), f=draw(st.sampled_from((1, 6))),
-        seed=draw(st.integers(0, 99)),
+        gate=gate, token_mask=draw(st.booleans()), f=draw(st.sampled_from((1, 6))), seed=draw(st.integers(0, 99)),
+        activation=draw(st.sampled_from((None, *(name for name in ACTIVATIONS if gate or name not in NEED_A_GATE)))),
+        biases=draw(st.booleans()),
+        shared=draw(st.sampled_from(("", *(f"w_in w_out{' w_gate' * gate}{router}" for router in ("", " router"))))),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +144,7 @@ def _weights(named) -> Weights:
     return Weights(*(named[name] for name in WEIGHTS))
 
 
-def _layer(params, named) -> Any:
+def _layer(params, named) -> tuple:
     """What the schedule takes after its kernel."""
     return *(named[name] for name in LAYER[: -len(WEIGHTS)]), _weights(named), params["spec"].activation
 
@@ -165,8 +164,8 @@ def _forward_body(plan, platform, params, named):
 
 
 def _backward_body(plan, platform, params, named):
-    layer: Any = *_layer(params, named), named["tokens_cotangent"]
-    return jax.tree.leaves(schedule.backward(plan, _kernel(platform, params, named), *layer))
+    kernel, dy = _kernel(platform, params, named), named["tokens_cotangent"]
+    return jax.tree.leaves(schedule.backward(plan, kernel, *_layer(params, named), dy=dy))
 
 
 def _dispatch_body(plan, platform, params, named):
