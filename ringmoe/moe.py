@@ -62,8 +62,8 @@ def moe_ffn(
         (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
         needs a gate. None: "silu" with a gate, "gelu" without.
       shared: one more expert that every token visits, of the same activation; see `SharedExpert`. None: there is none.
-      config: see `RouterConfig`. Tokens compete for slots within a sequence, or groups of `config.group_size` consecutive
-        tokens, or all together; which of them are dropped doesn't depend on the mesh.
+      config: see `RouterConfig`. Tokens compete for slots within groups of consecutive tokens, or a sequence, or all
+        together; which of them are dropped doesn't depend on the mesh.
       router_bias: [E], added to the logits. selection_bias, expert_scale: [E]; expert: [..., T, k] int32: see `route`.
       noise_weight: [D, E], for noise="learned": logits + n * softplus(x noise_weight), n normal. key, train: see `route`.
       token_mask: [..., T] bool, False for padding: takes no slot, counts in no metric, gives zeros.

@@ -265,7 +265,16 @@ def test_rounding_and_minimum():
 
 
 def test_who_competes():
-    assert RouterConfig(4).group(3, 100) == RouterConfig(4, scope="sequence").group(3, 100) == 100
+    for num_tokens, default in (
+        (100, 100),
+        (4096, 4096),
+        (8192, 4096),
+        (10_000, 2500),
+        (4099, 4099),
+        (10_000_000, 4000),
+    ):
+        assert RouterConfig(4).group(3, num_tokens) == default
+        assert RouterConfig(4, scope="sequence").group(3, num_tokens) == num_tokens
     assert RouterConfig(4, group_size=20).group(3, 100) == 20
     assert RouterConfig(4, scope="global").group(3, 100) == 300
 
