@@ -43,8 +43,7 @@ def moe_ffn(
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
       w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: GELU (tanh form) instead of SwiGLU.
       config: see `RouterConfig`. Tokens compete for slots within groups of `config.group_size` consecutive tokens, so
-        which of them are dropped doesn't depend on the mesh. No group is cut: where devices hold less than one, or don't
-        divide their number, the rest is padding, with a warning.
+        which of them are dropped doesn't depend on the mesh; devices may cut groups.
       token_mask: [..., T] bool, False for padding: takes no slot, counts in no metric, gives zeros.
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
@@ -58,7 +57,8 @@ def moe_ffn(
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
 
     Cost per device of P: about 2 T k capacity_factor D F / P multiply-adds a matrix; 2 (P - 1) / P of its rows of D elements
-    sent, forward; rows and their outputs in memory.
+    sent, forward; rows and their outputs in memory. Where slots are many more than rows, as without a capacity_factor, rows are
+    sorted and only those there are multiplied; sent and kept is room for all of a device's rows to and from each other one.
     Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961.
     """
     x, router_weight, w_in, w_out = (jnp.asarray(a) for a in (x, router_weight, w_in, w_out))
