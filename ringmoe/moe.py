@@ -1,6 +1,8 @@
 """Public MoE ops: docstring, checks, one bind each."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from ringmoe import compat, dense, pallas, router
 from ringmoe.dense import SharedExpert
 from ringmoe.errors import check
 from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE, Weights
+from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.primitives import experts as primitive
 from ringmoe.router import MoeMetrics, RouterConfig, Routing
 
@@ -18,14 +21,16 @@ from ringmoe.router import MoeMetrics, RouterConfig, Routing
 def moe_ffn(
     x: ArrayLike,
     router_weight: ArrayLike,
-    w_in: ArrayLike,
-    w_out: ArrayLike,
+    w_in: ArrayLike | None = None,
+    w_out: ArrayLike | None = None,
     *,
     w_gate: ArrayLike | None = None,
     b_in: ArrayLike | None = None,
     b_gate: ArrayLike | None = None,
     b_out: ArrayLike | None = None,
     activation: str | None = None,
+    expert_fn: Callable | None = None,
+    expert_weights: Any = None,
     shared: SharedExpert | None = None,
     config: RouterConfig,
     token_mask: ArrayLike | None = None,
@@ -36,7 +41,7 @@ def moe_ffn(
 
         y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight)
         FFN_e(x) = (act(v) * u) w_out_e + b_out_e,   u = x w_in_e + b_in_e,   v = x w_gate_e + b_gate_e
-        FFN_e(x) = act(u) w_out_e + b_out_e without a gate
+        FFN_e(x) = act(u) w_out_e + b_out_e without a gate;  expert_fn's, of any shape
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
     matmuls of a wide F outlast the wire, in pieces, each under way during the matmuls of others. Where they don't, each
@@ -53,6 +58,11 @@ def moe_ffn(
       activation: act. "silu" (SwiGLU with a gate), "gelu" (tanh form; GeGLU), "gelu_exact" (of erf), "relu" (ReGLU), "relu2"
         (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
         needs a gate. None: "silu" with a gate, "gelu" without.
+      expert_fn, expert_weights: your own experts instead of w_in, w_out, ...: `expert_fn(rows, weights) -> rows` for any pytree
+        of arrays [E, ...], sharded along E or not at all (other dims are gathered). It is given one device's experts, their
+        arrays and rows [e, R, D], and differentiated by JAX; each row's result must come of that row alone. Empty slots are
+        rows of zeros, at which its derivatives must be finite. A function defined once (a new one is compiled anew) that
+        closes over no traced array.
       shared: one more expert that every token visits, of the same activation; see `SharedExpert`. None: there is none.
       config: see `RouterConfig`. Tokens compete for slots within groups of `config.group_size` consecutive tokens, so
         which of them are dropped doesn't depend on the mesh. No group is cut: where devices hold less than one, or don't
@@ -78,11 +88,19 @@ def moe_ffn(
     asarray = lambda a: None if a is None else jnp.asarray(a)
     weights = Weights(*map(asarray, (w_in, w_gate, w_out, b_in, b_gate, b_out)))
     shared, token_mask = None if shared is None else SharedExpert(*map(asarray, shared)), asarray(token_mask)
-    activation = ("gelu" if w_gate is None else "silu") if activation is None else activation
+    if activation is None:
+        gate = shared.w_gate if expert_fn is not None and shared is not None else w_gate
+        activation = "gelu" if gate is None else "silu"
     axes = compat.check_axis_name(axis_name)
     router.check_mask(token_mask, x.shape[:-1])
-    _check_layer(x, router_weight, weights, config, axes)
-    _check_activation(activation, weights)
+    local_experts = _check_layer(x, router_weight, config, axes)
+    _check_kind(weights, expert_fn, expert_weights)
+    own = None
+    if expert_fn is None:
+        _check_weights(weights, x, local_experts)
+        _check_activation(activation, weights)
+    else:
+        own, weights = _own_experts(expert_fn, expert_weights, x, local_experts)
     dense.check_shared(shared, x, activation)
     pallas.check_implementation("experts", implementation)
     with jax.named_scope("router"):
@@ -93,7 +111,8 @@ def moe_ffn(
         routing = router.route(logits, config, token_mask=token_mask)
         metrics = router.metrics(routing, logits)
     arrays = compat.vary_alike((x, routing.expert, routing.slot, routing.weight, weights))
-    y = primitive.experts(_call(routing, implementation, axes, activation), *arrays)
+    kind = {"activation": activation} if own is None else {"own": own}
+    y = primitive.experts(_call(routing, implementation, axes, **kind), *arrays)
     return dense.add_shared(y, seen, shared, activation), metrics
 
 
@@ -150,8 +169,8 @@ def combine(expert_out: ArrayLike, routing: Routing) -> jax.Array:
     return primitive.combine(_call(routing), *arrays)
 
 
-def _call(routing: Routing, implementation=None, axes=(), activation=None) -> primitive.Call:
-    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes, activation)
+def _call(routing: Routing, implementation=None, axes=(), **kind) -> primitive.Call:
+    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes, **kind)
 
 
 def _mergeable(rows):
@@ -165,7 +184,43 @@ def _mergeable(rows):
     )
 
 
-def _check_layer(x, router_weight, weights: Weights, config: RouterConfig, axes):
+def _own_experts(fn: Callable, weights, x: jax.Array, num_experts: int) -> tuple[OwnExperts, list[jax.Array]]:
+    """The caller's experts as a kernel, and their arrays; checked on rows that need no memory."""
+    leaves, tree = jax.tree.flatten(weights)
+    leaves = list(map(jnp.asarray, leaves))
+    for leaf in leaves:
+        check(
+            leaf.shape[:1] == (num_experts,),
+            f"expert_weights has an array of shape {leaf.shape}, expected [E, ...] with E={num_experts} experts on this device",
+        )
+    rows = jax.ShapeDtypeStruct((num_experts, 1, x.shape[-1]), x.dtype)
+    bare = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    out = jax.eval_shape(fn, rows, tree.unflatten(bare))
+    check(
+        getattr(out, "shape", None) == rows.shape and jnp.issubdtype(out.dtype, jnp.floating),
+        f"expert_fn makes {out} of rows {rows.dtype}{rows.shape}, expected floating rows of the same shape [e, R, D]",
+    )
+    return OwnExperts(fn, tree), leaves
+
+
+def _check_kind(weights: Weights, expert_fn, expert_weights):
+    given = [name for name, w in weights._asdict().items() if w is not None]
+    check(
+        expert_fn is None or not given,
+        f"expert_fn and {given} were given, expected one or the other: pass your own experts' arrays as expert_weights",
+    )
+    check(
+        expert_fn is not None or expert_weights is None,
+        "expert_weights without expert_fn, expected both: pass expert_fn",
+    )
+    check(
+        expert_fn is not None or {"w_in", "w_out"} <= {*given},
+        f"{given} of the experts' arrays were given, expected at least w_in and w_out, or expert_fn",
+    )
+
+
+def _check_layer(x, router_weight, config: RouterConfig, axes) -> int:
+    """The experts of one device, of those that `axes` share."""
     check(
         x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating),
         f"x has shape {x.shape} and dtype {x.dtype}, expected floating [..., T, D]",
@@ -182,14 +237,17 @@ def _check_layer(x, router_weight, weights: Weights, config: RouterConfig, axes)
         f"config.group_size=None with {axes=}, expected a number: inside a shard_map the default would depend on the mesh",
     )
     check(e % parts == 0, f"config.num_experts={e} over axis_name={axes} of {parts} devices, expected a multiple")
-    e, f = e // parts, weights.w_in.shape[-1] if weights.w_in.ndim else 0
+    return e // parts
+
+
+def _check_weights(weights: Weights, x, e: int):
+    d, f = x.shape[-1], weights.w_in.shape[-1] if weights.w_in.ndim else 0
     shapes = Weights((e, d, f), (e, d, f), (e, f, d), (e, f), (e, f), (e, d))
     for name, w, shape in zip(Weights._fields, weights, shapes):
         check(
             w is None or w.shape == shape,
             f"{name} has shape {None if w is None else w.shape}, expected {shape} ([E, D, F]; w_out [E, F, D]; b_in, b_gate "
-            f"[E, F]; b_out [E, D]): E={config.num_experts} experts{f' over {parts} devices' * (parts > 1)}, D={d} of x, "
-            f"F={f} of w_in",
+            f"[E, F]; b_out [E, D]): E={e} experts, inside a shard_map one device's, D={d} of x, F={f} of w_in",
         )
         check(
             w is None or w.dtype == x.dtype,

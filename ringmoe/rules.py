@@ -56,6 +56,9 @@ EXPERTS = {
 """z groups of i consecutive tokens, d model dim, c choices of a token, e experts, f hidden dim, r rows an expert takes of a
 group."""
 
+OWN = re.compile(r"own(\d+)_(\d+)")
+"""An array of the caller's own experts: its number, and how many dims it has. The first is e, the others are whole."""
+
 FAMILIES = {"attention": ATTENTION, "experts": EXPERTS}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
@@ -80,7 +83,7 @@ class Rule:
 
     def is_whole(self, factor: str) -> bool:
         """Whether no schedule splits this factor."""
-        return factor in WHOLE or factor in self.whole
+        return factor in WHOLE or factor in self.whole or factor.startswith("own")
 
     def __str__(self) -> str:
         """Shardy's notation, as `custom_partitioning` and `sdy.sharding_rule` take it."""
@@ -282,7 +285,10 @@ def make(
 
 def text(family: str, name: str) -> str:
     """The rule string of an array."""
-    return FAMILIES[family][re.sub("_(co)?tangent$", "", name)]
+    name = re.sub("_(co)?tangent$", "", name)
+    if own := OWN.fullmatch(name):
+        return " ".join(("e", *(f"own{own[1]}d{i}" for i in range(1, int(own[2])))))
+    return FAMILIES[family][name]
 
 
 def _dims(text: str, num_batch: int) -> list[Dim]:
