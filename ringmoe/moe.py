@@ -94,13 +94,7 @@ def moe_ffn(
     axes = compat.check_axis_name(axis_name)
     router.check_mask(token_mask, x.shape[:-1])
     local_experts = _check_layer(x, router_weight, config, axes)
-    _check_kind(weights, expert_fn, expert_weights)
-    own = None
-    if expert_fn is None:
-        _check_weights(weights, x, local_experts)
-        _check_activation(activation, weights)
-    else:
-        own, weights = _own_experts(expert_fn, expert_weights, x, local_experts)
+    kind, weights = _kind(weights, activation, expert_fn, expert_weights, x, local_experts)
     dense.check_shared(shared, x, activation)
     pallas.check_implementation("experts", implementation)
     with jax.named_scope("router"):
@@ -111,7 +105,6 @@ def moe_ffn(
         routing = router.route(logits, config, token_mask=token_mask)
         metrics = router.metrics(routing, logits)
     arrays = compat.vary_alike((x, routing.expert, routing.slot, routing.weight, weights))
-    kind = {"activation": activation} if own is None else {"own": own}
     y = primitive.experts(_call(routing, implementation, axes, **kind), *arrays)
     return dense.add_shared(y, seen, shared, activation), metrics
 
@@ -184,38 +177,43 @@ def _mergeable(rows):
     )
 
 
-def _own_experts(fn: Callable, weights, x: jax.Array, num_experts: int) -> tuple[OwnExperts, list[jax.Array]]:
-    """The caller's experts as a kernel, and their arrays; checked on rows that need no memory."""
-    leaves, tree = jax.tree.flatten(weights)
-    leaves = list(map(jnp.asarray, leaves))
+def _kind(
+    weights: Weights, activation: str, fn: Callable | None, own_weights, x: jax.Array, e: int
+) -> tuple[dict, Any]:
+    """What the primitive's call says of the experts, e of them on one device, and their arrays: checked."""
+    given = [name for name, w in weights._asdict().items() if w is not None]
+    check(
+        fn is None or not given,
+        f"expert_fn and {given} were given, expected one or the other: pass your own experts' arrays as expert_weights",
+    )
+    check(fn is not None or own_weights is None, "expert_weights without expert_fn, expected both: pass expert_fn")
+    if fn is not None:
+        leaves, tree = jax.tree.flatten(own_weights)
+        leaves = list(map(jnp.asarray, leaves))
+        _check_own(fn, leaves, tree, x, e)
+        return {"own": OwnExperts(fn, tree)}, leaves
+    check(
+        {"w_in", "w_out"} <= {*given},
+        f"{given} of the experts' arrays were given, expected at least w_in and w_out, or expert_fn",
+    )
+    _check_weights(weights, x, e)
+    _check_activation(activation, weights)
+    return {"activation": activation}, weights
+
+
+def _check_own(fn: Callable, leaves, tree, x, e: int):
     for leaf in leaves:
         check(
-            leaf.shape[:1] == (num_experts,),
-            f"expert_weights has an array of shape {leaf.shape}, expected [E, ...] with E={num_experts} experts on this device",
+            leaf.shape[:1] == (e,),
+            f"expert_weights has an array of shape {leaf.shape}, expected [E, ...] with E={e} experts, inside a shard_map one "
+            "device's",
         )
-    rows = jax.ShapeDtypeStruct((num_experts, 1, x.shape[-1]), x.dtype)
+    rows = jax.ShapeDtypeStruct((e, 1, x.shape[-1]), x.dtype)
     bare = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     out = jax.eval_shape(fn, rows, tree.unflatten(bare))
     check(
         getattr(out, "shape", None) == rows.shape and jnp.issubdtype(out.dtype, jnp.floating),
         f"expert_fn makes {out} of rows {rows.dtype}{rows.shape}, expected floating rows of the same shape [e, R, D]",
-    )
-    return OwnExperts(fn, tree), leaves
-
-
-def _check_kind(weights: Weights, expert_fn, expert_weights):
-    given = [name for name, w in weights._asdict().items() if w is not None]
-    check(
-        expert_fn is None or not given,
-        f"expert_fn and {given} were given, expected one or the other: pass your own experts' arrays as expert_weights",
-    )
-    check(
-        expert_fn is not None or expert_weights is None,
-        "expert_weights without expert_fn, expected both: pass expert_fn",
-    )
-    check(
-        expert_fn is not None or {"w_in", "w_out"} <= {*given},
-        f"{given} of the experts' arrays were given, expected at least w_in and w_out, or expert_fn",
     )
 
 

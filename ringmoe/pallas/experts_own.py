@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ class OwnExperts:
     """`fn(rows [e, R, D], weights) -> [e, R, D]`; `tree` is the structure of weights, whose leaves a schedule passes flat."""
 
     fn: Callable
-    tree: jax.tree_util.PyTreeDef
+    tree: Any
 
     def forward(self, rows: jax.Array, weights: Sequence[jax.Array], activation: None) -> jax.Array:
         """What fn gives, in float32 (float64): as all kernels do."""
