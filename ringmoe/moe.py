@@ -1,6 +1,7 @@
 """Public MoE ops: docstring, checks, one bind each."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ringmoe import compat, dense, pallas, router
 from ringmoe.dense import SharedExpert
 from ringmoe.errors import check
 from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE, Weights
+from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.primitives import experts as primitive
 from ringmoe.router import MoeMetrics, RouterConfig, Routing
 
@@ -19,14 +21,16 @@ from ringmoe.router import MoeMetrics, RouterConfig, Routing
 def moe_ffn(
     x: ArrayLike,
     router_weight: ArrayLike,
-    w_in: ArrayLike,
-    w_out: ArrayLike,
+    w_in: ArrayLike | None = None,
+    w_out: ArrayLike | None = None,
     *,
     w_gate: ArrayLike | None = None,
     b_in: ArrayLike | None = None,
     b_gate: ArrayLike | None = None,
     b_out: ArrayLike | None = None,
     activation: str | None = None,
+    expert_fn: Callable | None = None,
+    expert_weights: Any = None,
     shared: SharedExpert | None = None,
     config: RouterConfig,
     router_bias: ArrayLike | None = None,
@@ -44,7 +48,7 @@ def moe_ffn(
 
         y = sum_j weight_j FFN_{expert_j}(x),   weight, expert = route(x router_weight + router_bias)
         FFN_e(x) = (act(v) * u) w_out_e + b_out_e,   u = x w_in_e + b_in_e,   v = x w_gate_e + b_gate_e
-        FFN_e(x) = act(u) w_out_e + b_out_e without a gate
+        FFN_e(x) = act(u) w_out_e + b_out_e without a gate;  expert_fn's, of any shape
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
     matmuls of a wide F outlast the wire, in pieces, each under way during the matmuls of others. Where they don't, each
@@ -61,6 +65,11 @@ def moe_ffn(
       activation: act. "silu" (SwiGLU with a gate), "gelu" (tanh form; GeGLU), "gelu_exact" (of erf), "relu" (ReGLU), "relu2"
         (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
         needs a gate. None: "silu" with a gate, "gelu" without.
+      expert_fn, expert_weights: your own experts instead of w_in, w_out, ...: `expert_fn(rows, weights) -> rows` for any pytree
+        of arrays [E, ...], sharded along E or not at all (other dims are gathered). It is given one device's experts, their
+        arrays and rows [e, R, D], and differentiated by JAX; each row's result must come of that row alone. Empty slots are
+        rows of zeros, at which its derivatives must be finite. A function defined once (a new one is compiled anew) that
+        closes over no traced array.
       shared: one more expert that every token visits, of the same activation; see `SharedExpert`. None: there is none.
       config: see `RouterConfig`. Tokens compete for slots within groups of consecutive tokens, or a sequence, or all
         together; which of them are dropped doesn't depend on the mesh.
@@ -87,11 +96,13 @@ def moe_ffn(
     weights = Weights(*map(_asarray, (w_in, w_gate, w_out, b_in, b_gate, b_out)))
     routers = tuple(map(_asarray, (router_bias, selection_bias, expert_scale, noise_weight, expert)))
     shared, mask = None if shared is None else SharedExpert(*map(_asarray, shared)), _asarray(token_mask)
-    activation = ("gelu" if w_gate is None else "silu") if activation is None else activation
+    if activation is None:
+        gate = shared.w_gate if expert_fn is not None and shared is not None else w_gate
+        activation = "gelu" if gate is None else "silu"
     axes = compat.check_axis_name(axis_name)
     router.check_mask(mask, x.shape[:-1])
-    _check_layer(x, router_weight, weights, config, axes)
-    _check_activation(activation, weights)
+    local_experts = _check_layer(x, router_weight, config, axes)
+    kind, weights = _kind(weights, activation, expert_fn, expert_weights, x, local_experts)
     dense.check_shared(shared, x, activation)
     pallas.check_implementation("experts", implementation)
     with jax.named_scope("router"):
@@ -107,7 +118,7 @@ def moe_ffn(
     kept = routing.slot if routing.capacity < routing.group_size else jnp.where(routing.active[..., None], 0, -1)
     kept = jnp.broadcast_to(kept, routing.expert.shape)
     arrays = compat.vary_alike((x, routing.expert, kept, weight, weights))
-    y = primitive.experts(_call(routing, implementation, axes, activation), *arrays)
+    y = primitive.experts(_call(routing, implementation, axes, **kind), *arrays)
     return dense.add_shared(y, seen, shared, activation), metrics
 
 
@@ -215,8 +226,8 @@ def _replicated(x):
     return jax.sharding.reshard(x, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else x
 
 
-def _call(routing: Routing, implementation=None, axes=(), activation=None) -> primitive.Call:
-    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes, activation)
+def _call(routing: Routing, implementation=None, axes=(), **kind) -> primitive.Call:
+    return primitive.Call(routing.num_experts, routing.capacity, routing.group_size, implementation, axes, **kind)
 
 
 def _mergeable(rows):
@@ -230,7 +241,48 @@ def _mergeable(rows):
     )
 
 
-def _check_layer(x, router_weight, weights: Weights, config: RouterConfig, axes):
+def _kind(
+    weights: Weights, activation: str, fn: Callable | None, own_weights, x: jax.Array, e: int
+) -> tuple[dict, Any]:
+    """What the primitive's call says of the experts, e of them on one device, and their arrays: checked."""
+    given = [name for name, w in weights._asdict().items() if w is not None]
+    check(
+        fn is None or not given,
+        f"expert_fn and {given} were given, expected one or the other: pass your own experts' arrays as expert_weights",
+    )
+    check(fn is not None or own_weights is None, "expert_weights without expert_fn, expected both: pass expert_fn")
+    if fn is not None:
+        leaves, tree = jax.tree.flatten(own_weights)
+        leaves = list(map(jnp.asarray, leaves))
+        _check_own(fn, leaves, tree, x, e)
+        return {"own": OwnExperts(fn, tree)}, leaves
+    check(
+        {"w_in", "w_out"} <= {*given},
+        f"{given} of the experts' arrays were given, expected at least w_in and w_out, or expert_fn",
+    )
+    _check_weights(weights, x, e)
+    _check_activation(activation, weights)
+    return {"activation": activation}, weights
+
+
+def _check_own(fn: Callable, leaves, tree, x, e: int):
+    for leaf in leaves:
+        check(
+            leaf.shape[:1] == (e,),
+            f"expert_weights has an array of shape {leaf.shape}, expected [E, ...] with E={e} experts, inside a shard_map one "
+            "device's",
+        )
+    rows = jax.ShapeDtypeStruct((e, 1, x.shape[-1]), x.dtype)
+    bare = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    out = jax.eval_shape(fn, rows, tree.unflatten(bare))
+    check(
+        getattr(out, "shape", None) == rows.shape and jnp.issubdtype(out.dtype, jnp.floating),
+        f"expert_fn makes {out} of rows {rows.dtype}{rows.shape}, expected floating rows of the same shape [e, R, D]",
+    )
+
+
+def _check_layer(x, router_weight, config: RouterConfig, axes) -> int:
+    """The experts of one device, of those that `axes` share."""
     check(
         x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating),
         f"x has shape {x.shape} and dtype {x.dtype}, expected floating [..., T, D]",
@@ -243,14 +295,17 @@ def _check_layer(x, router_weight, weights: Weights, config: RouterConfig, axes)
     )
     parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
     check(e % parts == 0, f"config.num_experts={e} over axis_name={axes} of {parts} devices, expected a multiple")
-    e, f = e // parts, weights.w_in.shape[-1] if weights.w_in.ndim else 0
+    return e // parts
+
+
+def _check_weights(weights: Weights, x, e: int):
+    d, f = x.shape[-1], weights.w_in.shape[-1] if weights.w_in.ndim else 0
     shapes = Weights((e, d, f), (e, d, f), (e, f, d), (e, f), (e, f), (e, d))
     for name, w, shape in zip(Weights._fields, weights, shapes):
         check(
             w is None or w.shape == shape,
             f"{name} has shape {None if w is None else w.shape}, expected {shape} ([E, D, F]; w_out [E, F, D]; b_in, b_gate "
-            f"[E, F]; b_out [E, D]): E={config.num_experts} experts{f' over {parts} devices' * (parts > 1)}, D={d} of x, "
-            f"F={f} of w_in",
+            f"[E, F]; b_out [E, D]): E={e} experts, inside a shard_map one device's, D={d} of x, F={f} of w_in",
         )
         check(
             w is None or w.dtype == x.dtype,

@@ -235,6 +235,7 @@ def experts(
     group_size: int,
     itemsize: int,
     exchanges: int = 2,
+    may_sort: bool = True,
 ) -> ExpertPlan:
     """Where rows go: to the experts' devices over axes that also shard tokens; else outputs are summed.
 
@@ -261,7 +262,7 @@ def experts(
     tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
-    in_order = sizes["e"] * room > SORTING * tokens * sizes["c"]
+    in_order = may_sort and sizes["e"] * room > SORTING * tokens * sizes["c"]
     rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
     hides = (
         exchanges == 2 and not in_order and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)

@@ -63,6 +63,9 @@ MOVERS = {
 }
 """Of dispatch and combine, whose rows lie by slot: z groups of i consecutive tokens, r rows an expert takes of a group."""
 
+OWN = re.compile(r"own(\d+)_(\d+)")
+"""An array of the caller's own experts: its number, and how many dims it has. The first is e, the others are whole."""
+
 FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
@@ -87,7 +90,7 @@ class Rule:
 
     def is_whole(self, factor: str) -> bool:
         """Whether no schedule splits this factor."""
-        return factor in WHOLE or factor in self.whole
+        return factor in WHOLE or factor in self.whole or factor.startswith("own")
 
     def __str__(self) -> str:
         """Shardy's notation, as `custom_partitioning` and `sdy.sharding_rule` take it."""
@@ -289,7 +292,10 @@ def make(
 
 def text(family: str, name: str) -> str:
     """The rule string of an array."""
-    return FAMILIES[family][re.sub("_(co)?tangent$", "", name)]
+    name = re.sub("_(co)?tangent$", "", name)
+    if own := OWN.fullmatch(name):
+        return " ".join(("e", *(f"own{own[1]}d{i}" for i in range(1, int(own[2])))))
+    return FAMILIES[family][name]
 
 
 def _dims(text: str, num_batch: int) -> list[Dim]:

@@ -148,6 +148,10 @@ def test_any_number_of_batch_dims(door, batch):
     assert_all_close(got, in_double(dense, args, (0, 1, 2, 3)), 1e-4)
 
 
+def scaled_rows(rows, scale):
+    return rows * scale[:, None]
+
+
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, ONE_DEVICE], ids=str)
 def test_ranks_are_never_promoted_in_silence(door):
     """With jax_numpy_rank_promotion="raise" every line of ours says what it broadcasts, or is out of the user's sight."""
@@ -156,6 +160,8 @@ def test_ranks_are_never_promoted_in_silence(door):
     arrays = {
         "q": QKV[0], "k": QKV[1], "v": QKV[2], "bias": draw(1, N, 1, T), "mask": np.ones((1, 1, T, T), bool),
         "x": draw(B, T, H), "router": draw(H, 4), "w_in": draw(4, H, 6), "w_out": draw(4, 6, H), "w_gate": draw(4, H, 6),
+        "b_in": draw(4, 6), "b_gate": draw(4, 6), "b_out": draw(4, H), "own": draw(4, H),
+        "shared_in": draw(H, 6), "shared_out": draw(6, H), "shared_router": draw(H),
         "seen": np.arange(B * T).reshape(B, T) % 5 > 0, "lengths": np.full(B, 6, np.int32),
     }  # fmt: skip
     specs = {name: P("a", "b") if name in ("q", "k", "v", "x", "seen") else P() for name in arrays}
@@ -168,11 +174,14 @@ def test_ranks_are_never_promoted_in_silence(door):
             query_seq_lengths=lengths, key_value_seq_lengths=lengths,
         )  # fmt: skip
         y, metrics = ringmoe.moe_ffn(
-            a["x"], a["router"], a["w_in"], a["w_out"], w_gate=a["w_gate"], config=config, token_mask=a["seen"]
-        )
+            a["x"], a["router"], a["w_in"], a["w_out"], w_gate=a["w_gate"], config=config, token_mask=a["seen"],
+            shared=ringmoe.SharedExpert(a["shared_in"], a["shared_out"], router=a["shared_router"]),
+            **{name: a[name] for name in ("b_in", "b_gate", "b_out")},
+        )  # fmt: skip
+        scaled, _ = ringmoe.moe_ffn(a["x"], a["router"], expert_fn=scaled_rows, expert_weights=a["own"], config=config)
         routing = ringmoe.route(jnp.einsum("btd,de->bte", a["x"], a["router"]), config)
         back = ringmoe.combine(jnp.tanh(ringmoe.dispatch(a["x"], routing)), routing)
-        return jnp.sum(out) + jnp.sum(y) + jnp.sum(back) + metrics.load_balance_loss + metrics.z_loss
+        return jnp.sum(out) + jnp.sum(y + scaled) + jnp.sum(back) + metrics.load_balance_loss + metrics.z_loss
 
     def both(floats, rest):
         value, grads = jax.value_and_grad(lambda floats: fun(floats | rest))(floats)

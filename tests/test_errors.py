@@ -73,6 +73,10 @@ def moe(
     )
 
 
+def moe_own(fn, weights=None):
+    return moe(w_in=None, w_out=None, expert_fn=fn, expert_weights=weights)
+
+
 SHARED = jnp.zeros((D, F)), jnp.zeros((F, D))
 
 
@@ -304,6 +308,34 @@ CASES = {
         lambda: moe(w_gate=(E, D, F), activation="clamped_silu", shared=ringmoe.SharedExpert(*SHARED)),
         r"activation='clamped_silu' with shared.w_gate=None, expected a gate \[D, S\]",
     ),
+    "no experts' arrays": (
+        lambda: moe(w_in=None),
+        r"\['w_out'\] of the experts' arrays .*at least w_in and w_out, or expert_fn",
+    ),
+    "two kinds of experts": (
+        lambda: moe(expert_fn=lambda rows, _: rows),
+        r"expert_fn and \['w_in', 'w_out'\] were given, expected one or the other",
+    ),
+    "arrays of no function": (
+        lambda: moe(expert_weights=jnp.zeros(E)),
+        "expert_weights without expert_fn, expected both",
+    ),
+    "own experts of another E": (
+        lambda: moe_own(lambda rows, _: rows, {"scale": jnp.zeros(4)}),
+        r"expert_weights has an array of shape \(4,\), expected \[E, \.\.\.\] with E=8",
+    ),
+    "own experts' scalar": (
+        lambda: moe_own(lambda rows, _: rows, 1.0),
+        r"expert_weights has an array of shape \(\), expected",
+    ),
+    "own experts that lose rows": (
+        lambda: moe_own(lambda rows, _: rows[:, 0]),
+        r"expert_fn makes .*shape=\(8, 4\).* of rows float32\(8, 1, 4\), expected floating rows of the same shape",
+    ),
+    "own experts that give a tuple": (
+        lambda: moe_own(lambda rows, _: (rows, rows)),
+        "expert_fn makes .* of rows float32",
+    ),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),
     "E not divisible by axis_name": (
@@ -312,7 +344,7 @@ CASES = {
     ),
     "all experts where one device's were due": (
         lambda: moe_manual(w_in=(E, D, F)),
-        r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*over 8 devices",
+        r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*E=1 experts, inside a shard_map one device's",
     ),
     "a default group size inside a shard_map": (
         lambda: moe_manual(group_size=None),

@@ -1,16 +1,31 @@
 """Kinds of experts: activations, biases, the shared expert; against the dense oracle and known blocks written plainly."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
+from ringmoe import reference_moe
 from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE
-from tests.helpers import ONE_DEVICE, RINGMOE_JIT, SHARDED_DOORS, TYPES, assert_close, make_mesh, put
+from tests.helpers import (
+    MANUAL,
+    MANUAL_VMA,
+    ONE_DEVICE,
+    PARTITIONER,
+    RINGMOE_JIT,
+    SHARDED_DOORS,
+    TYPES,
+    assert_close,
+    double,
+    make_mesh,
+    put,
+)  # fmt: skip
 from tests.test_moe_doors import SHARED, Case, check
 
 EVERY_ARRAY = " ".join(SHARED)
@@ -167,4 +182,117 @@ def test_biases_under_vmap(door):
     square = lambda run: door.jit(jax.grad(lambda fixed, b_outs: jnp.sum(run(fixed, b_outs) ** 2), (0, 1)))
     got = square(jax.vmap(one, (None, 0)))(fixed, b_outs)
     want = square(lambda fixed, b_outs: jnp.stack([one(fixed, b_outs[i]) for i in range(3)]))(fixed, b_outs)
+    jax.tree.map(lambda g, w: assert_close(g, w, 1e-4), got, want)
+
+
+OWN = {
+    "first": draw(E, D, F),
+    "norm": [draw(E, F), 1 + draw(E) ** 2],
+    "steps": np.array([1, 2, 3, 1]),
+}  # the last are integers
+
+
+def own_experts(rows, weights):
+    """Three matmuls, a norm, a residual, an array of integers: nothing `moe_ffn` has."""
+    scale, shift = weights["norm"]
+    hidden = jnp.tanh(jnp.einsum("erd,edf->erf", rows, weights["first"]))
+    hidden = hidden * scale[:, None] / jnp.sqrt(1 + jnp.mean(hidden**2, -1, keepdims=True))
+    back = jnp.einsum("erf,edf->erd", hidden * weights["steps"][:, None, None], weights["first"])
+    return rows + back * shift[:, None, None]
+
+
+def own_layer(arrays, axis_name=None):
+    y, _ = ringmoe.moe_ffn(
+        arrays["x"], ROUTER, expert_fn=own_experts, expert_weights=arrays["own"], config=CONFIG, axis_name=axis_name
+    )
+    return y
+
+
+def dense_own_layer(arrays):
+    chosen = reference_moe.select(X @ ROUTER, top_k=K, capacity=CONFIG.capacity(4), group_size=4)
+    weight = reference_moe.weights(arrays["x"] @ ROUTER, chosen, renormalize=True) * (chosen.slot >= 0)
+    every = jnp.broadcast_to(arrays["x"].reshape(1, -1, D), (E, B * T, D))
+    out = own_experts(every, arrays["own"]).reshape(E, B, T, D)
+    return jnp.einsum("btk,btke,ebtd->btd", weight, jax.nn.one_hot(chosen.expert, E, dtype=weight.dtype), out)
+
+
+def split(arrays):
+    """The arrays that have a gradient, and a function that puts the integers back."""
+    own = dict(arrays["own"])
+    steps = own.pop("steps")
+    return {"x": arrays["x"], "own": own}, lambda a: {"x": a["x"], "own": a["own"] | {"steps": steps}}
+
+
+def slopes(layer, order, arrays):
+    floats, whole = split(arrays)
+    loss = lambda a: jnp.sum(jnp.sin(layer(whole(a))))
+    first = jax.grad(loss)
+    again = jax.grad(lambda a: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(first(a))))
+    return layer(arrays), (first if order == 1 else again)(floats)
+
+
+@functools.cache
+def own_oracle(order):
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, slopes(dense_own_layer, order, double({"x": X, "own": OWN})))
+
+
+OWN_LAYOUTS = {"tokens and experts": (P("a", "b"), P("b")), "experts elsewhere": (P("a"), P("b"))}
+OWN_PLACED = [
+    (ONE_DEVICE, "tokens and experts", 2), (MANUAL, "tokens and experts", 1), (MANUAL_VMA, "tokens and experts", 1),
+    *((door, place, order) for door in (TYPES, PARTITIONER, RINGMOE_JIT) for place in OWN_LAYOUTS for order in (1, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("door", "place", "order"), OWN_PLACED, ids=str)
+def test_own_experts(door, place, order):
+    tokens, experts = OWN_LAYOUTS[place]
+    arrays, fun = {"x": X, "own": OWN}, own_layer
+    specs = {"x": tokens, "own": jax.tree.map(lambda _: experts, OWN)}
+    mesh = None if door is ONE_DEVICE else make_mesh((2, 2), door.axis_type)
+    if mesh is not None:
+        arrays = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), arrays, specs)
+    if door.check_vma is not None:
+        local = functools.partial(own_layer, axis_name="b")
+        fun = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=tokens, check_vma=door.check_vma)
+    y, grads = door.jit(functools.partial(slopes, fun, order))(arrays)
+    want_y, want = own_oracle(order)
+    assert_close(y, want_y, 1e-5)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        scale = np.abs(expected).max()
+        assert_close(np.asarray(got) / scale, expected / scale, 1e-4)
+
+
+def test_weights_of_eight_bits_are_a_kind_of_own_experts():
+    """Scaled float8 weights, widened where they are used: what is sharded and travels, if anything does, is eight bits wide."""
+    w_in, w_out = (BIASED[name].astype(jnp.float8_e4m3fn) for name in ("w_in", "w_out"))
+    scales = 1 + draw(2, E) ** 2
+
+    def quantised(rows, weights):
+        (w_in, in_scale), (w_out, out_scale) = ((w.astype(rows.dtype), s[:, None, None]) for w, s in weights)
+        return (
+            jnp.einsum("erf,efd->erd", jax.nn.gelu(jnp.einsum("erd,edf->erf", rows, w_in) * in_scale), w_out)
+            * out_scale
+        )
+
+    mesh = make_mesh((2, 2), RINGMOE_JIT.axis_type)
+    arrays = (
+        *put(mesh, (X,), (P("a", "b"),)),
+        tuple(put(mesh, (w, s), (P("b"),) * 2) for w, s in zip((w_in, w_out), scales)),
+    )
+    layer = lambda x, own: ringmoe.moe_ffn(x, ROUTER, expert_fn=quantised, expert_weights=own, config=CONFIG)[0]
+    wide = (w.astype(jnp.float32) * s[:, None, None] for w, s in zip((w_in, w_out), scales))
+    assert_close(ringmoe.jit(layer)(*arrays), ringmoe.moe_ffn(X, ROUTER, *wide, config=CONFIG)[0], 1e-4)
+
+
+@pytest.mark.parametrize("door", [ONE_DEVICE, RINGMOE_JIT], ids=str)
+def test_own_experts_under_vmap(door):
+    """Over the experts' arrays alone."""
+    mesh = None if door is ONE_DEVICE else make_mesh((2, 2), door.axis_type)
+    (x,), (scales,) = put(mesh, (X,), (P("a", "b"),)), put(mesh, (draw(3, E, D),), (P(None, "b"),))
+    scaled = lambda rows, scale: rows * scale[:, None]
+    one = lambda x, scale: ringmoe.moe_ffn(x, ROUTER, expert_fn=scaled, expert_weights=scale, config=CONFIG)[0]
+    square = lambda run: door.jit(jax.grad(lambda x, scales: jnp.sum(run(x, scales) ** 2), (0, 1)))
+    got = square(jax.vmap(one, (None, 0)))(x, scales)
+    want = square(lambda x, scales: jnp.stack([one(x, scales[i]) for i in range(3)]))(x, scales)
     jax.tree.map(lambda g, w: assert_close(g, w, 1e-4), got, want)

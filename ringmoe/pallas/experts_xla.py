@@ -17,7 +17,7 @@ gives what the biases make of it; its weight and its dy are 0, so that no gradie
 Source: SwiGLU and its kin, https://arxiv.org/abs/2002.05202.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Grads(NamedTuple):
 
     drows: jax.Array
     dweight: jax.Array
-    weights: Weights
+    weights: Any
 
 
 def check(rows: jax.Array, weights: Weights, activation: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 from jax.sharding import AxisType
 
-from ringmoe import pallas, plan
+from ringmoe import pallas, plan, rules
 from ringmoe.ffn import Weights
 from ringmoe.interface import MOE_OUTPUT
+from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import experts as schedule
 
 WEIGHTS = Weights._fields
-LAYER = ("tokens", "expert", "slot", "weight", *WEIGHTS)
+ROUTED = ("tokens", "expert", "slot", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,20 @@ class Call:
     group_size: int
     implementation: str | None = None
     axis_name: tuple[str, ...] = ()
-    activation: str | None = None  # in ffn.ACTIVATIONS; None: a half of the layer, which has no experts
+    activation: str | None = None  # in ffn.ACTIVATIONS; None: a half of the layer, which has no experts, or `own` ones
+    own: OwnExperts | None = None
 
 
-def experts(call: Call, x, expert, slot, weight, weights: Weights):
+def experts(call: Call, x, expert, slot, weight, weights: Weights | Sequence[jax.Array]):
     """y like x: sum over each token's choices of weight * FFN of that expert. x [*batch, T, D]; absent weights are None.
+
+    `weights` are the leaves of the caller's own where `call.own` is given.
 
     Differentiable to any order: FORWARD's jvp is TANGENT, a linear op; TANGENT's transpose is BACKWARD; the derivatives of
     those two are left to JAX.
     """
-    layer = dict(zip(LAYER, (x, expert, slot, weight, *weights), strict=True))
+    names = WEIGHTS if call.own is None else [f"own{i}_{w.ndim}" for i, w in enumerate(weights)]
+    layer = dict(zip((*ROUTED, *names), (x, expert, slot, weight, *weights), strict=True))
     return _bind(FORWARD, call, layer, ("tokens",))[0]
 
 
@@ -68,7 +74,7 @@ def _tangent_transpose(cotangents, *arrays, **params):
     named = dict(zip(params["operands"], arrays))
     asked = [name for name, x in named.items() if ad.is_undefined_primal(x)]
     layer = {name: x for name, x in named.items() if not name.endswith("_tangent")}
-    wanted = tuple(name for name in ("tokens", "weight", *WEIGHTS) if name in layer)
+    wanted = tuple(name for name, x in layer.items() if jnp.issubdtype(x.dtype, jnp.inexact))
     operands = layer | {"tokens_cotangent": ad.instantiate_zeros(cotangents[0])}
     grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
     found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
@@ -132,21 +138,26 @@ def _placed_like(grad, aval):
 def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
     exchanges = 3 if "tokens_cotangent" in params["operands"] else 2
     mesh_items, itemsize, call = tuple(mesh_shape.items()), avals[0].dtype.itemsize, params["spec"]
-    return plan.experts(rule, plan.freeze(factors), mesh_items, call.capacity, call.group_size, itemsize, exchanges)
+    how = (call.capacity, call.group_size, itemsize, exchanges, call.own is None)
+    return plan.experts(rule, plan.freeze(factors), mesh_items, *how)
 
 
 def _kernel(platform: str, params, named):
-    check = lambda kernel: kernel.check(named["tokens"], _weights(named), params["spec"].activation)
+    if params["spec"].own is not None:
+        return params["spec"].own
+    check = lambda kernel: kernel.check(named["tokens"], _weights(params, named), params["spec"].activation)
     return pallas.pick("experts", platform, params["implementation"], check)
 
 
-def _weights(named) -> Weights:
+def _weights(params, named) -> Weights | tuple:
+    if params["spec"].own is not None:
+        return tuple(x for name, x in named.items() if rules.OWN.fullmatch(name))
     return Weights(*(named[name] for name in WEIGHTS))
 
 
 def _layer(params, named) -> tuple:
     """What the schedule takes after its kernel."""
-    return *(named[name] for name in LAYER[: -len(WEIGHTS)]), _weights(named), params["spec"].activation
+    return *(named[name] for name in ROUTED), _weights(params, named), params["spec"].activation
 
 
 def _body(run):
@@ -182,8 +193,8 @@ def _combine_body(plan, platform, params, named):
 
 def _tangent_body(plan, platform, params, named):
     """The forward body pushed forward by JAX."""
-    layer = {name: named[name] for name in LAYER}
-    moving = {name: named[f"{name}_tangent"] for name in LAYER if f"{name}_tangent" in named}
+    layer = {name: x for name, x in named.items() if not name.endswith("_tangent")}
+    moving = {name: named[f"{name}_tangent"] for name in layer if f"{name}_tangent" in named}
     of_moving = lambda xs: _forward_body(plan, platform, params | {"implementation": "xla"}, layer | xs)
     return jax.jvp(of_moving, ({name: layer[name] for name in moving},), (moving,))[1]
 

@@ -37,7 +37,8 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
         plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`.
         x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts. Of the slot only
             whether there is one counts: whole groups need not be here.
-        weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`.
+        weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`. Or what the caller's
+            own kernel takes, arrays [e, ...] and None; such experts have no hidden axes.
 
     Cost per device: v * r * D (sorted: P * r * D) elements of x's dtype to send out, a share (P - 1) / P of it over the wire,
     and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
@@ -87,7 +88,8 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
         dweight = combine_scalars(drow_weight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
         dweights = sum_over(grads.weights, plan.weight_sum_axes)
-    dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
+    absent = lambda d: d is None
+    dweights = jax.tree.map(lambda d, w: None if d is None else d.astype(w.dtype), dweights, weights, is_leaf=absent)
     return dx.astype(x.dtype), dweight.astype(weight.dtype), dweights
 
 
@@ -113,7 +115,7 @@ def _added_once(plan, weights: Weights) -> Weights:
 
     Its gradient comes from dy alone, which those devices share: it needs no such care.
     """
-    if weights.b_out is None or not plan.hidden_axes:
+    if not plan.hidden_axes or weights.b_out is None:
         return weights
     return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
 
