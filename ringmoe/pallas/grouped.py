@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 
 from ringmoe import compat
 
-TILE = 256  # rows that a CPU multiplies at once, so as often are the weights read
+TILE = 256  # rows that are multiplied at once, where they go tile by tile; as often are the weights read
 
 _ROWS = {"times": (((1,), (1,)), 2), "back": (((1,), (2,)), 1)}  # contracted dims, and which dim of w is a row's length
 # The gradients of kind(a, b) given the cotangent ct: (kind, operands) for a and for b.
@@ -66,7 +66,7 @@ def _evaluate(run, a, b, counts, *, kind, dtype, mapped):
 
 
 def _ragged(kind, a, b, counts):
-    """By XLA's own ragged matmul."""
+    """By XLA's own ragged matmul, which on TPUs is a kernel."""
     contracted, group = (((0,), (0,)), []) if kind == "outer" else (_ROWS[kind][0], [0])
     dims = lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], group)
     acc = jnp.promote_types(a.dtype, jnp.float32)
@@ -74,7 +74,7 @@ def _ragged(kind, a, b, counts):
 
 
 def _tiled(kind, a, b, counts):
-    """Tile by tile, for CPUs, where XLA's ragged matmul multiplies every row with every expert.
+    """Tile by tile, where XLA's ragged matmul multiplies every row with every expert: on CPUs, and (jaxlib 0.12) on GPUs.
 
     A tile begins with an expert's row, or goes back from the very last one; of the rows before and after the expert's own
     it changes nothing.
@@ -145,8 +145,8 @@ def _lowering(run):
 PRIMITIVE = Primitive("ringmoe_grouped_matmul")
 PRIMITIVE.def_impl(lambda *arrays, **params: jax.jit(functools.partial(PRIMITIVE.bind, **params))(*arrays))
 PRIMITIVE.def_abstract_eval(_abstract_eval)
-mlir.register_lowering(PRIMITIVE, _lowering(_ragged))
-mlir.register_lowering(PRIMITIVE, _lowering(_tiled), platform="cpu")
+mlir.register_lowering(PRIMITIVE, _lowering(_tiled))
+mlir.register_lowering(PRIMITIVE, _lowering(_ragged), platform="tpu")
 ad.primitive_jvps[PRIMITIVE] = _jvp
 ad.primitive_transposes[PRIMITIVE] = _transpose
 batching.primitive_batchers[PRIMITIVE] = _batch
