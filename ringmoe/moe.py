@@ -64,7 +64,7 @@ def moe_ffn(
       b_in, b_gate: [E, F]; b_out: [E, D], of x's dtype, sharded as the weights are; each may be None. b_gate needs w_gate.
       activation: act. "silu" (SwiGLU with a gate), "gelu" (tanh form; GeGLU), "gelu_exact" (of erf), "relu" (ReGLU), "relu2"
         (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
-        needs a gate. None: "silu" with a gate, "gelu" without.
+        needs a gate. None: "silu" with a gate, "gelu" without. With `expert_fn` it is that of `shared` alone.
       expert_fn, expert_weights: your own experts instead of w_in, w_out, ...: `expert_fn(rows, weights) -> rows` for any pytree
         of arrays [E, ...], sharded along E or not at all (other dims are gathered). It is given one device's experts, their
         arrays and rows [e, R, D], and differentiated by JAX; each row's result must come of that row alone. Empty slots are
@@ -245,6 +245,7 @@ def _kind(
     weights: Weights, activation: str, fn: Callable | None, own_weights, x: jax.Array, e: int
 ) -> tuple[dict, Any]:
     """What the primitive's call says of the experts, e of them on one device, and their arrays: checked."""
+    check(activation in ACTIVATIONS, f"{activation=}, expected None or one of {tuple(ACTIVATIONS)}")
     given = [name for name, w in weights._asdict().items() if w is not None]
     check(
         fn is None or not given,
@@ -314,7 +315,6 @@ def _check_weights(weights: Weights, x, e: int):
 
 
 def _check_activation(activation: str, weights: Weights):
-    check(activation in ACTIVATIONS, f"{activation=}, expected None or one of {tuple(ACTIVATIONS)}")
     check(
         weights.w_gate is not None or activation not in NEED_A_GATE,
         f"{activation=} without w_gate, expected a gate [E, D, F]: pass w_gate, or another activation",

@@ -328,6 +328,10 @@ CASES = {
         lambda: moe_own(lambda rows, _: rows, 1.0),
         r"expert_weights has an array of shape \(\), expected",
     ),
+    "own experts' shared one of an unknown activation": (
+        lambda: moe(w_in=None, w_out=None, expert_fn=lambda rows, _: rows, activation="swish", shared=SHARED),
+        "activation='swish', expected None or one of",
+    ),
     "own experts that lose rows": (
         lambda: moe_own(lambda rows, _: rows[:, 0]),
         r"expert_fn makes .*shape=\(8, 4\).* of rows float32\(8, 1, 4\), expected floating rows of the same shape",

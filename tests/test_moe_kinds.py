@@ -249,6 +249,8 @@ def test_own_experts(door, place, order):
     tokens, experts = OWN_LAYOUTS[place]
     arrays, fun = {"x": X, "own": OWN}, own_layer
     specs = {"x": tokens, "own": jax.tree.map(lambda _: experts, OWN)}
+    if place == "experts elsewhere":  # sharded along a dim of its own, too: gathered
+        specs["own"]["first"] = P("b", None, "a")
     mesh = None if door is ONE_DEVICE else make_mesh((2, 2), door.axis_type)
     if mesh is not None:
         arrays = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), arrays, specs)
