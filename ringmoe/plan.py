@@ -243,6 +243,7 @@ def experts(
     over the hidden dim along an axis that shards tokens or experts, are gathered first. `exchanges`: how often all rows
     travel, 2 forward (there and back), 3 backward (x and dy there, dx back); the weights' gradients are not counted. Forward
     they may travel in pieces; backward each piece would add to the weights' gradients, which costs more than it hides.
+    `may_sort`: whether the kernel takes sorted rows.
     """
     split, length = dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if _of_tokens(f) for a in split[f])
