@@ -6,13 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.interpreters import ad
+from jax.interpreters import ad, mlir
 from jax.sharding import AxisType
 
 from ringmoe import pallas, plan
 from ringmoe.interface import MOE_OUTPUT
 from ringmoe.primitives.op import Op
+from ringmoe.primitives.rows import lower_on_tpu
 from ringmoe.schedule import experts as schedule
+from ringmoe.schedule import gather
 
 WEIGHTS = ("w_in", "w_gate", "w_out")
 LAYER = ("tokens", "expert", "slot", "weight", *WEIGHTS)
@@ -186,3 +188,4 @@ TANGENT.derive(TANGENT.differentiate_plainly, _tangent_transpose)
 BACKWARD.derive(BACKWARD.differentiate_plainly)
 for mover in (DISPATCH, COMBINE):
     mover.derive(functools.partial(_mover_jvp, mover), functools.partial(_mover_transpose, mover))
+mlir.register_lowering(gather.PRIMITIVE, lower_on_tpu, platform="tpu")
