@@ -73,6 +73,17 @@ def with_device_assignment(ctx):
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
 
 
+def is_of_one_device(ctx) -> bool:
+    """Whether what is lowered is one device's own program: the only one there is, or inside a shard_map of all axes.
+
+    XLA can't partition a Pallas kernel, and JAX refuses to lower one anywhere else.
+    """
+    axes = ctx.module_context.axis_context
+    if not hasattr(axes, "manual_axes"):
+        return getattr(axes, "num_devices", None) == 1
+    return axes.manual_axes | set(axes.mesh.manual_axes) == set(axes.mesh.axis_names)
+
+
 def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:
     """`mesh`, made of the devices of the mesh that `jax.set_mesh` set, if that is one of other axes.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.interpreters import ad
+from jax.interpreters import ad, mlir
 from jax.sharding import AxisType
 
 from ringmoe import pallas, plan, rules
@@ -15,7 +15,9 @@ from ringmoe.ffn import Weights
 from ringmoe.interface import MOE_OUTPUT
 from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.primitives.op import Op
+from ringmoe.primitives.rows import lower_on_tpu
 from ringmoe.schedule import experts as schedule
+from ringmoe.schedule import gather
 
 WEIGHTS = Weights._fields
 ROUTED = ("tokens", "expert", "slot", "weight")
@@ -209,3 +211,4 @@ TANGENT.derive(TANGENT.differentiate_plainly, _tangent_transpose)
 BACKWARD.derive(BACKWARD.differentiate_plainly)
 for mover in (DISPATCH, COMBINE):
     mover.derive(functools.partial(_mover_jvp, mover), functools.partial(_mover_transpose, mover))
+mlir.register_lowering(gather.PRIMITIVE, lower_on_tpu, platform="tpu")

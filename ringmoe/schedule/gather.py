@@ -3,9 +3,11 @@ a scatter, which is slow on TPUs, and which XLA's partitioner (jaxlib 0.11, 0.12
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -13,14 +15,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ringmoe import compat
 
 
-def sum_of_rows(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
-    """out[n] = sum over j of x[index[n, j]], summed in float32 or float64 and in x's dtype; linear in x.
+def sum_of_rows(
+    x: jax.Array, index: jax.Array, back: jax.Array, weight: jax.Array | None = None, dtype=None
+) -> jax.Array:
+    """out[n] = sum over j of weight[n, j] * x[row of index[n, j]], in the order of j, summed in float32 or float64.
 
-    n runs over the leading dims of `index` [*n, k], m, the places in x [*m, ...], over those of `back` [*m, l]; an index
-    counts them flat, and past the end stands for a row of zeros. `back` is the inverse of `index`: m occurs in index[n] as
-    often as n in back[m]. So the transpose is the same sum with the two exchanged, and needs no scatter.
+    Linear in x and in `weight` (None: 1). n runs over the leading dims of `index` [*n, k], m, the rows of x [*m, ...], over
+    those of `back` [*m, l]: each has k or l places, and the two say which of the others' each is joined to. Both count places
+    flat, over [*m, l] and [*n, k], and are each other's inverse; past the end, a place is joined to none, and adds 0. So the
+    transpose is the same sum with the two exchanged, and needs no scatter. The result is in `dtype` (None: x's).
     """
-    return PRIMITIVE.bind(*compat.vary_alike((x, index, back)), mapped=0)
+    operands = (x, index, back) if weight is None else (x, index, back, weight)
+    return PRIMITIVE.bind(*compat.vary_alike(operands), mapped=0, dtype=jnp.dtype(dtype or x.dtype))
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -44,18 +50,27 @@ def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array
     return jnp.sum(jnp.where(at[..., None] >= starts, rises, 0), axis=-1, dtype=heights.dtype)
 
 
-def _evaluate(x, index, back, *, mapped):
-    def run(x, index, back):
+def evaluate(x, index, back, *weight, mapped, dtype):
+    """The sum in XLA's operations."""
+
+    def run(x, index, back, *weight):
         acc = jnp.promote_types(x.dtype, jnp.float32)
         flat = x.reshape(-1, *x.shape[back.ndim - 1 :])
-        if index.shape[-1] == 1:
-            return take(flat, index[..., 0])
-        rows = (take(flat, index[..., j]).astype(acc) for j in range(index.shape[-1]))
-        return functools.reduce(jnp.add, rows).astype(x.dtype)
+        row = lax.div(index, jnp.int32(back.shape[-1]))
+        terms = (take(flat, row[..., j]) for j in range(index.shape[-1]))
+        if index.shape[-1] > 1 or weight:
+            terms = (term.astype(acc) for term in terms)
+        for w in weight:
+            terms = (_times(term, w[..., j].astype(acc)) for j, term in enumerate(terms))
+        return functools.reduce(jnp.add, terms).astype(dtype)
 
     for _ in range(mapped):
         run = jax.vmap(run)
-    return run(x, index, back)
+    return run(x, index, back, *weight)
+
+
+def _times(x, scalars):
+    return x * scalars.reshape(*scalars.shape, *(1,) * (x.ndim - scalars.ndim))
 
 
 def _whole(x):
@@ -66,30 +81,54 @@ def _whole(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _abstract_eval(x, index, back, *, mapped):
-    return x.update(shape=(*index.shape[:-1], *x.shape[back.ndim - 1 :]), weak_type=False)
+def _abstract_eval(x, index, back, *weight, mapped, dtype):
+    return x.update(shape=(*index.shape[:-1], *x.shape[back.ndim - 1 :]), dtype=dtype, weak_type=False)
 
 
 def _jvp(primals, tangents, **params):
-    moved = PRIMITIVE.bind(ad.instantiate_zeros(tangents[0]), *primals[1:], **params)
-    return PRIMITIVE.bind(*primals, **params), moved
+    x, index, back, *_ = primals
+    x_dot, _, _, *weight_dot = tangents
+    moved = [] if type(x_dot) is ad.Zero else [PRIMITIVE.bind(x_dot, *primals[1:], **params)]
+    moved += [PRIMITIVE.bind(x, index, back, dot, **params) for dot in weight_dot if type(dot) is not ad.Zero]
+    return PRIMITIVE.bind(*primals, **params), functools.reduce(jnp.add, moved)
 
 
-def _transpose(cotangent, x, index, back, **params):
-    zero = type(cotangent) is ad.Zero
-    return [ad.Zero(x.aval) if zero else PRIMITIVE.bind(cotangent, back, index, **params), None, None]
+def _transpose(cotangent, x, index, back, *weight, mapped, dtype):
+    """Of the one operand that is linear. Places change sides: a weight goes to where the place that it stands at leads."""
+    linear = x if ad.is_undefined_primal(x) else weight[0]
+    bind = functools.partial(PRIMITIVE.bind, mapped=mapped, dtype=linear.aval.dtype)
+    if type(cotangent) is ad.Zero:
+        moved = ad.Zero(linear.aval)
+    elif linear is x:
+        moved = bind(
+            cotangent, back, index, *(bind(w, back[..., None], index[..., None], dtype=w.dtype) for w in weight)
+        )
+    else:
+        moved = _products(cotangent, x, index, back, mapped).astype(linear.aval.dtype)
+    return [moved, None, None, *(None for _ in weight)] if linear is x else [None, None, None, moved]
 
 
-def _batch(arrays, dims, *, mapped):
+def _products(y, x, index, back, mapped):
+    """[*n, k]: of each place, the product of row n of y and the row of x that it is joined to."""
+    k, size, acc = index.shape[-1], math.prod(index.shape[mapped:-1]), jnp.promote_types(x.dtype, jnp.float32)
+    products = []
+    for j in range(k):  # one choice of all n at a time, whose places are counted by n alone
+        back_j = jnp.where(lax.rem(back, jnp.int32(k)) == j, lax.div(back, jnp.int32(k)), size)
+        row = PRIMITIVE.bind(x, index[..., j, None], back_j, mapped=mapped, dtype=x.dtype)
+        products.append(jnp.sum(row.astype(acc) * y.astype(acc), axis=tuple(range(index.ndim - 1, y.ndim))))
+    return jnp.stack(products, axis=-1)
+
+
+def _batch(arrays, dims, *, mapped, dtype):
     (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
     lead = lambda x, dim: jnp.broadcast_to(x[None], (length, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return PRIMITIVE.bind(*map(lead, arrays, dims), mapped=mapped + 1), 0
+    return PRIMITIVE.bind(*map(lead, arrays, dims), mapped=mapped + 1, dtype=dtype), 0
 
 
 PRIMITIVE = Primitive("ringmoe_sum_of_rows")
-PRIMITIVE.def_impl(_evaluate)
+PRIMITIVE.def_impl(evaluate)
 PRIMITIVE.def_abstract_eval(_abstract_eval)
-mlir.register_lowering(PRIMITIVE, mlir.lower_fun(_evaluate, multiple_results=False))
+mlir.register_lowering(PRIMITIVE, mlir.lower_fun(evaluate, multiple_results=False))
 ad.primitive_jvps[PRIMITIVE] = _jvp
 ad.primitive_transposes[PRIMITIVE] = _transpose
 batching.primitive_batchers[PRIMITIVE] = _batch

@@ -86,8 +86,7 @@ def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
 
 def dispatch_local(x: jax.Array, slots: Slots) -> jax.Array:
     """Rows: out[e, r] = x[token of assignment[e, r]], 0 where nothing fills it; [E or P, R, D] in x's dtype."""
-    num_choices = slots.place.shape[-1]
-    return sum_of_rows(x, lax.div(slots.assignment, jnp.int32(num_choices))[..., None], slots.place)
+    return sum_of_rows(x, slots.assignment[..., None], slots.place)
 
 
 def dispatch_scalars(values: jax.Array, slots: Slots) -> jax.Array:
@@ -95,21 +94,15 @@ def dispatch_scalars(values: jax.Array, slots: Slots) -> jax.Array:
     return sum_of_rows(values, slots.assignment[..., None], slots.place[..., None])
 
 
-def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None) -> jax.Array:
-    """y[t] = sum over j = 0..k-1, in that order, of weight[t, j] * rows[place of (t, j)]; [*B, T, D], float32 or float64.
+def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None, dtype=None) -> jax.Array:
+    """y[t] = sum over j = 0..k-1, in that order, of weight[t, j] * rows[place of (t, j)]; [*B, T, D], summed in float32 or
+    float64, and returned so unless `dtype` says otherwise.
 
     A choice without a row adds exactly 0, unless its weight is NaN: then the token's output is NaN, and only its own.
     `weight=None` is 1 for every choice, which makes it the transpose of `dispatch_local`.
     """
-    acc = jnp.promote_types(rows.dtype, jnp.float32)
-    num_choices = jnp.int32(slots.place.shape[-1])
-    token, choice = lax.div(slots.assignment, num_choices), lax.rem(slots.assignment, num_choices)
-    y = jnp.zeros((), acc)
-    for j in range(slots.place.shape[-1]):
-        back = jnp.where(choice == j, token, slots.place.size)
-        row = sum_of_rows(rows, slots.place[..., j, None], back[..., None]).astype(acc)
-        y = y + (row if weight is None else row * weight[..., j, None].astype(acc))
-    return y
+    dtype = dtype or jnp.promote_types(rows.dtype, jnp.float32)
+    return sum_of_rows(rows, slots.place, slots.assignment[..., None], weight, dtype)
 
 
 def combine_scalars(values: jax.Array, slots: Slots) -> jax.Array:
