@@ -175,18 +175,20 @@ def test_without_a_gate(case):
 @pytest.mark.parametrize("case", [case for name, case in SORTED.items() if name in IN_PIECES])
 def test_no_row_is_lost_though_all_are_sent_to_one_device(case):
     """Every token chooses the same experts, and all of them are kept."""
-    (x, expert, _, weight, weights), dy, _ = make_inputs()
+    (x, expert, _, weight, *weights), dy, _ = make_inputs()
     expert = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), expert.shape)
     y, (dx, dweight, *_) = (
-        make_forward(case)(x, expert, expert, weight, weights),
-        make_backward(case)(x, expert, expert, weight, weights, dy),
+        make_forward(case)(x, expert, expert, weight, *weights),
+        make_backward(case)(x, expert, expert, weight, *weights, dy),
     )
     with jax.enable_x64(True):
         double = lambda a: jnp.asarray(np.asarray(a), jnp.float64)
-        x, weight, dy, w_in, w_gate, w_out = map(double, (x, weight, dy, *weights[:3]))
+        x, weight, dy, *weights = map(double, (x, weight, dy, *weights))
+        w = Weights(*weights)
 
         def dense(x, weight):
-            ffn = lambda e: (jax.nn.silu(x @ w_gate[e]) * (x @ w_in[e])) @ w_out[e]
+            hidden = lambda e: jax.nn.silu(x @ w.w_gate[e] + w.b_gate[e]) * (x @ w.w_in[e] + w.b_in[e])
+            ffn = lambda e: hidden(e) @ w.w_out[e] + w.b_out[e]
             return weight[..., :1] * ffn(1) + weight[..., 1:] * ffn(0)
 
         want, pullback = jax.vjp(dense, x, weight)
