@@ -129,6 +129,7 @@ def test_drops_by_source():
 
 
 def test_every_preset_routes():
+    assert all(name in str(RouterConfig.preset.__doc__) for name in PRESETS)
     for name, fields in PRESETS.items():
         config = RouterConfig.preset(name)
         logits = jax.random.normal(jax.random.key(0), (1, 16, fields["num_experts"]))

@@ -174,8 +174,9 @@ class RouterConfig:
     def preset(cls, name: str, **changes: Any) -> "RouterConfig":
         """A published router by name, with some fields changed: `RouterConfig.preset("mixtral", capacity_factor=1.25)`.
 
-        Names: `ringmoe.router.PRESETS`. Numbers of experts are the published ones; models that were described as dropless
-        have `capacity_factor=None`.
+        Names: top2_noisy, gshard, switch, st_moe, mixtral, qwen3, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4. Numbers
+        of experts are the published ones; models that were described as dropless have `capacity_factor=None`.
+        ValueError for another name.
         """
         check(name in PRESETS, f"no preset {name!r}, expected one of {tuple(PRESETS)}")
         return cls(**PRESETS[name] | changes)
