@@ -96,7 +96,7 @@ def route(
             dtype, a missing key or noise.
 
     Cost: O(T E k) elementwise, O(T k sqrt(E)) on the matrix unit; no bytes on the wire if groups are whole on their devices,
-    else T k E / 32 counts are gathered (by "probability", "batch" and "random" T k experts); a few [*B, T, E] temporaries.
+    else T k E / 64 counts are gathered (by "probability", "batch" and "random" T k experts); a few [*B, T, E] temporaries.
     Source: top-k gating with capacity and choice-major priority, GShard, https://arxiv.org/abs/2006.16668.
     """
     axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
