@@ -99,6 +99,7 @@ def test_sums_are_numpys(races, monkeypatch, k, dtype, out, weighted):
     """Two blocks of columns a core, three blocks of rows, the last of them half empty."""
     monkeypatch.setattr(rows_tpu, "BLOCK", SMALL)
     monkeypatch.setattr(rows_tpu, "MAX_COLUMNS", 1024)
+    monkeypatch.setattr(rows_tpu, "MAX_CHOICES", 8)
     x, index, weight = problem(k, dtype, weighted=weighted)
     y = run(x, index, weight, out)
     assert y.dtype == out
@@ -147,6 +148,7 @@ def test_the_kernel_is_called_with_what_the_primitive_means(races, monkeypatch):
     """Leading dims, places instead of rows, weights."""
     monkeypatch.setattr(rows_tpu, "BLOCK", 2)
     monkeypatch.setattr(rows_tpu, "SUBLANES", 2)
+    monkeypatch.setattr(rows_tpu, "MAX_CHOICES", 4)
     index, back = joined(m=(2, 4))
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 4, 1024), index.shape))
@@ -169,7 +171,9 @@ def test_derivatives_of_the_primitive():
     np.testing.assert_allclose(weighted(x, weight), expected, rtol=1e-5, atol=1e-6)
     check_grads(weighted, (x, weight), order=2, atol=1e-2, rtol=1e-2)
     check_grads(jax.jit(lambda x: sum_of_rows(x, index, back)), (x,), order=2, atol=1e-2, rtol=1e-2)
-    check_grads(jax.vmap(weighted), (jnp.stack([x, -x]), jnp.stack([weight, 2 * weight])), order=1, atol=1e-2, rtol=1e-2)
+    check_grads(
+        jax.vmap(weighted), (jnp.stack([x, -x]), jnp.stack([weight, 2 * weight])), order=1, atol=1e-2, rtol=1e-2
+    )
     grad = lambda x, weight: jax.vjp(weighted, x, weight)[1](jnp.ones((2, 3, 3)))
     assert "scatter" not in str(jax.make_jaxpr(grad)(x, weight))
     bf16 = jax.vjp(lambda x: sum_of_rows(x, index, back, weight, jnp.float32), x.astype(jnp.bfloat16))
@@ -222,10 +226,11 @@ def lowered_for_tpu(fun, *arrays):
         (1024, 1024, 1, 1000, "bfloat16", "bfloat16"),  # rows that aren't whole tiles
         (1001, 1024, 1, 1024, "bfloat16", "bfloat16"),
         (1024, 1024, 1, 1024, "float16", "float16"),
-        (1024, 100, 32, 1024, "bfloat16", "bfloat16"),  # few sums, many choices
+        (512, 128, 2, 1024, "bfloat16", "bfloat16"),  # few sums
+        (1024, 1024, 4, 1024, "bfloat16", "bfloat16"),  # many choices
         (4096, 1024, 1, 1024, "bfloat16", "bfloat16"),  # most rows in no sum
         (1024, 1024, 1, 512, "bfloat16", "bfloat16"),  # short rows: address arithmetic alone takes longer than XLA
-        (40960, 4096, 8, 4096, "bfloat16", "bfloat16"),  # only few columns of so many rows fit
+        (16384, 8192, 2, 4096, "bfloat16", "bfloat16"),  # only few columns of so many rows fit
     ],
 )
 def test_what_xla_does_faster_is_left_to_it(m, n, k, d, dtype, out):
