@@ -98,10 +98,12 @@ def compiled(layer: Layer, combine: bool, device):
 
 
 def depths(text: str) -> list[int]:
-    """Bundles by how many loops they are in."""
+    """Bundles by how many loops they are in; of inner loops the last counts as such, any before it runs (almost) never."""
     found = [0, 0, 0]
-    for mark in re.findall(r"^\s*0x[0-9a-f]+\s+(?:[A-Z]+)?\s*: (>*) ?\{", text, re.MULTILINE):
-        found[len(mark)] += 1
+    for mark, loops in re.findall(r"^\s*0x[0-9a-f]+ +([A-Z]*) *: (>*) ?\{", text, re.MULTILINE):
+        if mark == "LB" and len(loops) == 2:
+            found = [found[0], found[1] + found[2], 0]
+        found[len(loops)] += 1
     return found
 
 

@@ -120,6 +120,14 @@ def test_a_row_that_is_asked_for_keeps_what_is_not_finite(races, monkeypatch):
     np.testing.assert_array_equal(y, np.full((1, 1024), 1) * np.array([[np.nan, -np.inf, -np.inf, np.inf, 2, 0]]).T)
 
 
+def test_every_nan_stays_one_when_rounded(races, monkeypatch):
+    monkeypatch.setattr(rows_tpu, "BLOCK", SMALL)
+    nans = np.array([0x7FC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0, 0, 0], np.uint32).view(np.float32)
+    index = jnp.asarray([[0, 8], [1, 8], [2, 8], [3, 8], [4, 8], [5, 8]] * 3, jnp.int32)
+    y = run(jnp.asarray(np.tile(nans[:, None], (1, 512))), index, None, "bfloat16")
+    np.testing.assert_array_equal(np.isnan(np.asarray(y[:6], np.float32)).all(1), [True] * 5 + [False])
+
+
 def test_rounds_to_nearest_even(races, monkeypatch):
     """Of sums that lie on, just below and just above the middle of two neighbours."""
     monkeypatch.setattr(rows_tpu, "BLOCK", SMALL)
