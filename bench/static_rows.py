@@ -94,7 +94,7 @@ def compiled(layer: Layer, combine: bool, device):
         if path.name.endswith("-final_bundles.txt") and "schedule-" not in path.name:
             texts[path.name] = path.read_text()
         path.unlink()
-    return program.as_text(), texts
+    return program.as_text() or "", texts
 
 
 def depths(text: str) -> list[int]:
@@ -144,7 +144,7 @@ def xlas(layer: Layer, combine: bool, device, chip: str) -> Cost:
         seconds += 2 * gathered * row / speed(chip)
     for name, dump in dumps.items():
         if "gather_fusion" in name:
-            times = int(re.search(r"iteration_bounds: \((\d+)\)", dump).group(1))
+            (times,) = map(int, re.findall(r"iteration_bounds: \((\d+)\)", dump))
             seconds += depths(dump)[1] * times / CHIPS[chip].clock_hz
     moved = (3 * gathered + (layer.num_tokens if combine else layer.num_rows)) * row
     return Cost(moved, seconds, moved / speed(chip))

@@ -194,7 +194,7 @@ TARGETS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2")
 def compiled(target, fun, *shapes):
     sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0])
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-    return jax.jit(fun).lower(*arrays).compile()
+    return jax.jit(fun).lower(*arrays).compile().as_text() or ""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -216,7 +216,7 @@ def test_compiles_without_a_copy(target, dtype, d):
         ((tokens, k), jnp.float32),
         ((num_experts, capacity), jnp.int32),
         ((tokens, k), jnp.int32),
-    ).as_text()
+    )
     assert text.count('custom_call_target="tpu_custom_call"') == 4
     moved = {"bfloat16": "bf16", "float32": "f32"}[dtype]
     for line in text.splitlines():
@@ -258,4 +258,5 @@ def test_only_in_a_program_of_one_device():
         fun = sum_of_rows
         if manual:
             fun = jax.shard_map(fun, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names=manual)
-        assert ("tpu_custom_call" in jax.jit(fun).lower(*arrays).compile().as_text()) == expected, manual
+        text = jax.jit(fun).lower(*arrays).compile().as_text() or ""
+        assert ("tpu_custom_call" in text) == expected, manual
