@@ -99,6 +99,7 @@ def test_sums_are_numpys(races, monkeypatch, k, dtype, out, weighted):
     """Two blocks of columns a core, three blocks of rows, the last of them half empty."""
     monkeypatch.setattr(rows_tpu, "BLOCK", SMALL)
     monkeypatch.setattr(rows_tpu, "MAX_COLUMNS", 1024)
+    monkeypatch.setattr(rows_tpu, "MAX_CHOICES", 8)
     x, index, weight = problem(k, dtype, weighted=weighted)
     y = run(x, index, weight, out)
     assert y.dtype == out
@@ -117,6 +118,14 @@ def test_a_row_that_is_asked_for_keeps_what_is_not_finite(races, monkeypatch):
     index = jnp.asarray([[2, 4], [3, 4], [3, 8], [5, 5], [4, 4], [8, 8]] * 4, jnp.int32)
     y = np.asarray(run(x, index, None, "bfloat16"), np.float32)[:6]
     np.testing.assert_array_equal(y, np.full((1, 1024), 1) * np.array([[np.nan, -np.inf, -np.inf, np.inf, 2, 0]]).T)
+
+
+def test_every_nan_stays_one_when_rounded(races, monkeypatch):
+    monkeypatch.setattr(rows_tpu, "BLOCK", SMALL)
+    nans = np.array([0x7FC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0, 0, 0], np.uint32).view(np.float32)
+    index = jnp.asarray([[0, 8], [1, 8], [2, 8], [3, 8], [4, 8], [5, 8]] * 3, jnp.int32)
+    y = run(jnp.asarray(np.tile(nans[:, None], (1, 512))), index, None, "bfloat16")
+    np.testing.assert_array_equal(np.isnan(np.asarray(y[:6], np.float32)).all(1), [True] * 5 + [False])
 
 
 def test_rounds_to_nearest_even(races, monkeypatch):
@@ -147,6 +156,7 @@ def test_the_kernel_is_called_with_what_the_primitive_means(races, monkeypatch):
     """Leading dims, places instead of rows, weights."""
     monkeypatch.setattr(rows_tpu, "BLOCK", 2)
     monkeypatch.setattr(rows_tpu, "SUBLANES", 2)
+    monkeypatch.setattr(rows_tpu, "MAX_CHOICES", 4)
     index, back = joined(m=(2, 4))
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 4, 1024), index.shape))
@@ -184,7 +194,7 @@ TARGETS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2")
 def compiled(target, fun, *shapes):
     sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0])
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
-    return jax.jit(fun).lower(*arrays).compile()
+    return jax.jit(fun).lower(*arrays).compile().as_text() or ""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -206,7 +216,7 @@ def test_compiles_without_a_copy(target, dtype, d):
         ((tokens, k), jnp.float32),
         ((num_experts, capacity), jnp.int32),
         ((tokens, k), jnp.int32),
-    ).as_text()
+    )
     assert text.count('custom_call_target="tpu_custom_call"') == 4
     moved = {"bfloat16": "bf16", "float32": "f32"}[dtype]
     for line in text.splitlines():
@@ -224,10 +234,11 @@ def lowered_for_tpu(fun, *arrays):
         (1024, 1024, 1, 1000, "bfloat16", "bfloat16"),  # rows that aren't whole tiles
         (1001, 1024, 1, 1024, "bfloat16", "bfloat16"),
         (1024, 1024, 1, 1024, "float16", "float16"),
-        (1024, 100, 32, 1024, "bfloat16", "bfloat16"),  # few sums, many choices
+        (512, 128, 2, 1024, "bfloat16", "bfloat16"),  # few sums
+        (1024, 1024, 4, 1024, "bfloat16", "bfloat16"),  # many choices
         (4096, 1024, 1, 1024, "bfloat16", "bfloat16"),  # most rows in no sum
         (1024, 1024, 1, 512, "bfloat16", "bfloat16"),  # short rows: address arithmetic alone takes longer than XLA
-        (40960, 4096, 8, 4096, "bfloat16", "bfloat16"),  # only few columns of so many rows fit
+        (16384, 8192, 2, 4096, "bfloat16", "bfloat16"),  # only few columns of so many rows fit
     ],
 )
 def test_what_xla_does_faster_is_left_to_it(m, n, k, d, dtype, out):
@@ -247,4 +258,5 @@ def test_only_in_a_program_of_one_device():
         fun = sum_of_rows
         if manual:
             fun = jax.shard_map(fun, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names=manual)
-        assert ("tpu_custom_call" in jax.jit(fun).lower(*arrays).compile().as_text()) == expected, manual
+        text = jax.jit(fun).lower(*arrays).compile().as_text() or ""
+        assert ("tpu_custom_call" in text) == expected, manual

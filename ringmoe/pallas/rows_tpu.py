@@ -21,9 +21,9 @@ LANES = 128
 SUBLANES = 8
 BLOCK = 256  # rows of `out` in one grid step
 RESIDENT_BYTES = 44 * 2**20  # VMEM for two blocks of columns; v5p and tpu7x have 64 MiB in all
-MAX_COLUMNS = 4096
+MAX_COLUMNS = 4096  # of one block; more would leave no VMEM for those of `out`
 MIN_BYTES = 2048  # of a row's piece, the columns of one block: a vector register of bfloat16, or half of one of float32
-MAX_CHOICES = 16  # summed in straight-line code
+MAX_CHOICES = 2  # of more, XLA's gathers are the faster ones on most chips: their sums are fused into one pass
 DTYPES = (jnp.bfloat16, jnp.float32)
 HALF, UPPER, NAN = (np.uint32(bits) for bits in (16, 0xFFFF0000, 0x7FC00000))
 
@@ -65,7 +65,7 @@ def sum_of_rows(x: jax.Array, index: jax.Array, weight: jax.Array | None, dtype)
     return pl.pallas_call(
         functools.partial(_kernel, k=k, num_blocks=num_blocks, weighted=weight is not None),
         grid=(parts, num_blocks, steps),
-        in_specs=[scalar_spec] * len(scalars) + [pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[scalar_spec] * len(scalars) + [pl.BlockSpec(memory_space=pltpu.HBM)],
         out_specs=pl.BlockSpec((BLOCK, columns), lambda p, c, b: (b, p * num_blocks + c)),
         out_shape=jax.ShapeDtypeStruct((n, d), dtype, manual_axis_type=jax.typeof(x).mat),
         scratch_shapes=[pltpu.VMEM((2, m + SUBLANES, columns), x.dtype), pltpu.SemaphoreType.DMA((2,))],
@@ -112,10 +112,9 @@ def _kernel(*refs, k, num_blocks, weighted):
 
     def row(i):
         """The bits of a row as float32; over eight sublanes, which is how a strided load brings them."""
-        word = words[pl.ds(lax.shift_right_logical(place[0, i], 5), 1), :].reshape(-1, LANES)
-        if rows.dtype == jnp.float32:
-            return word
-        return (word << (place[0, i] & 16).astype(jnp.uint32)) & UPPER
+        at = place[0, i]
+        word = words[pl.ds(lax.shift_right_logical(at, 5), 1), :].reshape(-1, LANES)
+        return word if rows.dtype == jnp.float32 else (word << (at & 16).astype(jnp.uint32)) & UPPER
 
     def total(n):
         """The bits of the n-th sum as float32, rounded to the dtype of `out`."""

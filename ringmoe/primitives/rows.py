@@ -15,8 +15,8 @@ def lower_on_tpu(ctx, *operands, mapped, dtype):
     """The kernel where it is the faster one, and XLA may not have to partition it; XLA's own gathers elsewhere."""
     run = functools.partial(gather.evaluate, mapped=mapped, dtype=dtype)
     if not mapped and compat.is_of_one_device(ctx):
+        x, row, _ = jax.eval_shape(_flat, *ctx.avals_in)
         try:
-            x, row, _ = jax.eval_shape(_flat, *ctx.avals_in)
             rows_tpu.check(x, row, dtype)
         except NotImplementedError:
             pass

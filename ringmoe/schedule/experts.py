@@ -58,7 +58,7 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
             out = kernel.forward(rows, weights, activation, order and order.counts)
         out = to_tokens(plan, out, x.dtype, order)
     with jax.named_scope("combine"):
-        y = combine_local(out, slots, weight)
+        y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
 
 
@@ -84,7 +84,7 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
     drows = to_tokens(plan, grads.drows, x.dtype, order)
     drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype, order)
     with jax.named_scope("combine"):
-        dx = combine_local(drows, slots, None)
+        dx = combine_local(drows, slots, None, None if plan.sum_axes else x.dtype)
         dweight = combine_scalars(drow_weight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
         dweights = sum_over(grads.weights, plan.weight_sum_axes)
