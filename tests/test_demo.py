@@ -27,7 +27,7 @@ TINY = dataclasses.replace(
     head_dim=16,
     hidden_dim=48,
     expert_hidden_dim=32,
-    router=ringmoe.RouterConfig(num_experts=4, top_k=2, group_size=64),
+    router=ringmoe.RouterConfig(num_experts=4, top_k=2, group_size=64, noise="learned"),
 )
 
 
@@ -202,11 +202,10 @@ def test_a_dense_model_has_no_experts_and_trains():
 
 
 def test_noise_is_for_training_alone(params):
-    config = dataclasses.replace(TINY, router=dataclasses.replace(TINY.router, noise="learned"))
     tokens = np.random.default_rng(0).integers(0, 255, (2, 64))
     run = jax.jit(model.forward, static_argnums=2)
     calm, again, noisy, other = (
-        run(params, tokens, config, key)[0] for key in (None, None, *jax.random.split(jax.random.key(0)))
+        run(params, tokens, TINY, key)[0] for key in (None, None, *jax.random.split(jax.random.key(0)))
     )
     np.testing.assert_array_equal(calm, again)
     assert (calm != noisy).any() and (noisy != other).any()

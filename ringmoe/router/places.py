@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ringmoe import rules
 from ringmoe.meshes import Axes
 from ringmoe.router.choose import at_experts
 
@@ -53,7 +54,10 @@ def places(expert: jax.Array, num_experts: int, group_size: int, by_choice: bool
     blocks = jnp.swapaxes(blocks, -1, -2) if by_choice else blocks.reshape(*batch, num_tokens // n, 1, n * k)
     before = _before(histogram(blocks, num_experts), group_size // n, axes)
     m = blocks.shape[-1]
-    earlier = lax.broadcasted_iota(jnp.int32, (m, m), 1) < lax.broadcasted_iota(jnp.int32, (m, m), 0)
+    square = (1,) * (blocks.ndim - 1) + (m, m)
+    earlier = lax.broadcasted_iota(jnp.int32, square, blocks.ndim) < lax.broadcasted_iota(
+        jnp.int32, square, blocks.ndim - 1
+    )
     same = (blocks[..., :, None] == blocks[..., None, :]) & earlier
     place = jnp.sum(same, -1, dtype=jnp.int32) + at_experts(before, blocks)
     place = jnp.swapaxes(place, -1, -2) if by_choice else place.reshape(*batch, num_tokens // n, n, k)
@@ -76,8 +80,9 @@ def places_by_value(
 
 def held(x: jax.Array) -> tuple[int, ...]:
     """The shape of one device's part, as far as the type tells."""
-    sharding = jax.typeof(x).sharding
-    return sharding.shard_shape(x.shape) if AxisType.Explicit in sharding.mesh.axis_types else x.shape
+    sharding = jax.typeof(x).sharding  # whose shard_shape fails where some axes are manual
+    parts = [math.prod(sharding.mesh.shape[a] for a in axes) for axes in rules.axes_of(sharding.spec, x.ndim)]
+    return tuple(n // k for n, k in zip(x.shape, parts))
 
 
 def _block(num_tokens, group_size):

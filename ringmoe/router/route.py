@@ -141,7 +141,11 @@ def _chosen(logits, active, config: RouterConfig, bias, train, axes: Axes):
         values = jnp.where(active[..., None], choose.sinkhorn(logits, active, config, axes), logits)
     elif bias is not None or config.expert_groups > 1:
         values = choose.scores_of(logits, config)
-        values = values if bias is None else values + lax.stop_gradient(bias.astype(values.dtype))
+        values = (
+            values
+            if bias is None
+            else values + lax.stop_gradient(bias.astype(values.dtype)).reshape((1,) * (values.ndim - 1) + bias.shape)
+        )
         values = choose.without_poor_groups(values, config)
     return choose.top_k(values, config.top_k)
 
