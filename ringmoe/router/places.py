@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ringmoe import rules
 from ringmoe.meshes import Axes
