@@ -24,7 +24,8 @@ from ringmoe.primitives import doors
 from tests.helpers import RINGMOE_JIT, TYPES, assert_close, make_mesh, put
 
 CHECKED = (
-    "attention", "moe", "dense", "router", "masks", "plan", "compat", "pallas", "primitives.doors", "lowering.jit",
+    "attention", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan", "compat", "pallas",
+    "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4
@@ -350,10 +351,6 @@ CASES = {
         lambda: moe_manual(w_in=(E, D, F)),
         r"w_in has shape \(8, 4, 6\), expected \(1, 4, 6\).*E=1 experts, inside a shard_map one device's",
     ),
-    "a default group size inside a shard_map": (
-        lambda: moe_manual(group_size=None),
-        r"config.group_size=None with axes=\('a',\), expected a number: inside a shard_map",
-    ),
     "x of other tokens than routed": (
         lambda: ringmoe.dispatch(jnp.zeros((2, 4, D)), routing()),
         r"x.shape=\(2, 4, 4\) with a routing of tokens \(2, 8\), expected",
@@ -364,6 +361,65 @@ CASES = {
     ),
     "rows of another E": (lambda: ringmoe.combine(jnp.zeros((2, 8, D)), routing()), "expert_out has shape"),
     "rows of 2 dims": (lambda: ringmoe.combine(jnp.zeros((E, 8)), routing()), "expert_out has shape"),
+}
+
+
+ROUTER = {
+    "priority of no name": (dict(priority="first"), "priority='first', expected one of"),
+    "noise_scale without noise": (dict(noise_scale=0.1), "noise_scale=0.1 with noise=None"),
+    "no Sinkhorn iterations": (dict(sinkhorn_iterations=0), "sinkhorn_iterations=0"),
+    "groups that don't divide experts": (dict(expert_groups=3), "expert_groups=3 with num_experts=4"),
+    "too few experts in top groups": (dict(expert_groups=4), "top_groups=1 of 4 groups of 1 experts"),
+    "group_top of more than a group": (dict(expert_groups=2, group_top=3), "group_top=3 with groups of 2 experts"),
+    "select_first of sigmoids": (dict(score="sigmoid", select_first=True), "select_first=True with score='sigmoid'"),
+    "scale_input of two choices": (dict(scale_input=True), "scale_input=True with top_k=2"),
+    "expert choice of the selected": (dict(method="expert_choice", select_first=True), "chooses among all tokens"),
+    "expert choice without a capacity": (
+        dict(method="expert_choice", capacity_factor=None),
+        "capacity_factor=None with",
+    ),
+    "a group size of a sequence": (dict(group_size=4, scope="global"), "group_size=4 with scope='global'"),
+    "no minimum": (dict(min_capacity=0), "min_capacity=0"),
+}
+CASES |= {
+    name: (lambda fields=fields: ringmoe.RouterConfig(4, **fields), text) for name, (fields, text) in ROUTER.items()
+}
+LEARNED = ringmoe.RouterConfig(4, noise="learned")
+ROUTE = {
+    "selection_bias of another length": (dict(selection_bias=jnp.zeros(3)), r"selection_bias of shape \(3,\)"),
+    "selection_bias of what is selected first": (
+        dict(config=ringmoe.RouterConfig(4, select_first=True), selection_bias=jnp.zeros(4)),
+        "selection_bias with method='top_k', select_first=True",
+    ),
+    "no noise_logits": (dict(config=LEARNED, train=True), "noise='learned' in training without noise_logits"),
+    "noise_logits without noise": (dict(noise_logits=jnp.zeros((8, 4))), "noise_logits of shape .* with noise=None"),
+    "experts of another shape": (dict(expert=jnp.zeros((8, 1), jnp.int32)), r"expert int32\(8, 1\)"),
+    "no key": (dict(config=ringmoe.RouterConfig(4, priority="random")), "key=None with noise=None"),
+}
+
+
+def route_badly(config=None, **arrays):
+    ringmoe.route(jnp.zeros((8, 4)), config or ringmoe.RouterConfig(4), **arrays)
+
+
+def moe_badly(config=None, **arrays):
+    config = config or ringmoe.RouterConfig(E)
+    ringmoe.moe_ffn(*map(jnp.zeros, ((8, D), (D, E), (E, D, F), (E, F, D))), config=config, **arrays)
+
+
+CASES |= {name: (lambda arrays=arrays: route_badly(**arrays), text) for name, (arrays, text) in ROUTE.items()}
+CASES |= {
+    "a preset of no name": (lambda: ringmoe.RouterConfig.preset("mixtrel"), "no preset 'mixtrel', expected one of"),
+    "parts that don't divide T": (
+        lambda: ringmoe.drops_by_part(ringmoe.route(jnp.zeros((8, 4)), ringmoe.RouterConfig(4)), 3),
+        "parts=3 of 8 tokens, expected a divisor",
+    ),
+    "router_bias of another length": (lambda: moe_badly(router_bias=jnp.zeros(3)), r"router_bias of shape \(3,\)"),
+    "noise_weight of another shape": (lambda: moe_badly(noise_weight=jnp.zeros((D, 3))), "noise_weight of shape"),
+    "jitter without a key": (
+        lambda: moe_badly(config=ringmoe.RouterConfig(E, noise="jitter"), train=True),
+        "key=None with noise='jitter', train=True",
+    ),
 }
 
 
