@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax._src.mesh import get_concrete_mesh
 from jax.sharding import AbstractMesh, Mesh
@@ -71,6 +72,13 @@ def with_device_assignment(ctx):
     devices = (jax.local_devices(backend="cpu")[0],) * axes.num_devices
     axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=None)
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+
+
+def batch_in_front(primitive, arrays, dims, *, mapped, **params):
+    """vmap of a primitive that counts, in `mapped`, the dims that all of its operands have in front."""
+    (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
+    lead = lambda x, dim: jnp.broadcast_to(x[None], (length, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    return primitive.bind(*map(lead, arrays, dims), mapped=mapped + 1, **params), 0
 
 
 def is_of_one_device(ctx) -> bool:

@@ -150,7 +150,7 @@ def _route(x, weights, config: RouterConfig, token_mask, key, train, axes) -> tu
         x = router.jittered(x, config, jitter_key, axes)
     logits = dense.logits(x, router_weight)
     if router_bias is not None:
-        logits = logits + router_bias.astype(acc).reshape((1,) * (logits.ndim - 1) + (e,))
+        logits = logits + jax.lax.broadcast_to_rank(router_bias.astype(acc), logits.ndim)
     noise_logits = None if noise_weight is None else dense.logits(x, noise_weight)
     routing = router.route(
         logits, config, token_mask=token_mask, selection_bias=selection_bias, expert_scale=expert_scale,

@@ -22,6 +22,8 @@ from ringmoe import errors, pallas
 from ringmoe.primitives import attention as attention_primitive
 from ringmoe.primitives import doors
 from tests.helpers import RINGMOE_JIT, TYPES, assert_close, make_mesh, put
+from tests.test_router import BAD_FIELDS
+from tests.test_router_variants import BAD_ARRAYS, LOGITS
 
 CHECKED = (
     "attention", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan", "compat", "pallas",
@@ -364,60 +366,19 @@ CASES = {
 }
 
 
-ROUTER = {
-    "priority of no name": (dict(priority="first"), "priority='first', expected one of"),
-    "noise_scale without noise": (dict(noise_scale=0.1), "noise_scale=0.1 with noise=None"),
-    "no Sinkhorn iterations": (dict(sinkhorn_iterations=0), "sinkhorn_iterations=0"),
-    "groups that don't divide experts": (dict(expert_groups=3), "expert_groups=3 with num_experts=4"),
-    "too few experts in top groups": (dict(expert_groups=4), "top_groups=1 of 4 groups of 1 experts"),
-    "group_top of more than a group": (dict(expert_groups=2, group_top=3), "group_top=3 with groups of 2 experts"),
-    "select_first of sigmoids": (dict(score="sigmoid", select_first=True), "select_first=True with score='sigmoid'"),
-    "scale_input of two choices": (dict(scale_input=True), "scale_input=True with top_k=2"),
-    "expert choice of the selected": (dict(method="expert_choice", select_first=True), "chooses among all tokens"),
-    "expert choice without a capacity": (
-        dict(method="expert_choice", capacity_factor=None),
-        "capacity_factor=None with",
-    ),
-    "a group size of a sequence": (dict(group_size=4, scope="global"), "group_size=4 with scope='global'"),
-    "no minimum": (dict(min_capacity=0), "min_capacity=0"),
-}
-CASES |= {
-    name: (lambda fields=fields: ringmoe.RouterConfig(4, **fields), text) for name, (fields, text) in ROUTER.items()
-}
-LEARNED = ringmoe.RouterConfig(4, noise="learned")
-ROUTE = {
-    "selection_bias of another length": (dict(selection_bias=jnp.zeros(3)), r"selection_bias of shape \(3,\)"),
-    "selection_bias of what is selected first": (
-        dict(config=ringmoe.RouterConfig(4, select_first=True), selection_bias=jnp.zeros(4)),
-        "selection_bias with method='top_k', select_first=True",
-    ),
-    "no noise_logits": (dict(config=LEARNED, train=True), "noise='learned' in training without noise_logits"),
-    "noise_logits without noise": (dict(noise_logits=jnp.zeros((8, 4))), "noise_logits of shape .* with noise=None"),
-    "experts of another shape": (dict(expert=jnp.zeros((8, 1), jnp.int32)), r"expert int32\(8, 1\)"),
-    "no key": (dict(config=ringmoe.RouterConfig(4, priority="random")), "key=None with noise=None"),
-}
-
-
-def route_badly(config=None, **arrays):
-    ringmoe.route(jnp.zeros((8, 4)), config or ringmoe.RouterConfig(4), **arrays)
-
-
-def moe_badly(config=None, **arrays):
-    config = config or ringmoe.RouterConfig(E)
-    ringmoe.moe_ffn(*map(jnp.zeros, ((8, D), (D, E), (E, D, F), (E, F, D))), config=config, **arrays)
-
-
-CASES |= {name: (lambda arrays=arrays: route_badly(**arrays), text) for name, (arrays, text) in ROUTE.items()}
+# The router's own, which its tests match with their messages.
+ROUTER = [lambda fields=fields: ringmoe.RouterConfig(**fields) for fields, _ in BAD_FIELDS]
+ROUTER += [lambda c=config, arrays=arrays: ringmoe.route(LOGITS, c, **arrays) for config, arrays, _ in BAD_ARRAYS]
 CASES |= {
     "a preset of no name": (lambda: ringmoe.RouterConfig.preset("mixtrel"), "no preset 'mixtrel', expected one of"),
     "parts that don't divide T": (
         lambda: ringmoe.drops_by_part(ringmoe.route(jnp.zeros((8, 4)), ringmoe.RouterConfig(4)), 3),
         "parts=3 of 8 tokens, expected a divisor",
     ),
-    "router_bias of another length": (lambda: moe_badly(router_bias=jnp.zeros(3)), r"router_bias of shape \(3,\)"),
-    "noise_weight of another shape": (lambda: moe_badly(noise_weight=jnp.zeros((D, 3))), "noise_weight of shape"),
+    "router_bias of another length": (lambda: moe(router_bias=jnp.zeros(3)), r"router_bias of shape \(3,\)"),
+    "noise_weight of another shape": (lambda: moe(noise_weight=jnp.zeros((D, 3))), "noise_weight of shape"),
     "jitter without a key": (
-        lambda: moe_badly(config=ringmoe.RouterConfig(E, noise="jitter"), train=True),
+        lambda: moe(config=ringmoe.RouterConfig(E, noise="jitter"), train=True),
         "key=None with noise='jitter', train=True",
     ),
 }
@@ -451,7 +412,7 @@ def test_every_check_has_a_case(monkeypatch):
         for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check":
                 written.add((module.__name__, node.lineno, node.end_lineno))
-    for call, _ in CASES.values():
+    for call in (*(call for call, _ in CASES.values()), *ROUTER):
         with pytest.raises(ValueError):
             call()
     hit = {where for where in written for name, line in fired if name == where[0] and where[1] <= line <= where[2]}

@@ -285,33 +285,33 @@ def test_no_tokens():
     assert routing.slot.shape == (2, 0, 2) and metrics(routing, logits).drop_fraction == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(num_experts=0), "num_experts=0"),
-        (dict(num_experts=4, top_k=5), "top_k=5 with num_experts=4"),
-        (dict(num_experts=4, top_k=0), "top_k=0"),
-        (dict(num_experts=4, capacity_factor=0.0), "capacity_factor=0.0"),
-        (dict(num_experts=4, capacity_factor=-1.0), "capacity_factor=-1.0"),
-        (dict(num_experts=4, capacity_factor=math.nan), "capacity_factor=nan"),
-        (dict(num_experts=4, capacity_factor=math.inf), "capacity_factor=inf"),
-        (dict(num_experts=4, group_size=0), "group_size=0"),
-        (dict(num_experts=4, group_size=4, scope="global"), "group_size=4 with scope='global'"),
-        (dict(num_experts=4, min_capacity=0), "min_capacity=0"),
-        (dict(num_experts=4, priority="first"), "priority='first', expected one of"),
-        (dict(num_experts=4, renormalize="later"), "renormalize='later', expected one of"),
-        (dict(num_experts=4, noise_scale=0.1), "noise_scale=0.1 with noise=None"),
-        (dict(num_experts=4, noise="gaussian", noise_scale=-1.0), "noise_scale=-1.0"),
-        (dict(num_experts=4, sinkhorn_iterations=0), "sinkhorn_iterations=0"),
-        (dict(num_experts=8, expert_groups=3), "expert_groups=3 with num_experts=8"),
-        (dict(num_experts=8, expert_groups=4, top_groups=1, top_k=3), "top_groups=1 of 4 groups of 2 experts"),
-        (dict(num_experts=8, expert_groups=4, top_groups=2, group_top=3), "group_top=3 with groups of 2 experts"),
-        (dict(num_experts=8, score="sigmoid", select_first=True), "select_first=True with score='sigmoid'"),
-        (dict(num_experts=8, scale_input=True), "scale_input=True with top_k=2"),
-        (dict(num_experts=8, method="expert_choice", select_first=True), "an expert chooses among all tokens"),
-        (dict(num_experts=8, method="expert_choice", capacity_factor=None), "capacity_factor=None with method="),
-    ],
-)
+BAD_FIELDS = [
+    (dict(num_experts=0), "num_experts=0"),
+    (dict(num_experts=4, top_k=5), "top_k=5 with num_experts=4"),
+    (dict(num_experts=4, top_k=0), "top_k=0"),
+    (dict(num_experts=4, capacity_factor=0.0), "capacity_factor=0.0"),
+    (dict(num_experts=4, capacity_factor=-1.0), "capacity_factor=-1.0"),
+    (dict(num_experts=4, capacity_factor=math.nan), "capacity_factor=nan"),
+    (dict(num_experts=4, capacity_factor=math.inf), "capacity_factor=inf"),
+    (dict(num_experts=4, group_size=0), "group_size=0"),
+    (dict(num_experts=4, group_size=4, scope="global"), "group_size=4 with scope='global'"),
+    (dict(num_experts=4, min_capacity=0), "min_capacity=0"),
+    (dict(num_experts=4, priority="first"), "priority='first', expected one of"),
+    (dict(num_experts=4, renormalize="later"), "renormalize='later', expected one of"),
+    (dict(num_experts=4, noise_scale=0.1), "noise_scale=0.1 with noise=None"),
+    (dict(num_experts=4, noise="gaussian", noise_scale=-1.0), "noise_scale=-1.0"),
+    (dict(num_experts=4, sinkhorn_iterations=0), "sinkhorn_iterations=0"),
+    (dict(num_experts=8, expert_groups=3), "expert_groups=3 with num_experts=8"),
+    (dict(num_experts=8, expert_groups=4, top_groups=1, top_k=3), "top_groups=1 of 4 groups of 2 experts"),
+    (dict(num_experts=8, expert_groups=4, top_groups=2, group_top=3), "group_top=3 with groups of 2 experts"),
+    (dict(num_experts=8, score="sigmoid", select_first=True), "select_first=True with score='sigmoid'"),
+    (dict(num_experts=8, scale_input=True), "scale_input=True with top_k=2"),
+    (dict(num_experts=8, method="expert_choice", select_first=True), "an expert chooses among all tokens"),
+    (dict(num_experts=8, method="expert_choice", capacity_factor=None), "capacity_factor=None with method="),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
 def test_config_checks_itself(fields, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(**fields)

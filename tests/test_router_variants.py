@@ -306,28 +306,28 @@ def test_balance_over_sequences_and_entropy():
 KEYS = dict(key=jax.random.key(0), train=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "arrays", "message"),
-    [
-        (RouterConfig(E), dict(selection_bias=jnp.zeros(3)), r"selection_bias of shape \(3,\), expected \(16,\)"),
-        (RouterConfig(E), dict(expert_scale=jnp.zeros(3)), r"expert_scale of shape \(3,\), expected \(16,\)"),
-        (
-            RouterConfig(E, select_first=True),
-            dict(selection_bias=BIAS),
-            "selection_bias with method='top_k', select_first",
-        ),
-        (RouterConfig(E, noise="learned"), KEYS, "noise='learned' in training without noise_logits"),
-        (RouterConfig(E), dict(noise_logits=NOISE), r"noise_logits of shape \(2, 24, 16\) with noise=None"),
-        (
-            RouterConfig(E),
-            dict(expert=jnp.zeros((2, T, 1), jnp.int32)),
-            r"expert int32\(2, 24, 1\) .* int32\(2, 24, 2\)",
-        ),
-        (RouterConfig(E), dict(expert=jnp.zeros((2, T, 2))), r"expert float32\(2, 24, 2\)"),
-        (RouterConfig(E, noise="gaussian"), dict(train=True), "key=None with noise='gaussian', train=True"),
-        (RouterConfig(E, priority="random"), {}, "key=None with noise=None, train=False, priority='random'"),
-    ],
-)
+BAD_ARRAYS = [
+    (RouterConfig(E), dict(selection_bias=jnp.zeros(3)), r"selection_bias of shape \(3,\), expected \(16,\)"),
+    (RouterConfig(E), dict(expert_scale=jnp.zeros(3)), r"expert_scale of shape \(3,\), expected \(16,\)"),
+    (
+        RouterConfig(E, select_first=True),
+        dict(selection_bias=BIAS),
+        "selection_bias with method='top_k', select_first",
+    ),
+    (RouterConfig(E, noise="learned"), KEYS, "noise='learned' in training without noise_logits"),
+    (RouterConfig(E), dict(noise_logits=NOISE), r"noise_logits of shape \(2, 24, 16\) with noise=None"),
+    (
+        RouterConfig(E),
+        dict(expert=jnp.zeros((2, T, 1), jnp.int32)),
+        r"expert int32\(2, 24, 1\) .* int32\(2, 24, 2\)",
+    ),
+    (RouterConfig(E), dict(expert=jnp.zeros((2, T, 2))), r"expert float32\(2, 24, 2\)"),
+    (RouterConfig(E, noise="gaussian"), dict(train=True), "key=None with noise='gaussian', train=True"),
+    (RouterConfig(E, priority="random"), {}, "key=None with noise=None, train=False, priority='random'"),
+]
+
+
+@pytest.mark.parametrize(("config", "arrays", "message"), BAD_ARRAYS)
 def test_arrays_that_do_not_fit(config, arrays, message):
     with pytest.raises(ValueError, match=message):
         route(LOGITS, config, **arrays)

@@ -163,8 +163,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Trains a byte-level mixture-of-experts model on the Python standard library's own sources, in "
         f"sequences of {SEQUENCE_LENGTH} bytes sharded over {placement.NUM_DEVICES} CPU devices (sequence, experts), "
         "checks it against the dense model and shows how every op was partitioned. About three minutes on two cores.",
-        epilog=f"Exits with 1 if the loss does not fall below {check.LOSS_BOUND} nats per byte or if sharded and dense "
-        f"logits differ by more than {check.LOGITS_BOUND:.0e}.",
+        epilog=f"Exits with 1 if the loss does not fall below {check.LOSS_BOUND} nats per byte or that of a model without "
+        f"experts, if more than {check.DROPS_BOUND:.0%} of the choices of experts are dropped at the end, or if sharded and "
+        f"dense logits differ by more than {check.LOGITS_BOUND:.0e}.",
     )
     parser.add_argument("--steps", type=int, default=40, help="batches to train for (default %(default)s)")
     parser.add_argument(

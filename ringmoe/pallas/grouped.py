@@ -103,9 +103,8 @@ def _tiled(kind, a, b, counts):
         steps = jnp.int32(counts.size + a.shape[0] // tile)  # what XLA may send in there must happen on every device
     else:
         steps = tiles_ends[-1]
-    zero = (a[0, 0] > jnp.inf).astype(
-        acc
-    )  # not before `a` is there: XLA would fill the result's memory at the very beginning
+    # A zero that is not there before `a` is: XLA would fill the result's memory at the very beginning.
+    zero = (a[0, 0] > jnp.inf).astype(acc)
     return lax.fori_loop(jnp.int32(0), steps, step, jnp.full(shape, zero))
 
 
@@ -132,12 +131,6 @@ def _transpose(cotangent, a, b, counts, *, kind, dtype, mapped):
     return [grad if i == at else None for i in range(3)]
 
 
-def _batch(arrays, dims, *, mapped, **params):
-    (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
-    lead = lambda x, dim: jnp.broadcast_to(x[None], (length, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return PRIMITIVE.bind(*map(lead, arrays, dims), mapped=mapped + 1, **params), 0
-
-
 def _lowering(run):
     return mlir.lower_fun(functools.partial(_evaluate, run), multiple_results=False)
 
@@ -149,4 +142,4 @@ mlir.register_lowering(PRIMITIVE, _lowering(_tiled))
 mlir.register_lowering(PRIMITIVE, _lowering(_ragged), platform="tpu")
 ad.primitive_jvps[PRIMITIVE] = _jvp
 ad.primitive_transposes[PRIMITIVE] = _transpose
-batching.primitive_batchers[PRIMITIVE] = _batch
+batching.primitive_batchers[PRIMITIVE] = functools.partial(compat.batch_in_front, PRIMITIVE)

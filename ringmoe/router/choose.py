@@ -4,6 +4,7 @@ Plain jnp on [*B, T, E], elementwise along the tokens, so that it partitions ove
 over the experts as the second-minor dim, where tokens fill the vector unit. Nothing here is differentiated but the scores.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -20,17 +21,16 @@ MANY_EXPERTS = 128  # from which on top_k looks at chunks of them first
 
 def noisy(logits: jax.Array, config: RouterConfig, noise_logits: jax.Array | None, key, axes: Axes = ()) -> jax.Array:
     """The logits plus the config's noise."""
-    std = noise_std(logits, config, noise_logits)
-    return logits if std is None else logits + std * drawn(jax.random.normal, key, logits, -2, axes)
+    return logits + noise_std(logits, config, noise_logits) * drawn(jax.random.normal, key, logits, -2, axes)
 
 
-def noise_std(logits: jax.Array, config: RouterConfig, noise_logits: jax.Array | None) -> jax.Array | None:
-    """The standard deviation of the noise on the logits; None where there is none on them (jitter is on the input)."""
-    if config.noise == "learned":
-        assert noise_logits is not None, "route checks that"
-        return jax.nn.softplus(noise_logits.astype(logits.dtype))
-    scale = 1.0 if config.noise_scale is None else config.noise_scale
-    return jnp.asarray(scale, logits.dtype) if config.noise == "gaussian" else None
+def noise_std(logits: jax.Array, config: RouterConfig, noise_logits: jax.Array | None) -> jax.Array:
+    """The standard deviation of the noise on the logits, where there is some."""
+    assert config.noise_on_logits, config
+    if config.noise == "gaussian":
+        return jnp.asarray(1.0 if config.noise_scale is None else config.noise_scale, logits.dtype)
+    assert noise_logits is not None, "route checks that"
+    return jax.nn.softplus(noise_logits.astype(logits.dtype))
 
 
 def jittered(x: jax.Array, config: RouterConfig, key, axes: Axes = ()) -> jax.Array:
@@ -107,10 +107,19 @@ def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
     return lax.platform_dependent(values, expert, cpu=gather, default=_select)
 
 
+def numbered(x: jax.Array) -> jax.Array:
+    """The index along the last dim, int32, ready to broadcast against `x`."""
+    return lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+
+
+def is_chosen(values: jax.Array, chosen: jax.Array) -> jax.Array:
+    """[*B, T, E] bool, like values: whether it is one of `chosen` [*B, T, k]."""
+    return functools.reduce(jnp.logical_or, (c[..., None] == numbered(values) for c in jnp.unstack(chosen, axis=-1)))
+
+
 def _select(values, expert):
-    index = lax.broadcasted_iota(jnp.int32, (1,) * (values.ndim - 1) + values.shape[-1:], values.ndim - 1)
-    one = lambda j: jnp.sum(jnp.where(expert[..., j, None] == index, values, 0), -1, dtype=values.dtype)
-    return jnp.stack([one(j) for j in range(expert.shape[-1])], -1)
+    one = lambda e: jnp.sum(jnp.where(e[..., None] == numbered(values), values, 0), -1, dtype=values.dtype)
+    return jnp.stack([one(e) for e in jnp.unstack(expert, axis=-1)], -1)
 
 
 @at_experts.defjvp
@@ -127,9 +136,7 @@ def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:
     grouped = values.reshape(*values.shape[:-1], config.expert_groups, -1)
     best = at_experts(grouped, top_k(grouped, config.group_top))
     best = jnp.sum(jnp.where(jnp.isneginf(best), jnp.finfo(best.dtype).min, best), -1)
-    chosen = top_k(best, config.top_groups)
-    index = lax.broadcasted_iota(jnp.int32, (1,) * (best.ndim) + (config.expert_groups,), best.ndim)
-    kept = jnp.any(chosen[..., None] == index, axis=-2)
+    kept = is_chosen(best, top_k(best, config.top_groups))
     return jnp.where(kept[..., None], grouped, config.excluded).reshape(values.shape)
 
 
@@ -173,14 +180,7 @@ def hash_experts(token_ids: jax.Array, num_experts: int, top_k: int = 1, *, seed
             h = (h ^ (h >> shift)) * jnp.uint32(factor)
         draw = lax.rem((h ^ (h >> 16)), jnp.uint32(num_experts - j)).astype(jnp.int32)
         # The draw counts the experts that are left: step over the taken ones, lowest first.
-        for other in _ascending(taken):
+        for other in jnp.unstack(jnp.sort(jnp.stack(taken, -1), -1), axis=-1) if taken else ():
             draw = draw + (draw >= other)
         taken.append(draw)
     return jnp.stack(taken, -1)
-
-
-def _ascending(columns):
-    if not columns:
-        return []
-    stacked = jnp.sort(jnp.stack(columns, -1), -1)
-    return [stacked[..., j] for j in range(len(columns))]

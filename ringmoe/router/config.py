@@ -170,6 +170,11 @@ class RouterConfig:
         )
         check(self.min_capacity >= 1, f"min_capacity={self.min_capacity}, expected at least 1")
 
+    @property
+    def noise_on_logits(self) -> bool:
+        """Whether training adds noise to the logits; jitter is on what they are made of."""
+        return self.noise in ("learned", "gaussian")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "RouterConfig":
         """A published router by name, with some fields changed: `RouterConfig.preset("mixtral", capacity_factor=1.25)`.
@@ -208,7 +213,7 @@ class RouterConfig:
         """
         if self.capacity_factor is None:
             return group_size
-        factor = max(fractions.Fraction(self.capacity_factor).limit_denominator(10**6), fractions.Fraction(1, 10**6))
+        factor = fractions.Fraction(self.capacity_factor).limit_denominator(10**6)
         slots = ROUNDINGS[self.rounding](group_size * self.top_k * factor / self.num_experts)
         return min(group_size, max(self.min_capacity, slots))
 

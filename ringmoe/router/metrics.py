@@ -1,17 +1,15 @@
 """What a training loop watches, the usual losses, and the update of a selection bias."""
 
 import dataclasses
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.errors import check
-from ringmoe.router.choose import noise_std
+from ringmoe.router.choose import is_chosen, noise_std
 from ringmoe.router.config import RouterConfig
-from ringmoe.router.places import MOST_TOKENS, held, histogram
+from ringmoe.router.places import histogram, in_blocks
 from ringmoe.router.route import Routing
 
 
@@ -70,8 +68,9 @@ def metrics(
     https://arxiv.org/abs/2101.03961 (balance); ST-MoE, https://arxiv.org/abs/2202.08906 (z).
     """
     num_experts, active = routing.num_experts, routing.active
-    asked_of = _asked(routing)
-    load = jnp.sum(asked_of, axis=tuple(range(asked_of.ndim - 1)), dtype=jnp.int32)
+    asked_of = _by_expert(routing)
+    over_sequences = lambda x: jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=x.dtype)
+    load = over_sequences(asked_of)
     lost = active[..., None] & (routing.slot < 0) if routing.capacity < routing.group_size else jnp.zeros((), bool)
     dropped = jnp.sum(lost, dtype=jnp.int32)
     per_sequence = jnp.maximum(jnp.sum(active, axis=-1, dtype=jnp.int32), 1).astype(jnp.float32)
@@ -79,12 +78,11 @@ def metrics(
     k = routing.expert.shape[-1]
     scores = routing.scores.astype(jnp.float32)
     score_sums = jnp.sum(scores, axis=-2)
-    everywhere = tuple(range(score_sums.ndim - 1))
     logits = jnp.where(active[..., None], logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 0)
     z = jnp.where(active, jax.nn.logsumexp(logits, axis=-1), 0).astype(jnp.float32)
     nonfinite = jnp.sum(jnp.isnan(routing.weight).any(axis=-1), dtype=jnp.int32)
     balance = num_experts * jnp.sum(
-        lax.stop_gradient(load / (num_active * k)) * jnp.sum(score_sums, everywhere) / num_active
+        lax.stop_gradient(load / (num_active * k)) * over_sequences(score_sums) / num_active
     )
     by_sequence = num_experts * jnp.sum(
         lax.stop_gradient(asked_of / (per_sequence * k)[..., None]) * score_sums / per_sequence[..., None], -1
@@ -99,7 +97,7 @@ def metrics(
         entropy=jnp.sum(jax.scipy.special.entr(lax.stop_gradient(scores))) / num_active,
         load_balance_loss=balance,
         sequence_balance_loss=jnp.mean(by_sequence),
-        importance_loss=_variation(_importance(routing)),
+        importance_loss=_variation(over_sequences(_by_expert(routing, routing.weight))),
         load_loss=_load_loss(routing, logits, config, noise_logits),
         z_loss=jnp.sum(z * z) / num_active,
     )
@@ -128,28 +126,18 @@ def update_selection_bias(bias: jax.Array, expert_load: jax.Array, rate: float =
     return bias + rate * jnp.sign(jnp.mean(load) - load)
 
 
-def _blocks(x, num_tokens):
-    """[*B, T, k] -> [*B, blocks, n * k], n tokens of one device."""
-    n = math.gcd(held(x)[-2], MOST_TOKENS)
-    blocks = (*x.shape[:-2], num_tokens // n)
-    return x.reshape(*blocks, n, x.shape[-1]).reshape(*blocks, n * x.shape[-1])
-
-
-def _asked(routing: Routing):
-    """[*B, E] int32: choices asked of each expert, in each sequence."""
-    num_tokens = routing.expert.shape[-2]
-    expert = _blocks(jnp.where(routing.active[..., None], routing.expert, -1), num_tokens)
-    return jnp.sum(histogram(expert, routing.num_experts), axis=-2)
-
-
-def _importance(routing: Routing):
-    """[E] float32: the sum of the weights that each expert's tokens give it."""
-    num_tokens = routing.expert.shape[-2]
+def _by_expert(routing: Routing, weight=None):
+    """[*B, E]: how many choices each sequence asks of each expert, int32, or the float32 sum of their weights."""
     active = routing.active[..., None]
-    expert = _blocks(jnp.where(active, routing.expert, -1), num_tokens)
-    weight = _blocks(jnp.where(active, routing.weight, 0).astype(jnp.float32), num_tokens)
-    sums = histogram(expert, routing.num_experts, weight)
-    return jnp.sum(sums, axis=tuple(range(sums.ndim - 1)))
+
+    def flat(x):
+        *blocks, n, k = (x := in_blocks(x, x.shape[-2])).shape
+        return x.reshape(*blocks, n * k)
+
+    expert = flat(jnp.where(active, routing.expert, -1))
+    weight = None if weight is None else flat(jnp.where(active, weight, 0).astype(jnp.float32))
+    found = histogram(expert, routing.num_experts, weight)
+    return jnp.sum(found, axis=-2, dtype=found.dtype)
 
 
 def _load_loss(routing: Routing, logits, config, noise_logits):
@@ -157,11 +145,9 @@ def _load_loss(routing: Routing, logits, config, noise_logits):
     if routing.threshold is None or config is None:
         return jnp.zeros((), jnp.float32)
     std = noise_std(logits, config, noise_logits)
-    assert std is not None, f"{config}: logits without noise have no threshold"
-    index = lax.broadcasted_iota(jnp.int32, (1,) * (logits.ndim - 1) + logits.shape[-1:], logits.ndim - 1)
-    inside = functools.reduce(jnp.logical_or, (routing.expert[..., j, None] == index for j in range(config.top_k)))
     least, following = routing.threshold[..., :1], routing.threshold[..., 1:]
-    chance = jax.scipy.stats.norm.cdf((logits - jnp.where(inside, following, least)) / jnp.maximum(std, 1e-6))
+    beaten = jnp.where(is_chosen(logits, routing.expert), following, least)
+    chance = jax.scipy.stats.norm.cdf((logits - beaten) / jnp.maximum(std, 1e-6))
     chance = jnp.where(routing.active[..., None], chance, 0)
     return _variation(jnp.sum(chance.astype(jnp.float32), axis=tuple(range(chance.ndim - 1))))
 

@@ -49,15 +49,12 @@ def places(expert: jax.Array, num_experts: int, group_size: int, by_choice: bool
     *batch, num_tokens, k = expert.shape
     if expert.size == 0:
         return expert
-    n = _block(held(expert)[-2], group_size)
-    blocks = expert.reshape(*batch, num_tokens // n, n, k)
+    blocks = in_blocks(expert, group_size)
+    n = blocks.shape[-2]
     blocks = jnp.swapaxes(blocks, -1, -2) if by_choice else blocks.reshape(*batch, num_tokens // n, 1, n * k)
     before = _before(histogram(blocks, num_experts), group_size // n, axes)
     m = blocks.shape[-1]
-    square = (1,) * (blocks.ndim - 1) + (m, m)
-    earlier = lax.broadcasted_iota(jnp.int32, square, blocks.ndim) < lax.broadcasted_iota(
-        jnp.int32, square, blocks.ndim - 1
-    )
+    earlier = lax.broadcast_to_rank(jnp.tri(m, k=-1, dtype=bool), blocks.ndim + 1)
     same = (blocks[..., :, None] == blocks[..., None, :]) & earlier
     place = jnp.sum(same, -1, dtype=jnp.int32) + at_experts(before, blocks)
     place = jnp.swapaxes(place, -1, -2) if by_choice else place.reshape(*batch, num_tokens // n, n, k)
@@ -70,11 +67,11 @@ def places_by_value(
     """The same with a group's tokens in the order of `value` [*B, T], the largest first. Two sorts, and no gather."""
     together, put_back = _together(jnp.concatenate([expert, _sortable(value)[..., None]], -1), -2, group_size, axes)
     grouped = _grouped(together, -2, group_size)
-    *columns, key = (grouped[..., j] for j in range(grouped.shape[-1]))
+    *columns, key = jnp.unstack(grouped, axis=-1)
     here = lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1) + 0 * key  # lies as the key does
     _, here, *columns = lax.sort((key, here, *columns), num_keys=1, is_stable=True)
     found = places(jnp.stack(columns, -1), num_experts, group_size, by_choice)
-    _, *columns = lax.sort((here, *(found[..., j] for j in range(found.shape[-1]))), num_keys=1)
+    _, *columns = lax.sort((here, *jnp.unstack(found, axis=-1)), num_keys=1)
     return put_back(jnp.stack(columns, -1).reshape(*together.shape[:-1], -1))
 
 
@@ -85,10 +82,11 @@ def held(x: jax.Array) -> tuple[int, ...]:
     return tuple(n // k for n, k in zip(x.shape, parts))
 
 
-def _block(num_tokens, group_size):
-    """n, tokens of a block: the largest divisor of the group and of a device's tokens up to MOST_TOKENS."""
-    common = math.gcd(num_tokens, group_size)
-    return max(n for n in range(1, min(common, MOST_TOKENS) + 1) if common % n == 0)
+def in_blocks(x: jax.Array, group_size: int) -> jax.Array:
+    """[*B, T, k] -> [*B, blocks, n, k]: n is the largest divisor of the group and of a device's tokens up to MOST_TOKENS."""
+    common = math.gcd(held(x)[-2], group_size) or 1  # of no tokens
+    n = max(n for n in range(1, min(common, MOST_TOKENS) + 1) if common % n == 0)
+    return x.reshape(*x.shape[:-2], x.shape[-2] // n, n, x.shape[-1])
 
 
 def _sortable(value):

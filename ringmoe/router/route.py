@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ringmoe import meshes
+from ringmoe import compat, meshes
 from ringmoe.errors import check
 from ringmoe.meshes import Axes
 from ringmoe.router import choose
@@ -99,7 +99,7 @@ def route(
     else T k E / 64 counts are gathered (by "probability", "batch" and "random" T k experts); a few [*B, T, E] temporaries.
     Source: top-k gating with capacity and choice-major priority, GShard, https://arxiv.org/abs/2006.16668.
     """
-    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = compat.check_axis_name(axis_name)
     _check(logits, config, token_mask, selection_bias, expert_scale, noise_logits, expert, key, train)
     *batch, num_tokens, _ = logits.shape
     group_size = config.group(*batch, num_tokens * math.prod(lax.axis_size(a) for a in axes))
@@ -107,7 +107,8 @@ def route(
     token_mask = lie_alike(token_mask, logits)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     noise_key, order_key = (None, None) if key is None else jax.random.split(key)
-    if train and config.noise in ("learned", "gaussian"):
+    noisy = train and config.noise_on_logits
+    if noisy:
         logits = choose.noisy(logits, config, noise_logits, noise_key, axes)
     if token_mask is not None:
         logits = jnp.where(token_mask[..., None], logits, 0)
@@ -116,7 +117,10 @@ def route(
     active = finite if token_mask is None else finite & token_mask
 
     calm = lax.stop_gradient(jnp.where(finite[..., None], logits, 0))
-    chosen = _chosen(calm, active, config, selection_bias, train, axes) if expert is None else expert
+    chosen = expert
+    if chosen is None:
+        calm_scores = lax.stop_gradient(jnp.where(finite[..., None], scores, 0))
+        chosen = _chosen(calm, calm_scores, active, config, selection_bias, train, axes)
     weight = _weights(logits, scores, chosen, config, expert_scale)
     slot = _slots(chosen, active, lax.stop_gradient(weight), scores, config, group_size, capacity, order_key, axes)
     if config.renormalize == "after_drops":
@@ -124,28 +128,24 @@ def route(
     weight = jnp.where(finite[..., None], weight, jnp.nan)
     if token_mask is not None:
         weight = jnp.where(token_mask[..., None], weight, 0)
-    threshold = _threshold(logits, calm, config) if train and config.noise in ("learned", "gaussian") else None
+    threshold = _threshold(logits, calm, config) if noisy else None
     if config.score != "softmax":
         scores = _over_sum(scores)
     scores = jnp.where(active[..., None], scores, 0)
     return Routing(chosen, slot, weight, scores, active, threshold, config.num_experts, capacity, group_size)
 
 
-def _chosen(logits, active, config: RouterConfig, bias, train, axes: Axes):
+def _chosen(logits, scores, active, config: RouterConfig, bias, train, axes: Axes):
     """The experts of each token, [*B, T, k] int32."""
     if config.method == "expert_choice":
-        index = lax.broadcasted_iota(jnp.int32, (1,) * (logits.ndim - 1) + logits.shape[-1:], logits.ndim - 1)
-        return jnp.zeros_like(logits, jnp.int32) + index
+        return jnp.zeros_like(logits, jnp.int32) + choose.numbered(logits)
     values = logits
     if config.method == "sinkhorn" and train:
         values = jnp.where(active[..., None], choose.sinkhorn(logits, active, config, axes), logits)
     elif bias is not None or config.expert_groups > 1:
-        values = choose.scores_of(logits, config)
-        values = (
-            values
-            if bias is None
-            else values + lax.stop_gradient(bias.astype(values.dtype)).reshape((1,) * (values.ndim - 1) + bias.shape)
-        )
+        values = scores
+        if bias is not None:
+            values = scores + lax.broadcast_to_rank(lax.stop_gradient(bias.astype(values.dtype)), values.ndim)
         values = choose.without_poor_groups(values, config)
     return choose.top_k(values, config.top_k)
 
@@ -158,8 +158,8 @@ def _weights(logits, scores, expert, config: RouterConfig, expert_scale):
     if config.renormalize is True and config.method != "expert_choice":
         weight = _over_sum(weight)
     if expert_scale is not None:
-        scale = jnp.broadcast_to(expert_scale.astype(weight.dtype), logits.shape[-1:])
-        weight = weight * choose.at_experts(scale[(None,) * (logits.ndim - 1)], expert)
+        scale = lax.broadcast_to_rank(expert_scale.astype(weight.dtype), logits.ndim)
+        weight = weight * choose.at_experts(scale, expert)
     return weight if config.weight_scale == 1 else weight * config.weight_scale
 
 
@@ -235,7 +235,7 @@ def _check(logits, config, token_mask, selection_bias, expert_scale, noise_logit
         f"int32{(*logits.shape[:-1], config.top_k)} and method='top_k': top_k experts per token",
     )
     check(
-        key is not None or not ((train and config.noise in ("learned", "gaussian")) or config.priority == "random"),
+        key is not None or not ((train and config.noise_on_logits) or config.priority == "random"),
         f"key=None with noise={config.noise!r}, train={train}, priority={config.priority!r}, expected a jax.random key",
     )
 

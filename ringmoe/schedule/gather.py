@@ -36,12 +36,7 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def count_below(ascending: jax.Array, bounds: jax.Array) -> jax.Array:
     """How many of the numbers, which ascend, are less than each bound; by bisection."""
-    below = jnp.zeros_like(bounds)
-    for bit in reversed(range(ascending.size.bit_length())):
-        probe = below + (1 << bit)
-        less = (probe <= ascending.size) & (take(ascending, probe - 1) < bounds)
-        below = jnp.where(less, probe, below)
-    return below
+    return jnp.searchsorted(_whole(ascending), bounds, method="scan_unrolled").astype(jnp.int32)
 
 
 def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array:
@@ -119,16 +114,10 @@ def _products(y, x, index, back, mapped):
     return jnp.stack(products, axis=-1)
 
 
-def _batch(arrays, dims, *, mapped, dtype):
-    (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
-    lead = lambda x, dim: jnp.broadcast_to(x[None], (length, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return PRIMITIVE.bind(*map(lead, arrays, dims), mapped=mapped + 1, dtype=dtype), 0
-
-
 PRIMITIVE = Primitive("ringmoe_sum_of_rows")
 PRIMITIVE.def_impl(evaluate)
 PRIMITIVE.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(PRIMITIVE, mlir.lower_fun(evaluate, multiple_results=False))
 ad.primitive_jvps[PRIMITIVE] = _jvp
 ad.primitive_transposes[PRIMITIVE] = _transpose
-batching.primitive_batchers[PRIMITIVE] = _batch
+batching.primitive_batchers[PRIMITIVE] = functools.partial(compat.batch_in_front, PRIMITIVE)

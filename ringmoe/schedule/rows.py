@@ -72,11 +72,8 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
 
 def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
     """The places of `keys`, int32 in [0, bound], in ascending order, equals as they were; where each key < bound ends there."""
-    n, place, after = (
-        keys.size,
-        lax.broadcasted_iota(jnp.int32, keys.shape, 0),
-        jnp.arange(1, bound + 1, dtype=jnp.int32),
-    )
+    n, place = keys.size, lax.iota(jnp.int32, keys.size)
+    after = lax.iota(jnp.int32, bound) + 1
     if (bound + 1) * n <= LARGEST:  # one array sorts faster than two
         both = lax.sort(keys * n + place)
         return lax.rem(both, jnp.int32(n)), count_below(both, after * n)
