@@ -103,6 +103,11 @@ def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
 
     A choice of -1 gives some value. Single numbers are gathered fast on a CPU, and slowly elsewhere.
     """
+    return _at_experts(values, expert)
+
+
+@jax.jit  # one by one, the operation that asks for the platform would have no operand to tell its devices
+def _at_experts(values, expert):
     gather = lambda values, expert: jnp.take_along_axis(values, jnp.maximum(expert, 0), -1, mode="promise_in_bounds")
     return lax.platform_dependent(values, expert, cpu=gather, default=_select)
 

@@ -35,8 +35,16 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def count_below(ascending: jax.Array, bounds: jax.Array) -> jax.Array:
-    """How many of the numbers, which ascend, are less than each bound; by bisection."""
-    return jnp.searchsorted(_whole(ascending), bounds, method="scan_unrolled").astype(jnp.int32)
+    """How many of the numbers, which ascend, are less than each bound; by bisection.
+
+    jnp.searchsorted (jax 0.12.0.1) fails inside a shard_map that checks what varies.
+    """
+    below = jnp.zeros_like(bounds)
+    for bit in reversed(range(ascending.size.bit_length())):
+        probe = below + (1 << bit)
+        less = (probe <= ascending.size) & (take(ascending, probe - 1) < bounds)
+        below = jnp.where(less, probe, below)
+    return below
 
 
 def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array:
