@@ -265,9 +265,7 @@ def experts(
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
     in_order = may_sort and sizes["e"] * room > SORTING * tokens * sizes["c"]
     rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
-    hides = (
-        exchanges == 2 and not in_order and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
-    )
+    hides = not in_order and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
     ring = Ring.make(exchange, length) if hides else Ring()
     how = f", in pieces: matmuls of hidden dim {sizes['f']} outlast the wire" if hides else ""
     why = [f"experts and tokens are both sharded over {exchange}: rows travel to their experts{how}"] * bool(exchange)

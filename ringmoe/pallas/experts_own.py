@@ -26,7 +26,7 @@ class OwnExperts:
         out = self.fn(rows, self.tree.unflatten(weights))
         return out.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
-    def backward(
+    def backward_rows(
         self,
         rows: jax.Array,
         weight: jax.Array,
@@ -34,8 +34,11 @@ class OwnExperts:
         activation: None,
         dy,
         counts: None = None,
-    ) -> Grads:
-        """All gradients of y = weight * fn(rows), with fn run again; those of weights that are no floats are None."""
+    ) -> tuple[Grads, tuple]:
+        """The gradients of y = weight * fn(rows), with fn run again; `kept` are the weights' own, None where they are no floats.
+
+        So rows may not come in pieces: plans for own experts send them at once.
+        """
         assert counts is None, "fn knows rows [e, R, D] alone"
         floats = [jnp.issubdtype(w.dtype, jnp.inexact) for w in weights]
 
@@ -48,4 +51,9 @@ class OwnExperts:
         drows, found = pullback((weight[..., None] * dy).astype(out.dtype))
         found = iter(found)
         dweights = tuple(next(found).astype(out.dtype) if float_ else None for float_ in floats)
-        return Grads(drows.astype(out.dtype), dweight.astype(out.dtype), dweights)
+        return Grads(drows.astype(out.dtype), dweight.astype(out.dtype)), dweights
+
+    def backward_weights(self, kept: tuple, weights: Sequence[jax.Array], counts: None = None) -> tuple:
+        """As `backward_rows` found them."""
+        del weights, counts
+        return kept

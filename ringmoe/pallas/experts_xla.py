@@ -2,12 +2,15 @@
 
     check(rows, weights, activation)                          raises NotImplementedError with what it lacks
     forward(rows, weights, activation, counts) -> out
-    backward(rows, weight, weights, activation, dy, counts) -> Grads
+    backward_rows(rows, weight, weights, activation, dy, counts) -> (Grads, kept)
+    backward_weights(kept, weights, counts) -> the weights' gradients
 
 on one device's arrays: rows, dy [e, R, D]; weight [e, R]; weights: `ffn.Weights`, None where absent; activation: a name in
 `ffn.ACTIVATIONS`. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first
 counts[0] of them expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in
-float32 (float64 for float64 inputs).
+float32 (float64 for float64 inputs). The backward pass is in two, since rows go home after the first: what it `kept` of rows
+that came in pieces is put together, arrays [e, R, ...], and multiplied at once. All gradients are those of sum(weight * out * dy),
+in float32 (float64).
 
     hidden = act(rows w_gate + b_gate) * (rows w_in + b_in), with a gate;  act(rows w_in + b_in) without
     out = hidden w_out + b_out
@@ -27,11 +30,21 @@ from ringmoe.pallas import grouped
 
 
 class Grads(NamedTuple):
-    """Gradients of sum(weight * out * dy), all in float32 (float64): each of the shape of what it is the gradient of."""
+    """What goes home with a row: gradients in float32 (float64), each of the shape of what it is the gradient of."""
 
     drows: jax.Array
     dweight: jax.Array
-    weights: Any
+
+
+class Kept(NamedTuple):
+    """The sides of the products that the weights' gradients are, in the rows' dtype; weight [e, R], else [e, R, D or F]."""
+
+    rows: jax.Array
+    weight: jax.Array
+    dy: jax.Array
+    hidden: jax.Array  # times weight
+    din: jax.Array  # of what w_in gives
+    dgate: jax.Array | None  # of what w_gate gives
 
 
 def check(rows: jax.Array, weights: Weights, activation: str) -> None:
@@ -45,33 +58,38 @@ def forward(rows: jax.Array, weights: Weights, activation: str, counts: jax.Arra
     return _plus(_times(hidden.astype(rows.dtype), weights.w_out, counts), weights.b_out, counts)
 
 
-def backward(
+def backward_rows(
     rows: jax.Array,
     weight: jax.Array,
     weights: Weights,
     activation: str,
     dy: jax.Array,
     counts: jax.Array | None = None,
-) -> Grads:
-    """All gradients of y = weight * FFN(rows), with the hidden values recomputed.
+) -> tuple[Grads, Kept]:
+    """The gradients of y = weight * FFN(rows) that go home, with the hidden values recomputed: 5 matmuls with a gate, else 3.
 
     With g = dy w_out^T: dweight = <g, hidden> + <dy, b_out> = <dy, out> and dhidden = weight * g, so `out` itself is never
-    recomputed. Bias gradients are sums of the same rows that the matmuls take, in float32.
+    recomputed.
     """
     hidden, pullback = jax.vjp(ACTIVATIONS[activation], *_hidden_inputs(rows, weights, counts))
-    weight = weight[..., None].astype(hidden.dtype)
+    factor = weight[..., None].astype(hidden.dtype)
     g = _back(dy, weights.w_out, counts)
     dweight = jnp.sum(g * hidden, axis=-1)
     if weights.b_out is not None:
         dweight += _back(dy, weights.b_out[:, None], counts)[..., 0]
-    found = {"w_out": _outer((weight * hidden).astype(rows.dtype), dy, counts), "b_out": _sum(weight * dy, counts)}
-    drows = []
-    for side, w, d in zip(("in", "gate"), (weights.w_in, weights.w_gate), pullback(weight * g)):
-        rounded = d.astype(rows.dtype)
-        drows.append(_back(rounded, w, counts))
-        found |= {f"w_{side}": _outer(rows, rounded, counts), f"b_{side}": _sum(d, counts)}
-    dweights = {name: None if w is None else found[name] for name, w in weights._asdict().items()}
-    return Grads(sum(drows[1:], drows[0]), dweight, Weights(**dweights))
+    douts = [d.astype(rows.dtype) for d in pullback(factor * g)]
+    drows = [_back(d, w, counts) for d, w in zip(douts, (weights.w_in, weights.w_gate))]
+    kept = Kept(rows, weight, dy, (factor * hidden).astype(rows.dtype), *douts, *[None] * (2 - len(douts)))
+    return Grads(sum(drows[1:], drows[0]), dweight), kept
+
+
+def backward_weights(kept: Kept, weights: Weights, counts: jax.Array | None = None) -> Weights:
+    """The weights' gradients: a matmul each. Those of biases are sums of the same rows, in float32."""
+    found = {"w_out": lambda: _outer(kept.hidden, kept.dy, counts), "b_out": lambda: _sum(kept.dy, counts, kept.weight)}
+    for side, d in (("in", kept.din), ("gate", kept.dgate)):
+        found[f"w_{side}"] = lambda d=d: _outer(kept.rows, d, counts)
+        found[f"b_{side}"] = lambda d=d: _sum(d, counts)
+    return Weights(**{name: None if w is None else found[name]() for name, w in weights._asdict().items()})
 
 
 def _hidden_inputs(rows, weights: Weights, counts):
@@ -102,9 +120,12 @@ def _plus(rows, bias, counts):
     return rows + (bias[:, None].astype(rows.dtype) if counts is None else _times(_ones(rows), bias[:, None], counts))
 
 
-def _sum(rows, counts):
-    """Each expert's rows added up: [e, A]."""
-    return jnp.sum(rows, axis=1) if counts is None else _outer(_ones(rows), rows, counts)[:, 0]
+def _sum(rows, counts, weight=None):
+    """Each expert's rows, times their weights, added up: [e, A]. Of rows that lie apart not by a matmul, which may round."""
+    weight = jnp.ones(rows.shape[:-1], rows.dtype) if weight is None else weight
+    if counts is not None:
+        return _outer(weight[..., None], rows, counts)[:, 0]
+    return jnp.sum(weight[..., None] * rows.astype(jnp.promote_types(rows.dtype, jnp.float32)), axis=1)
 
 
 def _ones(rows):

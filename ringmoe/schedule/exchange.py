@@ -45,7 +45,26 @@ def sort(plan: ExpertPlan, counts) -> Sorted:
     return Sorted(jnp.sum(counts, 0, dtype=jnp.int32), came, went)
 
 
-def to_experts(plan: ExpertPlan, rows, order: Sorted | None = None):
+def visit(plan: ExpertPlan, work: Callable, rows, weights, order: Sorted | None = None):
+    """`work(rows, weights)` where the experts are, of rows that are sent there, and its results sent home.
+
+    Args:
+        work: rows [e, R, ...] by own expert (sorted: [n, ...]), the experts' arrays -> (results, kept): pytrees of the same
+            leading dims, of which the results travel and what is kept stays.
+        rows: a pytree of [v, r, ...] by visible expert; sorted, with `order`: of [P, r, ...] by destination.
+
+    Returns:
+        `(results, kept)`: the results as `rows` lie, what was kept as it lies at the experts.
+    """
+    if plan.ring.size > 1:
+        return _in_pieces(plan.ring, work, rows, weights)
+    rows = jax.tree.map(lambda a: _to_experts(plan, a, order), rows)
+    with jax.named_scope("experts"):
+        results, kept = work(rows, weights)
+    return jax.tree.map(lambda a: _to_tokens(plan, a, order), results), kept
+
+
+def _to_experts(plan: ExpertPlan, rows, order: Sorted | None):
     """Rows of this device's tokens -> rows of this device's experts, from all P devices.
 
     Fixed: [v, r, ...] by visible expert -> [e, R, ...] by own expert, source after source.
@@ -61,12 +80,11 @@ def to_experts(plan: ExpertPlan, rows, order: Sorted | None = None):
         return sum_of_rows(rows.reshape(-1, *rows.shape[3:]), order.came[:, None], order.went[:, None])
 
 
-def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
-    """The inverse of `to_experts`; rows travel in `dtype`, and stay in float32 where they don't travel."""
+def _to_tokens(plan: ExpertPlan, rows, order: Sorted | None):
+    """The inverse of `_to_experts`."""
     if not plan.exchange_axes:
         return rows if order is None else rows[None]
     with jax.named_scope("exchange"):
-        rows = rows.astype(dtype)
         if order is None:
             rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
         else:
@@ -76,21 +94,16 @@ def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
         return rows.reshape(-1, *rows.shape[2:])
 
 
-def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
-    """`work(rows, weights)` of each piece where its experts are.
-
-    Args:
-        work: [e, r, D] rows, the experts' arrays -> [e, r, D] in the dtype that travels.
-        rows: [v, r, D] by visible expert, this device's own ones first and then those of the devices after it on the ring.
-
-    Returns:
-        [v, r, D] in the order of the rows.
+def _in_pieces(ring: Ring, work: Callable, rows, weights):
+    """`visit`, piece after piece: rows [v, r, ...] are those of this device's own experts first, then those of the devices after
+    it on the ring. What is kept is put together in dim 1.
 
     The barriers keep order: XLA would start all sends before any work, and make one matmul of those that share weights.
     """
     n = ring.size
-    pieces = jnp.split(rows, n)
+    pieces = _split(rows, n)
     both_ways = [tuple(dict.fromkeys((s, n - s))) for s in range(n // 2, 0, -1)]
+    all_kept = []
 
     def travel(piece, distance):
         with jax.named_scope("exchange"):
@@ -99,7 +112,9 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
     def step(piece, after):
         piece, now, _ = lax.optimization_barrier((piece, weights, after))
         with jax.named_scope("experts"):
-            return work(piece, now)
+            out, kept = work(piece, now)
+        all_kept.append(kept)
+        return out
 
     arrived = [travel(pieces[s], s) for s in both_ways[0]]
     home = {0: step(pieces[0], ())}
@@ -111,9 +126,17 @@ def visit_in_pieces(ring: Ring, work: Callable, rows, weights):
         for s, piece in zip(pair, here):
             out = step(piece, after)
             after, home[s] = _corner(out), travel(out, -s)
-    return jnp.concatenate([home[s] for s in range(n)])
+    together = lambda axis, trees: jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *trees)
+    return together(0, [home[s] for s in range(n)]), together(1, all_kept)
 
 
-def _corner(array):
-    """One number of it, to wait for."""
+def _split(tree, n: int) -> list:
+    """Every array in n pieces along its first dim."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return [treedef.unflatten(piece) for piece in zip(*(jnp.split(leaf, n) for leaf in leaves))]
+
+
+def _corner(tree):
+    """One number of its first array, to wait for."""
+    array = jax.tree.leaves(tree)[0]
     return array[(slice(0, 1),) * array.ndim]

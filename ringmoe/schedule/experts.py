@@ -17,7 +17,7 @@ from jax import lax
 
 from ringmoe.ffn import Weights
 from ringmoe.plan import ExpertPlan
-from ringmoe.schedule.exchange import Sorted, sort, to_experts, to_tokens, visit_in_pieces
+from ringmoe.schedule.exchange import Sorted, sort, visit
 from ringmoe.schedule.rows import (
     Slots,
     combine_local,
@@ -44,19 +44,15 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
     and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
     exchange (in pieces: once).
     """
-    in_pieces = plan.ring.size > 1
-    weights = _added_once(plan, weights)
     with jax.named_scope("dispatch"):
-        slots, order = _rows(plan, expert, slot, in_pieces)
+        slots, order = _rows(plan, expert, slot)
         rows = dispatch_local(x, slots)
-    if in_pieces:
-        work = lambda piece, weights: kernel.forward(piece, weights, activation).astype(x.dtype)
-        out = visit_in_pieces(plan.ring, work, rows, weights)
-    else:
-        rows = to_experts(plan, rows, order)
-        with jax.named_scope("experts"):
-            out = kernel.forward(rows, weights, activation, order and order.counts)
-        out = to_tokens(plan, out, x.dtype, order)
+
+    def work(rows, weights):
+        out = kernel.forward(rows, weights, activation, order and order.counts)
+        return (out.astype(x.dtype) if plan.exchange_axes else out), ()
+
+    out, _ = visit(plan, work, rows, _added_once(plan, weights), order)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -66,28 +62,29 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
     """(dx, dweight, dweights), each of the dtype of what it is the gradient of.
 
     Nothing but the arguments is kept from the forward pass: rows travel again, together with rows of dy and the weights of
-    their slots. <dy row, out row> is taken where the expert is and travels back as one number per slot.
+    their slots. <dy row, out row> is taken where the expert is and travels back as one number per slot. The weights' gradients
+    need nothing that is still under way, so theirs are the matmuls that come last, beneath the last rows' way home.
 
     Cost per device: the exchanges of `forward` once and a half, plus 2 numbers per slot; all-reduces of dx and dweight over
     sum_axes, and of the weight gradients in float32 over weight_sum_axes.
     """
     with jax.named_scope("dispatch"):
         slots, order = _rows(plan, expert, slot)
-        rows = dispatch_local(x, slots)
-        dy_rows = dispatch_local(dy.astype(x.dtype), slots)
-        row_weight = dispatch_scalars(weight, slots)
-    rows, dy_rows, row_weight = (to_experts(plan, a, order) for a in (rows, dy_rows, row_weight))
+        rows = dispatch_local(x, slots), dispatch_scalars(weight, slots), dispatch_local(dy.astype(x.dtype), slots)
+
+    def work(rows, weights):
+        x, weight, dy = rows
+        grads, kept = kernel.backward_rows(x, weight, weights, activation, dy, order and order.counts)
+        return (grads._replace(drows=grads.drows.astype(x.dtype)) if plan.exchange_axes else grads), kept
+
+    grads, kept = visit(plan, work, rows, _added_once(plan, weights), order)
     with jax.named_scope("experts"):
-        grads = kernel.backward(
-            rows, row_weight, _added_once(plan, weights), activation, dy_rows, order and order.counts
-        )
-    drows = to_tokens(plan, grads.drows, x.dtype, order)
-    drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype, order)
+        dweights = kernel.backward_weights(kept, weights, order and order.counts)
     with jax.named_scope("combine"):
-        dx = combine_local(drows, slots, None, None if plan.sum_axes else x.dtype)
-        dweight = combine_scalars(drow_weight, slots)
+        dx = combine_local(grads.drows, slots, None, None if plan.sum_axes else x.dtype)
+        dweight = combine_scalars(grads.dweight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
-        dweights = sum_over(grads.weights, plan.weight_sum_axes)
+        dweights = sum_over(dweights, plan.weight_sum_axes)
     absent = lambda d: d is None
     dweights = jax.tree.map(lambda d, w: None if d is None else d.astype(w.dtype), dweights, weights, is_leaf=absent)
     return dx.astype(x.dtype), dweight.astype(weight.dtype), dweights
@@ -120,9 +117,9 @@ def _added_once(plan, weights: Weights) -> Weights:
     return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
 
 
-def _rows(plan, expert, slot, in_pieces=False) -> tuple[Slots, Sorted | None]:
+def _rows(plan, expert, slot) -> tuple[Slots, Sorted | None]:
     """Where this device's rows lie, and, if they are sorted, how they do where their experts are."""
-    expert, slot, num_visible = _visible(plan, expert, slot, in_pieces)
+    expert, slot, num_visible = _visible(plan, expert, slot, plan.ring.size > 1)
     parts = plan.num_exchange if plan.sorted else num_visible
     slots, counts = packed(jnp.where(slot >= 0, expert, num_visible), num_visible, parts, plan.rows)
     return slots, sort(plan, counts) if plan.sorted else None
