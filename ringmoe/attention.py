@@ -12,7 +12,7 @@ from ringmoe import compat, pallas
 from ringmoe.errors import check
 from ringmoe.interface import AttentionSpec, Extras
 from ringmoe.masks import Band
-from ringmoe.plan import EXCHANGES
+from ringmoe.plan.attention import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)

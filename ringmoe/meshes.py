@@ -60,12 +60,12 @@ def _digits(offsets: np.ndarray) -> tuple[Digit, ...] | None:
 
 
 def refine(
-    mesh_shape: Mapping[str, int], arrays: Sequence[Digits | None]
+    mesh_shape: Mapping[str, int], arrays: Sequence[Digits | None], device=None
 ) -> tuple[AbstractMesh, list[tuple[Axes, ...] | None]]:
     """A mesh of Auto axes that is `mesh_shape` with axes cut where the arrays need it, and each array's axes by dim.
 
     An array that is None, or that cuts the device order in a way that doesn't go with the cuts before it, gets None: no
-    axes tell its sharding.
+    axes tell its sharding. `device` is the mesh's `abstract_device`.
     """
     named, size = of_mesh(mesh_shape), math.prod(mesh_shape.values())
     cuts = _cuts({1, size}, named.values())
@@ -84,7 +84,7 @@ def refine(
         for array, fits in zip(arrays, fitting)
     ]
     shape = tuple(n for n, _ in pieces.values())
-    return AbstractMesh(shape, tuple(pieces), axis_types=(AxisType.Auto,) * len(shape)), told
+    return AbstractMesh(shape, tuple(pieces), axis_types=(AxisType.Auto,) * len(shape), abstract_device=device), told
 
 
 def _cuts(cuts: set[int], digits) -> set[int] | None:
@@ -102,6 +102,11 @@ def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit
         for i, part in enumerate(parts):
             pieces[axis if len(parts) == 1 else f"{axis}.{i}"] = part
     return pieces
+
+
+def device_kind(mesh: AbstractMesh) -> str:
+    """What JAX calls its devices; "" where the mesh was made without any."""
+    return mesh.abstract_device.device_kind if mesh.abstract_device else ""
 
 
 def in_the_mesh_of_its_operand(fun):

@@ -14,6 +14,7 @@ from ringmoe.dense import SharedExpert
 from ringmoe.errors import check
 from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE, Weights
 from ringmoe.pallas.experts_own import OwnExperts
+from ringmoe.plan.experts import EXCHANGES
 from ringmoe.primitives import experts as primitive
 from ringmoe.router import MoeMetrics, RouterConfig, Routing
 
@@ -43,6 +44,7 @@ def moe_ffn(
     token_mask: ArrayLike | None = None,
     implementation: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    exchange: str = "auto",
 ) -> tuple[jax.Array, MoeMetrics]:
     """A sparse feed-forward layer: every token goes to its `top_k` experts and comes back.
 
@@ -50,9 +52,8 @@ def moe_ffn(
         FFN_e(x) = (act(v) * u) w_out_e + b_out_e,   u = x w_in_e + b_in_e,   v = x w_gate_e + b_gate_e
         FFN_e(x) = act(u) w_out_e + b_out_e without a gate;  expert_fn's, of any shape
 
-    Where the mesh axes that shard the experts also shard tokens, rows travel there and back by all-to-all; forward, where the
-    matmuls of a wide F outlast the wire, in pieces, each under way during the matmuls of others. Where they don't, each
-    device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that
+    Where the mesh axes that shard the experts also shard tokens, rows travel there and back, all at once or in pieces, each
+    under way during the matmuls of others. Where they don't, each device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that
     shards tokens, are gathered first; F over another axis stays sharded and outputs are summed.
 
     Letters: T tokens of a sequence, D model dim, F hidden dim, E experts.
@@ -79,13 +80,16 @@ def moe_ffn(
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
         one device's tokens, the weights its experts, router_weight all of them; metrics are then one device's. None: found.
+      exchange: how rows travel, forward and backward: "all_to_all", at once, which XLA:TPU does before and after the matmuls;
+        "pieces", a permute for each distance, hidden by the matmuls of other pieces; or "auto", the faster one by a model of the
+        machine (`plan/cost.py`), whose times `explain` tells. No matter where nothing travels.
 
     Returns:
       `(y, metrics)`: y like x, and `MoeMetrics`. A token that was dropped by all its experts gives zeros (or what the shared
       one gives); a token that holds a NaN gives NaN and leaves every other token as it was.
 
     Raises:
-      ValueError: shapes, dtypes or names that don't fit, with what was expected.
+      ValueError: shapes, dtypes or names that don't fit, with what was expected; "pieces" of sorted rows (dropless).
 
     Cost per device of P: about 2 T k capacity_factor D F / P multiply-adds a matrix; 2 (P - 1) / P of its rows of D elements
     sent, forward; rows and their outputs in memory.
@@ -105,6 +109,7 @@ def moe_ffn(
     kind, weights = _kind(weights, activation, expert_fn, expert_weights, x, local_experts)
     dense.check_shared(shared, x, activation)
     pallas.check_implementation("experts", implementation)
+    check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
     with jax.named_scope("router"):
         mask = router.lie_alike(mask, x)
         # A masked token may hold anything: it must not reach the router weight's gradient.
@@ -118,7 +123,7 @@ def moe_ffn(
     kept = routing.slot if routing.capacity < routing.group_size else jnp.where(routing.active[..., None], 0, -1)
     kept = jnp.broadcast_to(kept, routing.expert.shape)
     arrays = compat.vary_alike((x, routing.expert, kept, weight, weights))
-    y = primitive.experts(_call(routing, implementation, axes, **kind), *arrays)
+    y = primitive.experts(_call(routing, implementation, axes, exchange=exchange, **kind), *arrays)
     return dense.add_shared(y, seen, shared, activation), metrics
 
 

@@ -24,7 +24,9 @@ def arrays():
 
 
 def layer(x, router_weight, w_in, w_gate, w_out, axis_name=None):
-    y, _ = ringmoe.moe_ffn(x, router_weight, w_in, w_out, w_gate=w_gate, config=CONFIG, axis_name=axis_name)
+    y, _ = ringmoe.moe_ffn(
+        x, router_weight, w_in, w_out, w_gate=w_gate, config=CONFIG, axis_name=axis_name, exchange="pieces"
+    )
     return y
 
 
@@ -59,7 +61,7 @@ def test_through_every_door_it_is_the_dense_layer(door, size):
         grads = jit(jax.grad(lambda *a: jnp.sum(router_is_given(*a) ** 2), argnums=(1, 2, 3)))(placed[0], *placed[2:])
         if door != "partitioner":
             rows = ringmoe.explain(jit(fun), *placed).rows
-            assert [row.exchange for row in rows] == ["pieces"] and "outlast the wire" in rows[0].reason
+            assert [row.exchange for row in rows] == ["pieces"] and "in pieces, as asked for" in rows[0].reason
     want, want_grads = oracle()
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * np.abs(want).max())
     for got, expected in zip(grads, want_grads[1:], strict=True):

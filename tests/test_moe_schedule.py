@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ringmoe import plan, reference_moe, rules
+from ringmoe import reference_moe, rules
 from ringmoe.ffn import Weights
 from ringmoe.pallas import experts_xla
-from ringmoe.plan import Ring
+from ringmoe.plan import experts as plan
+from ringmoe.plan.base import Ring, freeze
 from ringmoe.router import RouterConfig, route
 from ringmoe.schedule import experts
 
@@ -79,9 +80,9 @@ def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     size, tokens = dict(axes), (*batch, *sequence)
     exchange = tuple(a for a in expert_axes if a in tokens)
-    factors = plan.freeze({"b0": batch, "t": sequence, "e": expert_axes, "f": hidden})
+    factors = freeze({"b0": batch, "t": sequence, "e": expert_axes, "f": hidden})
     config = dataclasses.replace(CONFIG, capacity_factor=None) if case in SORTED.values() else CONFIG
-    made = plan.experts(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4)
+    made = plan.make(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4)
     assert made.sorted == (case in SORTED.values()) and made.ring.size == 1
     return dataclasses.replace(made, ring=Ring.make(exchange, size)) if case in IN_PIECES.values() else made
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ringmoe import plan, rules
+from ringmoe import rules
 from ringmoe.masks import Band
+from ringmoe.plan import attention as attention_plan
+from ringmoe.plan import cost
+from ringmoe.plan import experts as expert_plan
+from ringmoe.plan.base import Ring, freeze
 
 MESH = (("a", 2), ("b", 4), ("c", 2))
 B, T, S, N, K, H = 2, 32, 32, 4, 2, 8
@@ -24,7 +28,7 @@ def attention(factors, band=FULL, exchange="auto", mesh=MESH, t=T, s=S, bias=Non
     results = ("query", "key", "value") if backward else ("output", "lse")
     rule = rules.make("attention", tuple(operands), results)
     index = None if bias is None else 3
-    return plan.attention(rule, plan.freeze(factors), mesh, band, exchange, itemsize, index, 4 if backward else 0)
+    return attention_plan.make(rule, freeze(factors), mesh, band, exchange, itemsize, index, 4 if backward else 0)
 
 
 BLOCK = 2 * B * S // 4 * K * H  # elements of K and V on one of four devices
@@ -66,7 +70,7 @@ def test_lengths_that_the_devices_do_not_divide_are_padded(t, s, queries, keys):
 def test_a_ring_follows_the_blocks_whatever_the_axes_order(axes, num):
     """Place i of the circle is the device that holds block i: counted by hand from the device's coordinates."""
     axes, mesh = tuple(axes[:num]), {"a": 2, "b": 3, "c": 2}
-    ring = plan.Ring.make(axes, mesh)
+    ring = Ring.make(axes, mesh)
     assert ring.mesh_order == tuple(sorted(axes)) and ring.axes == axes
     for place, coordinates in enumerate(np.ndindex(*(mesh[a] for a in axes))):
         at, number = dict(zip(axes, coordinates)), 0
@@ -133,7 +137,7 @@ def experts(factors, mesh=MESH, e=8, t=32, i=16, d=4, f=8, capacity=5, itemsize=
     operands = (("tokens", (B, t, d)), ("expert", (B, t, 2)), ("slot", (B, t, 2)), ("weight", (B, t, 2)),
                 ("w_in", (e, d, f)), ("w_out", (e, f, d)))  # fmt: skip
     rule = rules.make("experts", operands, ("tokens",))
-    return plan.experts(rule, plan.freeze(factors), mesh, capacity, i, itemsize)
+    return expert_plan.make(rule, freeze(factors), mesh, capacity, i, itemsize)
 
 
 @pytest.mark.parametrize(("factors", "exchange", "exchange_axes", "sum_axes", "weight_sum_axes"), [
@@ -190,7 +194,7 @@ def test_bytes_of_an_expert_exchange():
 ])  # fmt: skip
 def test_a_plan_checks_itself(broken):
     with pytest.raises(AssertionError):
-        plan.ExpertPlan(num_experts=8, **broken)
+        expert_plan.ExpertPlan(num_experts=8, **broken)
 
 
 @st.composite
@@ -215,7 +219,7 @@ def test_no_device_has_more_rows_for_an_expert_than_it_has_room(drawn):
         for j in range(over_t):
             mine = number[i * sequences : (i + 1) * sequences, j * local : (j + 1) * local]
             worst = max(worst, sum(min(capacity, n) for n in np.bincount(mine.reshape(-1)) if n))
-    room = plan._most_rows(given, sequences * local, local, capacity, group)
+    room = expert_plan._most_rows(given, sequences * local, local, capacity, group)
     assert worst <= room <= sequences * local
     if local % group == 0 and t % local == 0 and batch % over_b == 0:
         assert room == worst

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from ringmoe import meshes
 from ringmoe.lowering.walk import map_ops, ops
-from ringmoe.plan import freeze
+from ringmoe.plan.base import freeze
 from ringmoe.primitives import probe
 from ringmoe.primitives.doors import Placement, factors_in_types, mesh_of
 from ringmoe.primitives.op import OPS
@@ -75,7 +75,7 @@ def _placement(eqn, number: int, mesh: AbstractMesh, found, parts: bool) -> Plac
     digits += [found.get((number, -1 - i), nowhere(aval)) for i, aval in enumerate(outs)]
     own, rule = mesh_of(avals), op.rule(avals, eqn.params)
     mesh = own if own.manual_axes else mesh  # inside the user's shard_map the mesh is theirs, whole axes alone
-    fine, told = meshes.refine(mesh.shape, rule.cut(digits))
+    fine, told = meshes.refine(mesh.shape, rule.cut(digits), mesh.abstract_device)
     specs = [nowhere(aval) if spec is None else spec for aval, spec in zip((*avals, *outs), told)]
     if own.manual_axes or not parts:
         free = set(mesh.axis_names) - set(mesh.manual_axes)

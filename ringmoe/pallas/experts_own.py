@@ -1,6 +1,7 @@
 """The caller's own experts as a kernel (see `experts_xla.py`): a function of one device's rows, which JAX differentiates."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +36,7 @@ class OwnExperts:
         dy,
         counts: None = None,
     ) -> tuple[Grads, tuple]:
-        """The gradients of y = weight * fn(rows), with fn run again; `kept` are the weights' own, None where they are no floats.
-
-        So rows may not come in pieces: plans for own experts send them at once.
-        """
+        """The gradients of y = weight * fn(rows), with fn run again; `kept` are the weights' own, None where they are no floats."""
         assert counts is None, "fn knows rows [e, R, D] alone"
         floats = [jnp.issubdtype(w.dtype, jnp.inexact) for w in weights]
 
@@ -53,7 +51,7 @@ class OwnExperts:
         dweights = tuple(next(found).astype(out.dtype) if float_ else None for float_ in floats)
         return Grads(drows.astype(out.dtype), dweight.astype(out.dtype)), dweights
 
-    def backward_weights(self, kept: tuple, weights: Sequence[jax.Array], counts: None = None) -> tuple:
-        """As `backward_rows` found them."""
+    def backward_weights(self, pieces: list[tuple], weights: Sequence[jax.Array], counts: None = None) -> tuple:
+        """As `backward_rows` found them, added up."""
         del weights, counts
-        return kept
+        return tuple(None if parts[0] is None else functools.reduce(jnp.add, parts) for parts in zip(*pieces))

@@ -3,14 +3,13 @@
     check(rows, weights, activation)                          raises NotImplementedError with what it lacks
     forward(rows, weights, activation, counts) -> out
     backward_rows(rows, weight, weights, activation, dy, counts) -> (Grads, kept)
-    backward_weights(kept, weights, counts) -> the weights' gradients
+    backward_weights([kept, ...], weights, counts) -> the weights' gradients
 
 on one device's arrays: rows, dy [e, R, D]; weight [e, R]; weights: `ffn.Weights`, None where absent; activation: a name in
 `ffn.ACTIVATIONS`. With `counts` [e] the rows are sorted by expert instead of apart: rows, dy [n, D], weight [n], the first
 counts[0] of them expert 0's; those past the last expert's give anything. `out` is the sum over this device's share of F, in
-float32 (float64 for float64 inputs). The backward pass is in two, since rows go home after the first: what it `kept` of rows
-that came in pieces is put together, arrays [e, R, ...], and multiplied at once. All gradients are those of sum(weight * out * dy),
-in float32 (float64).
+float32 (float64 for float64 inputs). The backward pass is in two, since rows can go home after the first; the second takes what
+that `kept` of every piece in which they came. All gradients are those of sum(weight * out * dy), in float32 (float64).
 
     hidden = act(rows w_gate + b_gate) * (rows w_in + b_in), with a gate;  act(rows w_in + b_in) without
     out = hidden w_out + b_out
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ringmoe.ffn import ACTIVATIONS, Weights
 from ringmoe.pallas import grouped
@@ -77,14 +77,17 @@ def backward_rows(
     dweight = jnp.sum(g * hidden, axis=-1)
     if weights.b_out is not None:
         dweight += _back(dy, weights.b_out[:, None], counts)[..., 0]
-    douts = [d.astype(rows.dtype) for d in pullback(factor * g)]
+    sides = [side.astype(rows.dtype) for side in (factor * hidden, *pullback(factor * g))]
+    # Written once: XLA would make them anew, of float32, for every tile of the matmuls that take them.
+    hidden, *douts = lax.optimization_barrier(sides)
     drows = [_back(d, w, counts) for d, w in zip(douts, (weights.w_in, weights.w_gate))]
-    kept = Kept(rows, weight, dy, (factor * hidden).astype(rows.dtype), *douts, *[None] * (2 - len(douts)))
+    kept = Kept(rows, weight, dy, hidden, *douts, *[None] * (2 - len(douts)))
     return Grads(sum(drows[1:], drows[0]), dweight), kept
 
 
-def backward_weights(kept: Kept, weights: Weights, counts: jax.Array | None = None) -> Weights:
-    """The weights' gradients: a matmul each. Those of biases are sums of the same rows, in float32."""
+def backward_weights(pieces: list[Kept], weights: Weights, counts: jax.Array | None = None) -> Weights:
+    """The weights' gradients: a matmul each, of all pieces together. Those of biases are sums of the same rows, in float32."""
+    kept = jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1), *pieces)
     found = {"w_out": lambda: _outer(kept.hidden, kept.dy, counts), "b_out": lambda: _sum(kept.dy, counts, kept.weight)}
     for side, d in (("in", kept.din), ("gate", kept.dgate)):
         found[f"w_{side}"] = lambda d=d: _outer(kept.rows, d, counts)

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from ringmoe import pallas, plan
+from ringmoe import pallas
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
+from ringmoe.plan import attention as plan
+from ringmoe.plan.attention import AttentionPlan
+from ringmoe.plan.base import freeze
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import attention as schedule
 
@@ -82,14 +85,14 @@ def _tangent_transpose(cotangents, *arrays, **params):
     return [found[name] if name in asked else None for name in named]
 
 
-def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
+def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
     operands = params["operands"]
     bias = operands.index("bias") if "bias" in operands else None
     owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
-    found = plan.attention(
+    found = plan.make(
         rule,
-        plan.freeze(factors),
-        tuple(mesh_shape.items()),
+        freeze(factors),
+        tuple(mesh.shape.items()),
         params["spec"].band,
         params["exchange"],
         avals[1].dtype.itemsize,
@@ -101,7 +104,7 @@ def _plan(rule, factors, mesh_shape, avals, params) -> plan.AttentionPlan:
     return dataclasses.replace(found, bias_sum_axes=summed)
 
 
-def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras: Extras):
+def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extras):
     """The kernel for one device's arrays, and the spec it runs with."""
     spec = dataclasses.replace(
         params["spec"],
@@ -119,7 +122,7 @@ def _kernel(plan: plan.AttentionPlan, platform: str, params, query, key, extras:
     ), spec
 
 
-def _forward_body(plan: plan.AttentionPlan, platform: str, params):
+def _forward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, *rest):
         extras = Extras(**dict(zip(params["operands"][3:], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
@@ -128,7 +131,7 @@ def _forward_body(plan: plan.AttentionPlan, platform: str, params):
     return run
 
 
-def _backward_body(plan: plan.AttentionPlan, platform: str, params):
+def _backward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, lse, tail, do, delta, *rest):
         extras = Extras(**dict(zip(params["operands"][len(INPUTS) + len(SAVED) :], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
@@ -138,7 +141,7 @@ def _backward_body(plan: plan.AttentionPlan, platform: str, params):
     return run
 
 
-def _tangent_body(plan: plan.AttentionPlan, platform: str, params):
+def _tangent_body(plan: AttentionPlan, platform: str, params):
     """The forward body pushed forward by JAX: plain operations, one walk round the same ring."""
     names = tuple(n for n in params["operands"] if not n.endswith("_tangent") and n not in RESULTS)
     forward = _forward_body(plan, platform, params | {"operands": names, "implementation": "xla"})

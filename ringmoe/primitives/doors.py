@@ -25,9 +25,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from ringmoe import compat, meshes, rules
 from ringmoe.errors import check, warn_once
 from ringmoe.meshes import Axes
-from ringmoe.plan import Factors
+from ringmoe.plan.base import Factors
 from ringmoe.primitives import probe
 
+NO_MESH = AbstractMesh((), ())
 BETTER_DOORS = (
     "compile with ringmoe.jit as the outermost transformation, as in ringmoe.jit(jax.grad(f)), or make the mesh axes "
     "Explicit (jax.make_mesh's default)"
@@ -93,7 +94,7 @@ def find(op, avals, params) -> Found | None:
         free, known, door = frozenset() if known is None else free, factors, "manual"
     if known is None:
         return None
-    return Found(op.plan(rule, known, dict(mesh.shape), avals, params), mesh, free, door)
+    return Found(op.plan(rule, known, mesh, avals, params), mesh, free, door)
 
 
 def lower(op, platform: str, ctx, *operands, **params):
@@ -111,7 +112,7 @@ def lower(op, platform: str, ctx, *operands, **params):
             _in_mesh, found.mesh, _sharded(op, rule, found, platform, params, ctx.avals_out, checked=False)
         )
     elif (getattr(ctx.module_context.axis_context, "num_devices", None) or 1) == 1:
-        run = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+        run = body(op, op.plan(rule, {}, NO_MESH, avals, params), platform, params)
     elif platform == "tpu":
         run = _whole(op, rule, avals, platform, params)
     else:
@@ -137,7 +138,7 @@ def plain(op, avals, params, avals_out) -> Callable:
     rule, found = op.rule(avals, params), find(op, avals, params)
     if found is not None:
         return _sharded(op, rule, found, "cpu", params, avals_out, checked=True)
-    return body(op, op.plan(rule, {}, {}, avals, params), "cpu", params)
+    return body(op, op.plan(rule, {}, NO_MESH, avals, params), "cpu", params)
 
 
 def body(op, plan, platform: str, params) -> Callable:
@@ -202,13 +203,14 @@ class _Partition:
 
     def __call__(self, _, operands, results):
         arrays = [*operands, *results]
-        named, size = mesh_of(self.avals).shape, arrays[0].sharding.num_devices
-        named = named if math.prod(named.values()) == size else {"devices": size}
-        fine, told = meshes.refine(named, self.rule.cut([compat.digits_of(x.sharding, len(x.shape)) for x in arrays]))
+        mesh, size = mesh_of(self.avals), arrays[0].sharding.num_devices
+        named = mesh.shape if mesh.size == size else {"devices": size}
+        digits = [compat.digits_of(x.sharding, len(x.shape)) for x in arrays]
+        fine, told = meshes.refine(named, self.rule.cut(digits), mesh.abstract_device)
         specs = [((),) * len(x.shape) if spec is None else spec for x, spec in zip(arrays, told)]
         found = self.rule.factor_axes(specs, fine.shape)
         kept = {f: axes for f, axes in found.items() if not self.rule.splits_a_compound_unevenly(f, axes, fine.shape)}
-        plan = self.op.plan(self.rule, kept, dict(fine.shape), self.avals, self.params)
+        plan = self.op.plan(self.rule, kept, fine, self.avals, self.params)
         factors, run = dict(plan.factors), body(self.op, plan, self.platform, self.params)
         place = lambda arrays: tuple(NamedSharding(fine, rules.spec_of(dims, factors)) for dims in arrays)
 
@@ -234,7 +236,7 @@ class _Partition:
 
 def _partitioned(op, rule, avals, platform: str, params) -> Callable:
     """The op as a custom_partitioning call: XLA tells the shardings while it partitions."""
-    whole = body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+    whole = body(op, op.plan(rule, {}, NO_MESH, avals, params), platform, params)
     call = custom_partitioning(lambda *arrays: tuple(whole(*arrays)))
     partition = _Partition(op, rule, avals, platform, params)
     call.def_partition(partition=partition, decode_shardings=False, sharding_rule=str(rule), **rule.compound_sizes)
@@ -251,7 +253,7 @@ def _not_serializable(op) -> str:
 def _whole(op, rule, avals, platform: str, params) -> Callable:
     """The op as one device would run it, in operations that XLA can partition."""
     params = params | {"implementation": _left_to_xla(op, platform)}
-    return body(op, op.plan(rule, {}, {}, avals, params), platform, params)
+    return body(op, op.plan(rule, {}, NO_MESH, avals, params), platform, params)
 
 
 def _for_xla_inside(op, plan, platform: str) -> dict:

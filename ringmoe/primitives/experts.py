@@ -10,10 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, mlir
 from jax.sharding import AxisType
 
-from ringmoe import pallas, plan, rules
+from ringmoe import meshes, pallas, rules
 from ringmoe.ffn import Weights
 from ringmoe.interface import MOE_OUTPUT
 from ringmoe.pallas.experts_own import OwnExperts
+from ringmoe.plan import experts as plan
+from ringmoe.plan.base import freeze
+from ringmoe.plan.experts import ExpertPlan
 from ringmoe.primitives.op import Op
 from ringmoe.primitives.rows import lower_on_tpu
 from ringmoe.schedule import experts as schedule
@@ -34,6 +37,7 @@ class Call:
     axis_name: tuple[str, ...] = ()
     activation: str | None = None  # in ffn.ACTIVATIONS; None: a half of the layer, which has no experts, or `own` ones
     own: OwnExperts | None = None
+    exchange: str = "auto"  # in plan.experts.EXCHANGES
 
 
 def experts(call: Call, x, expert, slot, weight, weights: Weights | Sequence[jax.Array]):
@@ -137,11 +141,10 @@ def _placed_like(grad, aval):
     return jax.sharding.reshard(grad, aval.sharding)
 
 
-def _plan(rule, factors, mesh_shape, avals, params) -> plan.ExpertPlan:
-    exchanges = 3 if "tokens_cotangent" in params["operands"] else 2
-    mesh_items, itemsize, call = tuple(mesh_shape.items()), avals[0].dtype.itemsize, params["spec"]
-    how = (call.capacity, call.group_size, itemsize, exchanges, call.own is None)
-    return plan.experts(rule, plan.freeze(factors), mesh_items, *how)
+def _plan(rule, factors, mesh, avals, params) -> ExpertPlan:
+    call, backward = params["spec"], "tokens_cotangent" in params["operands"]
+    how = call.capacity, call.group_size, avals[0].dtype.itemsize, backward, call.own is None, call.exchange
+    return plan.make(rule, freeze(factors), tuple(mesh.shape.items()), *how, meshes.device_kind(mesh))
 
 
 def _kernel(platform: str, params, named):
@@ -165,7 +168,7 @@ def _layer(params, named) -> tuple:
 def _body(run):
     """The body of an op: `run(plan, platform, params, named arrays)`; what the call left out is None."""
 
-    def body(plan: plan.ExpertPlan, platform: str, params):
+    def body(plan: ExpertPlan, platform: str, params):
         absent = dict.fromkeys(("weight", *WEIGHTS))
         return lambda *arrays: run(plan, platform, params, absent | dict(zip(params["operands"], arrays)))
 

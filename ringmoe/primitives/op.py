@@ -29,7 +29,7 @@ class Op:
 
     name: str
     family: str  # in rules.FAMILIES
-    plan: Callable[..., Any]  # (rule, factors, mesh_shape, avals, params) -> plan with .factors
+    plan: Callable[..., Any]  # (rule, factors, mesh, avals, params) -> plan with .factors
     body: Callable[[Any, str, dict], Callable]  # (plan, platform, params) -> function of one device's arrays
     dtype: Callable[[str, Sequence[Any]], Any] = lambda result, avals: avals[0].dtype  # of results no operand names
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.plan import AttentionPlan
+from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule.ring import walk
 from ringmoe.schedule.sums import sum_over
 

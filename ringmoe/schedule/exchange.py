@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.plan import ExpertPlan, Ring
+from ringmoe.plan.base import Ring
+from ringmoe.plan.experts import MOST_ROUNDS, ExpertPlan
 from ringmoe.schedule.gather import staircase, sum_of_rows
 from ringmoe.schedule.ring import send
 
@@ -54,14 +55,14 @@ def visit(plan: ExpertPlan, work: Callable, rows, weights, order: Sorted | None 
         rows: a pytree of [v, r, ...] by visible expert; sorted, with `order`: of [P, r, ...] by destination.
 
     Returns:
-        `(results, kept)`: the results as `rows` lie, what was kept as it lies at the experts.
+        `(results, kept)`: the results as `rows` lie; a list of what was kept, of each piece or of all.
     """
     if plan.ring.size > 1:
         return _in_pieces(plan.ring, work, rows, weights)
     rows = jax.tree.map(lambda a: _to_experts(plan, a, order), rows)
     with jax.named_scope("experts"):
         results, kept = work(rows, weights)
-    return jax.tree.map(lambda a: _to_tokens(plan, a, order), results), kept
+    return jax.tree.map(lambda a: _to_tokens(plan, a, order), results), [kept]
 
 
 def _to_experts(plan: ExpertPlan, rows, order: Sorted | None):
@@ -96,44 +97,45 @@ def _to_tokens(plan: ExpertPlan, rows, order: Sorted | None):
 
 def _in_pieces(ring: Ring, work: Callable, rows, weights):
     """`visit`, piece after piece: rows [v, r, ...] are those of this device's own experts first, then those of the devices after
-    it on the ring. What is kept is put together in dim 1.
+    it on the ring.
 
     The barriers keep order: XLA would start all sends before any work, and make one matmul of those that share weights.
     """
-    n = ring.size
-    pieces = _split(rows, n)
-    both_ways = [tuple(dict.fromkeys((s, n - s))) for s in range(n // 2, 0, -1)]
-    all_kept = []
+    pieces, rounds, all_kept = _split(rows, ring.size), ring.rounds(MOST_ROUNDS), []
 
-    def travel(piece, distance):
+    def travel(way, pieces, homewards=False):
         with jax.named_scope("exchange"):
-            return send(ring, piece, distance)
+            return [send(ring, piece, -s if homewards else s) for s, piece in zip(way, pieces, strict=True)]
 
-    def step(piece, after):
-        piece, now, _ = lax.optimization_barrier((piece, weights, after))
+    def step(came, after):
+        came, now, _ = lax.optimization_barrier((came, weights, after))
         with jax.named_scope("experts"):
-            out, kept = work(piece, now)
+            out, kept = work(_together(came, axis=1), now)
         all_kept.append(kept)
-        return out
+        return _split(out, len(came), axis=1)
 
-    arrived = [travel(pieces[s], s) for s in both_ways[0]]
-    home = {0: step(pieces[0], ())}
+    under_way = [travel(way, [pieces[s] for s in way]) for way in rounds[0]]
+    home = {0: step([pieces[0]], ())[0]}
     after = _corner(home[0])
-    for pair, following in zip(both_ways, (*both_ways[1:], ())):
-        leaving = [pieces[s] for s in following]
-        here, leaving, _ = lax.optimization_barrier((arrived, leaving, after))
-        arrived = [travel(piece, s) for s, piece in zip(following, leaving)]
-        for s, piece in zip(pair, here):
-            out = step(piece, after)
-            after, home[s] = _corner(out), travel(out, -s)
-    together = lambda axis, trees: jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *trees)
-    return together(0, [home[s] for s in range(n)]), together(1, all_kept)
+    for ways, following in zip(rounds, (*rounds[1:], ())):
+        leaving = [[pieces[s] for s in way] for way in following]
+        arrived, leaving, _ = lax.optimization_barrier((under_way, leaving, after))
+        under_way = [travel(way, those) for way, those in zip(following, leaving)]
+        for way, came in zip(ways, arrived):
+            out = step(came, after)
+            after = _corner(out)
+            home |= zip(way, travel(way, out, homewards=True))
+    return _together([home[s] for s in range(ring.size)], axis=0), all_kept
 
 
-def _split(tree, n: int) -> list:
-    """Every array in n pieces along its first dim."""
+def _together(trees: list, axis: int):
+    return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis), *trees)
+
+
+def _split(tree, n: int, axis: int = 0) -> list:
+    """Every array in n pieces along a dim."""
     leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten(piece) for piece in zip(*(jnp.split(leaf, n) for leaf in leaves))]
+    return [treedef.unflatten(piece) for piece in zip(*(jnp.split(leaf, n, axis) for leaf in leaves))]
 
 
 def _corner(tree):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.ffn import Weights
-from ringmoe.plan import ExpertPlan
+from ringmoe.plan.experts import ExpertPlan
 from ringmoe.schedule.exchange import Sorted, sort, visit
 from ringmoe.schedule.rows import (
     Slots,

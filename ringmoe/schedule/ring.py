@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringmoe.plan import Ring
+from ringmoe.plan.base import Ring
 
 
 def send(ring: Ring, tree, distance: int = 1):

@@ -1,0 +1,89 @@
+"""How long work and exchanges take on a machine: the model by which plans choose, in microseconds.
+
+    work        = max(FLOPs / the matmul rate, bytes / the memory's rate)
+    all-to-all  = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
+    permutes    = DETOUR times that, all distances together
+
+for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
+cross the cut through its middle. A permute is as slow as its fullest link. What it is for is the order of what it compares,
+not the time of day: a mesh axis may lie along one dim of the torus, which nothing here can know. Figures of the chips are
+those of `inspector.chips`, and the formulas those of `inspector.wire`, which knows where the devices are.
+"""
+
+import dataclasses
+import functools
+import math
+
+from ringmoe.inspector.chips import CHIPS
+
+DEFAULT = "TPU v5p"  # where a mesh doesn't tell its devices
+DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
+DETOUR = 1.5  # by the inspector 1.3 on 2x4, 2.3 on 2x2x2, a third of it two ways at once
+LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of one more piece: a matmul that starts and ends, two transfers
+ASYNCHRONOUS = {"v5e": 16}  # devices up to which permutes are: from 32 chips on XLA waits for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One device: FLOPs, bytes of memory and bytes of all links, one way, in a microsecond; all by itself if `dims` is 0."""
+
+    kind: str
+    flops: float
+    memory: float
+    link: float
+    dims: int
+    per_chip: int
+    launch: float
+    asynchronous: int
+
+    def work(self, flops: float, moved: float) -> float:
+        return max(flops / self.flops, moved / self.memory)
+
+    def all_to_all(self, devices: int, sent: float) -> float:
+        """Of `sent` bytes that each device has, an equal share for every one."""
+        if not self.dims:
+            return sent * (devices - 1) / devices / self.link
+        longest = _longest(-(-devices // self.per_chip), self.dims)
+        closed = longest % 4 == 0 if self.dims == 3 else longest == 16
+        return sent * self.per_chip * longest / (8 if closed else 4) / self.link
+
+    def permutes(self, devices: int, sent: float) -> float:
+        """The same bytes by permutes, of every distance one."""
+        return (DETOUR if self.dims else 1.0) * self.all_to_all(devices, sent)
+
+
+@functools.cache
+def machine(device_kind: str, itemsize: int) -> Machine:
+    """What JAX calls `device_kind`, for matmuls of numbers of `itemsize` bytes; unknown ones are taken for DEFAULT."""
+    kind = device_kind or DEFAULT
+    found = [(len(k), name) for name, chip in CHIPS.items() for k in chip.device_kinds if kind.startswith(k)]
+    if not found:
+        return machine(DEFAULT, itemsize)
+    name = max(found)[1]
+    chip, per_us = CHIPS[name], 1e-6
+    torus = chip.kind == "tpu"
+    return Machine(
+        name,
+        chip.matmul_flops.get(DTYPES[itemsize], chip.matmul_flops["f32"]) / chip.devices_per_chip * per_us,
+        chip.hbm_bandwidth / chip.devices_per_chip * per_us,
+        chip.link_bandwidth * (1 if torus else chip.num_links) * per_us,
+        chip.num_links // 2 if torus else 0,
+        chip.devices_per_chip,
+        LAUNCH[chip.kind],
+        ASYNCHRONOUS.get(name, 2**30),
+    )
+
+
+def _longest(chips: int, dims: int) -> int:
+    """The longest dim of the most compact torus of so many chips: its dims are products of their prime factors."""
+    shape, left = [1] * dims, chips
+    for factor in sorted(_primes(left), reverse=True):
+        shape[shape.index(min(shape))] *= factor
+    return max(shape)
+
+
+def _primes(n: int) -> list[int]:
+    for p in range(2, math.isqrt(n) + 1):
+        if n % p == 0:
+            return [p, *_primes(n // p)]
+    return [n] if n > 1 else []
