@@ -22,6 +22,9 @@ MOST_PIECES = 16  # each is a copy of the experts' matmuls in the program
 SORTING = (
     1.5  # room over rows asked, were routing even, from which on rows are sorted: what is empty costs more than sorting
 )
+WINDOW = (
+    1.25  # rows a device works on at once over what comes to it, were routing even: more is memory, less another turn
+)
 
 Factors = tuple[tuple[str, Axes], ...]  # a dict of factor -> axes, sorted, hashable
 
@@ -167,14 +170,15 @@ class ExpertPlan:
 
     Attributes:
         num_experts: E, or what it is padded to.
-        rows: r, room for what a device may have for one expert or, sorted, for one device: no more can be asked for.
+        rows: r, room for what a device may have for one expert or, sorted, in all: no more can be asked for.
         sorted: rows lie tightly by expert, and only those are multiplied; else every expert has its own room.
+        window, most: of sorted rows that travel, how many a device takes at once, and how many may come to it.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
         exchange_axes: those of them that also shard tokens, in the order of expert_axes.
         token_axes: all axes that shard tokens (batch or sequence).
         hidden_axes: axes that shard F; neither token nor expert axes.
         reason: why this plan, in words, for `explain`.
-        wire_bytes: sent per device, forward.
+        wire_bytes: sent per device; of sorted rows, as many as there are when routing is even.
         ring: the devices that exchange, where rows travel in pieces during the work on others; one device: all at once.
         factors: the axes that split each factor, for the shard_map's specs.
     """
@@ -182,6 +186,8 @@ class ExpertPlan:
     num_experts: int
     rows: int = 0
     sorted: bool = False
+    window: int = 0
+    most: int = 0
     expert_axes: tuple[tuple[str, int], ...] = ()
     exchange_axes: tuple[str, ...] = ()
     token_axes: tuple[str, ...] = ()
@@ -212,6 +218,11 @@ class ExpertPlan:
     def num_exchange(self) -> int:
         """Devices among which one device's rows are exchanged."""
         return math.prod(size for axis, size in self.expert_axes if axis in self.exchange_axes)
+
+    @property
+    def at_once(self) -> "ExpertPlan":
+        """The plan with one window for all that may come: no loop, whose turns depend on the routing."""
+        return dataclasses.replace(self, window=self.most)
 
     @property
     def exchange(self) -> str:
@@ -264,7 +275,12 @@ def experts(
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
     in_order = may_sort and sizes["e"] * room > SORTING * tokens * sizes["c"]
-    rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
+    asked = -(
+        -tokens * sizes["c"] // splits(own)
+    )  # rows that a device sends, and that come to it, when routing is even
+    rows, window, most = (
+        _sorted_rows(tokens, sizes["c"], here, room, splits(exchange), asked) if in_order else (room, 0, 0)
+    )
     hides = (
         exchanges == 2 and not in_order and _hides(splits(exchange), sizes.get("f", 0) // splits(split["f"]), itemsize)
     )
@@ -275,13 +291,16 @@ def experts(
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
     why = why or ["experts are whole on every device: nothing moves"]
     why += [f"rows are sorted by expert: one may take {room} of {tokens} tokens"] * in_order
-    sent = splits(exchange) * rows * (1 if in_order else here) * sizes.get("d", 1) * itemsize
+    why += [f"only rows travel, {window} at a time: bytes are of even routing"] * (in_order and bool(exchange))
+    sent = (asked if in_order else splits(exchange) * rows * here) * sizes.get("d", 1) * itemsize
     summed = tokens * sizes.get("d", 1) * max(itemsize, 4)
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
         rows=rows,
         sorted=in_order,
+        window=window,
+        most=most,
         expert_axes=tuple((a, length[a]) for a in expert_axes),
         exchange_axes=exchange,
         token_axes=token_axes,
@@ -291,6 +310,16 @@ def experts(
         ring=ring,
         factors=freeze(split),
     )
+
+
+def _sorted_rows(tokens: int, choices: int, here: int, room: int, devices: int, asked: int) -> tuple[int, int, int]:
+    """(rows, window, most) of the plan for a device with `here` experts that takes up to `room` of the `tokens` for each."""
+    of = lambda experts: min(tokens * min(choices, experts), experts * room)
+    if devices == 1:
+        return of(here), 0, 0
+    wanted, most = math.ceil(WINDOW * asked), devices * of(here)
+    step = 256 if wanted > 256 else 8  # rows of a matmul's tile, or of a register
+    return of(here * devices), min(most, -(-wanted // step) * step), most
 
 
 def _of_tokens(factor: str) -> bool:

@@ -7,71 +7,33 @@ and a neighbour's way home is all that nothing hides.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.plan import ExpertPlan, Ring
-from ringmoe.schedule.gather import staircase, sum_of_rows
 from ringmoe.schedule.ring import send
 
 
-class Sorted(NamedTuple):
-    """How sorted rows lie where their experts are: rows that came, P parts of r by source, are brought together by expert."""
-
-    counts: jax.Array  # [e] int32: how many rows each of this device's experts has
-    came: jax.Array  # [P * r] int32: which of those that came lies there; past the end: none. Empty if nothing travels
-    went: jax.Array  # [P * r] int32: the inverse
-
-
-def sort(plan: ExpertPlan, counts) -> Sorted:
-    """Of `counts` [v], the rows that this device has for each visible expert. The counts travel, as a few numbers."""
+def to_experts(plan: ExpertPlan, rows):
+    """Rows of this device's tokens, [v, r, ...] by visible expert -> rows of this device's experts, [e, R, ...] by own expert
+    and source after source, from all P devices."""
     if not plan.exchange_axes:
-        return Sorted(counts, *[jnp.zeros(0, jnp.int32)] * 2)
-    with jax.named_scope("exchange"):
-        counts = lax.all_to_all(counts.reshape(plan.num_exchange, -1), plan.exchange_axes, 0, 0)  # [source, expert]
-    length = counts.shape[0] * plan.rows
-    by_source = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts
-    by_source += plan.rows * lax.broadcasted_iota(jnp.int32, counts.shape, 0)
-    by_expert = (jnp.cumsum(counts.T, dtype=jnp.int32) - counts.T.reshape(-1)).reshape(counts.T.shape)
-    at = lax.broadcasted_iota(jnp.int32, (length,), 0)
-    from_source = at + staircase(by_expert.reshape(-1), (by_source.T - by_expert).reshape(-1), at)
-    to_expert = at + staircase(by_source.reshape(-1), (by_expert.T - by_source).reshape(-1), at)
-    filled = lax.broadcasted_iota(jnp.int32, (counts.shape[0], plan.rows), 1) < jnp.sum(counts, 1, keepdims=True)
-    came = jnp.where(at < jnp.sum(counts), from_source, length)
-    went = jnp.where(filled.reshape(-1), to_expert, length)
-    return Sorted(jnp.sum(counts, 0, dtype=jnp.int32), came, went)
-
-
-def to_experts(plan: ExpertPlan, rows, order: Sorted | None = None):
-    """Rows of this device's tokens -> rows of this device's experts, from all P devices.
-
-    Fixed: [v, r, ...] by visible expert -> [e, R, ...] by own expert, source after source.
-    Sorted, with `order`: [P, r, ...] by destination -> [P * r, ...] by own expert, without gaps.
-    """
-    if not plan.exchange_axes:
-        return rows if order is None else rows[0]
+        return rows
     with jax.named_scope("exchange"):
         rows = rows.reshape(plan.num_exchange, -1, *rows.shape[1:])
         rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
-        if order is None:
-            return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
-        return sum_of_rows(rows.reshape(-1, *rows.shape[3:]), order.came[:, None], order.went[:, None])
+        return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
 
 
-def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
+def to_tokens(plan: ExpertPlan, rows, dtype):
     """The inverse of `to_experts`; rows travel in `dtype`, and stay in float32 where they don't travel."""
     if not plan.exchange_axes:
-        return rows if order is None else rows[None]
+        return rows
     with jax.named_scope("exchange"):
         rows = rows.astype(dtype)
-        if order is None:
-            rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
-        else:
-            rows = sum_of_rows(rows, order.went[:, None], order.came[:, None])
-            rows = rows.reshape(plan.num_exchange, 1, -1, *rows.shape[1:])
+        rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
         rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
         return rows.reshape(-1, *rows.shape[2:])
 

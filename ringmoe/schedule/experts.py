@@ -5,8 +5,8 @@ inspector finds them: dispatch (tokens to rows), exchange (rows to the devices t
 (the kernel), combine (rows to tokens). Devices that share tokens but not experts, or that hold parts of the hidden dim,
 add up their outputs at the end.
 Rows lie in one of two layouts. Fixed: every visible expert has room for the r rows that this device may have for it; the
-matmuls are batched, and go over what is empty, too. Sorted: rows for the same device lie tightly one after another, by expert,
-with room for the r that may go there; only what is filled is multiplied.
+matmuls are batched, and go over what is empty, too. Sorted: all r rows lie tightly one after another, by expert; only what is
+filled travels and is multiplied, a window at a time (`schedule/windows.py`).
 Symbols: t tokens and e experts of this device, v experts visible to its tokens (e times the devices it exchanges with),
 P devices in the exchange, R = P * r rows per expert after it.
 """
@@ -17,7 +17,8 @@ from jax import lax
 
 from ringmoe.ffn import Weights
 from ringmoe.plan import ExpertPlan
-from ringmoe.schedule.exchange import Sorted, sort, to_experts, to_tokens, visit_in_pieces
+from ringmoe.schedule import windows
+from ringmoe.schedule.exchange import to_experts, to_tokens, visit_in_pieces
 from ringmoe.schedule.rows import (
     Slots,
     combine_local,
@@ -40,23 +41,21 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
         weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`. Or what the caller's
             own kernel takes, arrays [e, ...] and None; such experts have no hidden axes.
 
-    Cost per device: v * r * D (sorted: P * r * D) elements of x's dtype to send out, a share (P - 1) / P of it over the wire,
-    and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
-    exchange (in pieces: once).
+    Cost per device: v * r * D elements of x's dtype (sorted: those of the rows there are) to send out, a share (P - 1) / P of
+    it over the wire, and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and
+    after the exchange (in pieces: once; sorted: r before and a window after).
     """
     in_pieces = plan.ring.size > 1
     weights = _added_once(plan, weights)
     with jax.named_scope("dispatch"):
-        slots, order = _rows(plan, expert, slot, in_pieces)
+        slots, counts = _rows(plan, expert, slot, in_pieces)
         rows = dispatch_local(x, slots)
     if in_pieces:
         work = lambda piece, weights: kernel.forward(piece, weights, activation).astype(x.dtype)
         out = visit_in_pieces(plan.ring, work, rows, weights)
     else:
-        rows = to_experts(plan, rows, order)
-        with jax.named_scope("experts"):
-            out = kernel.forward(rows, weights, activation, order and order.counts)
-        out = to_tokens(plan, out, x.dtype, order)
+        work = lambda rows, counts: ((kernel.forward(*rows, weights, activation, counts),), ())
+        (out,), _ = _visit(plan, counts, work, (rows,), (x.dtype,))
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -72,22 +71,24 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
     sum_axes, and of the weight gradients in float32 over weight_sum_axes.
     """
     with jax.named_scope("dispatch"):
-        slots, order = _rows(plan, expert, slot)
+        slots, counts = _rows(plan, expert, slot)
         rows = dispatch_local(x, slots)
         dy_rows = dispatch_local(dy.astype(x.dtype), slots)
         row_weight = dispatch_scalars(weight, slots)
-    rows, dy_rows, row_weight = (to_experts(plan, a, order) for a in (rows, dy_rows, row_weight))
-    with jax.named_scope("experts"):
-        grads = kernel.backward(
-            rows, row_weight, _added_once(plan, weights), activation, dy_rows, order and order.counts
-        )
-    drows = to_tokens(plan, grads.drows, x.dtype, order)
-    drow_weight = to_tokens(plan, grads.dweight, grads.dweight.dtype, order)
+    added_once = _added_once(plan, weights)
+
+    def work(arrays, counts):
+        rows, dy_rows, row_weight = arrays
+        grads = kernel.backward(rows, row_weight, added_once, activation, dy_rows, counts)
+        return (grads.drows, grads.dweight), grads.weights
+
+    travelling = (x.dtype, jnp.promote_types(x.dtype, jnp.float32))
+    (drows, drow_weight), dweights = _visit(plan, counts, work, (rows, dy_rows, row_weight), travelling)
     with jax.named_scope("combine"):
         dx = combine_local(drows, slots, None, None if plan.sum_axes else x.dtype)
         dweight = combine_scalars(drow_weight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
-        dweights = sum_over(grads.weights, plan.weight_sum_axes)
+        dweights = sum_over(dweights, plan.weight_sum_axes)
     absent = lambda d: d is None
     dweights = jax.tree.map(lambda d, w: None if d is None else d.astype(w.dtype), dweights, weights, is_leaf=absent)
     return dx.astype(x.dtype), dweight.astype(weight.dtype), dweights
@@ -120,12 +121,30 @@ def _added_once(plan, weights: Weights) -> Weights:
     return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
 
 
-def _rows(plan, expert, slot, in_pieces=False) -> tuple[Slots, Sorted | None]:
-    """Where this device's rows lie, and, if they are sorted, how they do where their experts are."""
+def _visit(plan, counts, work, arrays, dtypes):
+    """(results, sums) of `work(arrays, counts)` of this device's rows, where their experts are; results travel in `dtypes`."""
+    if counts is None:
+        results, sums = _work(work, tuple(to_experts(plan, a) for a in arrays), None)
+        return tuple(to_tokens(plan, a, dtype) for a, dtype in zip(results, dtypes, strict=True)), sums
+    tight = tuple(a[0] for a in arrays)
+    visit = (
+        windows.visit if plan.exchange_axes else lambda plan, counts, work, arrays, dtypes: _work(work, arrays, counts)
+    )
+    results, sums = visit(plan, counts, work, tight, dtypes)
+    return tuple(a[None] for a in results), sums
+
+
+def _work(work, arrays, counts):
+    with jax.named_scope("experts"):
+        return work(arrays, counts)
+
+
+def _rows(plan, expert, slot, in_pieces=False) -> tuple[Slots, jax.Array | None]:
+    """Where this device's rows lie, and, if they are sorted, how many it has for each visible expert."""
     expert, slot, num_visible = _visible(plan, expert, slot, in_pieces)
-    parts = plan.num_exchange if plan.sorted else num_visible
+    parts = 1 if plan.sorted else num_visible
     slots, counts = packed(jnp.where(slot >= 0, expert, num_visible), num_visible, parts, plan.rows)
-    return slots, sort(plan, counts) if plan.sorted else None
+    return slots, counts if plan.sorted else None
 
 
 def _visible(plan, expert, slot, in_pieces=False):
