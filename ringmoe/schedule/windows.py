@@ -1,10 +1,9 @@
 """Sorted rows at the devices of their experts, a window at a time: however many come to one device, its memory is bounded.
 
 What comes to a device are the rows of all that exchange, by expert and then by source. Window w is the next `plan.window` of
-them, room for somewhat more than come where routing is even: so there is one window then, and few elsewhere. A slice of each
-source and expert lands where it belongs, so nothing is sorted on arrival; and as windows follow the experts, all devices send in
-each, and only few experts' weights are read in one.
-All places follow from the counts of every device, which travel first.
+them, room for somewhat more than come where routing is even: so there is one window then, and few elsewhere. Each slice, of a
+source and an expert, lands where it belongs: nothing is sorted on arrival. As windows follow the experts, all devices send in
+each, and one reads few experts' weights. All places follow from the counts of every device, which travel first.
 """
 
 from collections.abc import Callable
