@@ -53,8 +53,9 @@ def moe_ffn(
         FFN_e(x) = act(u) w_out_e + b_out_e without a gate;  expert_fn's, of any shape
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back, all at once or in pieces, each
-    under way during the matmuls of others. Where they don't, each device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that
-    shards tokens, are gathered first; F over another axis stays sharded and outputs are summed.
+    under way during the matmuls of others. Where they don't, each device serves its own experts and the outputs are summed.
+    Weights sharded along D, or along F over an axis that shards tokens, are gathered first; F over another axis stays
+    sharded and outputs are summed.
 
     Letters: T tokens of a sequence, D model dim, F hidden dim, E experts.
 
@@ -80,9 +81,10 @@ def moe_ffn(
       implementation: "xla" or None, the best for the platform.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
         one device's tokens, the weights its experts, router_weight all of them; metrics are then one device's. None: found.
-      exchange: how rows travel, forward and backward: "all_to_all", at once, which XLA:TPU does before and after the matmuls;
-        "pieces", a permute for each distance, hidden by the matmuls of other pieces; or "auto", the faster one by a model of the
-        machine (`plan/cost.py`), whose times `explain` tells. No matter where nothing travels.
+      exchange: how rows travel, forward and backward: "all_to_all", all at once, before and after the matmuls; "pieces", some
+        of each expert's rows at a time, hidden by the matmuls of others; "auto", the faster one by a model of the machine
+        (`plan/cost.py`), whose times `explain` tells. On TPUs an all-to-all is only hidden with the compiler's option
+        xla_tpu_enable_async_all_to_all, which `ringmoe.jit` sets. No matter where nothing travels.
 
     Returns:
       `(y, metrics)`: y like x, and `MoeMetrics`. A token that was dropped by all its experts gives zeros (or what the shared

@@ -180,8 +180,8 @@ def test_bytes_of_an_expert_exchange():
     """Two sequences of 64 tokens in groups of 16 over 4 devices: 8 experts x 2 groups x 5 slots x 4 x 2 bytes, and back."""
     rows = 8 * 2 * 5 * 4 * 2
     assert experts({"t": ("b",), "e": ("b",)}, t=64).wire_bytes == 2 * rows * 3 // 4
-    # Sorted: no more than both choices of every token for one device, or every token for each of its two experts.
-    rows = 4 * (2 * 16 * 2) * 4 * 2
+    # Sorted: both choices of every token.
+    rows = 2 * 16 * 2 * 4 * 2
     assert experts({"t": ("b",), "e": ("b",)}, t=64, capacity=16).wire_bytes == 2 * rows * 3 // 4
     tokens = B * 32 * 4 * 4  # float32
     assert experts({"e": ("b",)}).wire_bytes == 2 * tokens * 3 // 4
@@ -233,13 +233,25 @@ def test_sorted_rows_never_travel_in_pieces():
 
 @pytest.mark.parametrize(("capacity", "e", "factors", "rows"), [
     (5, 8, {}, None), (16, 8, {}, 2 * 32 * 2), (16, 2, {}, None),  # both choices of every token; of two experts it takes both
-    (16, 8, {"t": ("b",), "e": ("b",)}, 2 * 8 * 2), (16, 4, {"t": ("b",), "e": ("b",)}, 2 * 8),  # one expert a device
+    (16, 8, {"t": ("b",), "e": ("b",)}, 2 * 8 * 2), (16, 4, {"t": ("b",), "e": ("b",)}, 2 * 8 * 2),
     (5, 8, {"t": ("b",)}, 2 * 8 * 2),  # the device's eight tokens of a group may be the five that it keeps
 ])  # fmt: skip
 def test_rows_are_sorted_where_there_is_much_more_room_than_is_asked_for(capacity, e, factors, rows):
     got = experts(factors, e=e, capacity=capacity)
     assert got.sorted == ("sorted" in got.reason) == (rows is not None)
     assert rows is None or got.rows == rows
+
+
+@pytest.mark.parametrize(("t", "e", "axes", "window", "most"), [
+    (64, 8, ("b",), 80, 4 * 2 * 16 * 2),  # 64 rows and a quarter; two experts a device may take both choices of all
+    (64, 4, ("b",), 80, 4 * 2 * 16),  # one takes one of them
+    (1024, 8, ("b",), 1280, 4 * 2 * 256 * 2), (1040, 8, ("b",), 1536, 4 * 2 * 260 * 2),  # whole tiles of 256
+    (64, 8, ("b", "c"), 40, 4 * 2 * 16),  # half of the experts are on devices that share the tokens
+    (64, 8, ("c",), 0, 0),  # nothing travels
+])  # fmt: skip
+def test_a_window_has_room_for_a_quarter_more_than_comes_when_routing_is_even(t, e, axes, window, most):
+    got = experts({"t": ("b",), "e": axes}, t=t, e=e, i=t, capacity=t)
+    assert got.sorted and (got.window, got.most) == (window, most) and got.at_once.window == most
 
 
 def test_plans_are_frozen_hashable_and_made_once():

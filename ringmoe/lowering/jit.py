@@ -17,7 +17,9 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from ringmoe import compat
 from ringmoe.errors import check
-from ringmoe.lowering import propagate, rows
+from ringmoe.lowering import propagate, rows, walk
+from ringmoe.plan import cost
+from ringmoe.primitives.op import OPS
 
 # What besides the arguments decides how a function is traced.
 CONTEXT = (
@@ -26,13 +28,17 @@ CONTEXT = (
 )  # fmt: skip
 
 
+HIDING = {"xla_tpu_enable_async_all_to_all": "true"}
+
+
 class Jitted[**P, R]:
     """What `ringmoe.jit` returns: call it, or take it apart with `trace`, `lower(...).compile()`, `explain`."""
 
     def __init__(self, fun: Callable[P, R], options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._options = options
-        self._plain: Any = jax.jit(_refusing_lost_changes(fun), **options)
+        self._fun = _refusing_lost_changes(fun)
+        self._plain: Any = jax.jit(self._fun, **options)
         self._static = _static_arguments(fun, options)
         self._placed: dict[Any, Any] = {}
 
@@ -99,16 +105,19 @@ class Jitted[**P, R]:
     def _place(self, leaves, args, kwargs, parts):
         traced = self._plain.trace(*args, **kwargs)
         mesh = _mesh_of(leaves, self._options)
-        if mesh.size <= 1 or not propagate.needs(traced.jaxpr):
+        if mesh.size <= 1:
             return self._plain
-        run = functools.partial(self._evaluate, tree=jax.tree.structure(traced.out_info))
+        options = self._options | _overlap(mesh, traced.jaxpr, self._options)
+        if not propagate.needs(traced.jaxpr):
+            return self._plain if options == self._options else jax.jit(self._fun, **options)
+        run = functools.partial(self._evaluate, options=options, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
         jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower, parts)
         free = {} if self._options.get("out_shardings") is not None else specs
         return run(jaxpr, {i: NamedSharding(mesh, spec) for i, spec in free.items()})
 
-    def _evaluate(self, jaxpr, shardings=None, *, tree):
-        """A jitted function that evaluates `jaxpr`: jax.jit with the same options hands it the same arguments.
+    def _evaluate(self, jaxpr, shardings=None, *, options, tree):
+        """A jitted function that evaluates `jaxpr`: jax.jit with the caller's options hands it the same arguments.
 
         `shardings`: constraints on some of its results.
         """
@@ -121,7 +130,7 @@ class Jitted[**P, R]:
                 results[i] = jax.lax.with_sharding_constraint(results[i], sharding)
             return jax.tree.unflatten(tree, results)
 
-        return jax.jit(functools.update_wrapper(placed, self), **self._options)  # its name and signature are fun's
+        return jax.jit(functools.update_wrapper(placed, self), **options)  # its name and signature are fun's
 
 
 @overload
@@ -137,12 +146,25 @@ def jit(fun: Callable | None = None, **options) -> Any:
     is a plain nested jit, unless it was given `in_shardings`: the arguments' shardings are hidden there. So it should be
     the outermost transformation: `ringmoe.jit(jax.vmap(f))`, `ringmoe.jit(train_step)`.
 
+    On TPUs that can hide an all-to-all, a program with experts is compiled with `xla_tpu_enable_async_all_to_all`, unless
+    `compiler_options` says otherwise.
+
     Cost: one more lowering and one run of Shardy's propagation for each new set of shapes and shardings.
     Source: Shardy, https://github.com/openxla/shardy.
     """
     if fun is None:
         return functools.partial(jit, **options)
     return Jitted(fun, options)
+
+
+def _overlap(mesh: AbstractMesh, jaxpr, options) -> dict[str, Any]:
+    """The option that lets a TPU's compiler hide an all-to-all, where it can and there may be one; the caller's go first."""
+    device = mesh.abstract_device
+    if device is None or device.platform != "tpu" or not cost.machine(device.device_kind).asynchronous:
+        return {}
+    if not any(OPS[eqn.primitive].family == "experts" for eqn in walk.ops(jaxpr)):
+        return {}
+    return {"compiler_options": HIDING | (options.get("compiler_options") or {})}
 
 
 def _refusing_lost_changes(fun: Callable) -> Callable:

@@ -51,7 +51,7 @@ class OwnExperts:
         dweights = tuple(next(found).astype(out.dtype) if float_ else None for float_ in floats)
         return Grads(drows.astype(out.dtype), dweight.astype(out.dtype)), dweights
 
-    def backward_weights(self, pieces: list[tuple], weights: Sequence[jax.Array], counts: None = None) -> tuple:
+    def backward_weights(self, pieces: Sequence[tuple], weights: Sequence[jax.Array], counts: None = None) -> tuple:
         """As `backward_rows` found them, added up."""
         del weights, counts
         return tuple(None if parts[0] is None else functools.reduce(jnp.add, parts) for parts in zip(*pieces))

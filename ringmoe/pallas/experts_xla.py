@@ -19,7 +19,8 @@ gives what the biases make of it; its weight and its dy are 0, so that no gradie
 Source: SwiGLU and its kin, https://arxiv.org/abs/2002.05202.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def backward_rows(
     return Grads(sum(drows[1:], drows[0]), dweight), kept
 
 
-def backward_weights(pieces: list[Kept], weights: Weights, counts: jax.Array | None = None) -> Weights:
+def backward_weights(pieces: Sequence[Kept], weights: Weights, counts: jax.Array | None = None) -> Weights:
     """The weights' gradients: a matmul each, of all pieces together. Those of biases are sums of the same rows, in float32."""
     kept = jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1), *pieces)
     found = {"w_out": lambda: _outer(kept.hidden, kept.dy, counts), "b_out": lambda: _sum(kept.dy, counts, kept.weight)}

@@ -35,11 +35,3 @@ class Ring:
     @property
     def size(self) -> int:
         return len(self.devices)
-
-    def rounds(self, most: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """All distances but 0 in `most` rounds or fewer, the farthest first: of each the distances one way, and those the other."""
-        half = range(self.size // 2, 0, -1)
-        width = -(-len(half) // most)
-        ways = [(tuple(half[i : i + width]), tuple(self.size - s for s in half[i : i + width] if 2 * s < self.size))
-                for i in range(0, len(half), width)]  # fmt: skip
-        return tuple(tuple(way for way in both if way) for both in ways)

@@ -2,10 +2,9 @@
 
     work        = max(FLOPs / the matmul rate, bytes / the memory's rate)
     all-to-all  = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
-    permutes    = DETOUR times that, all distances together
 
 for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
-cross the cut through its middle. A permute is as slow as its fullest link. What it is for is the order of what it compares,
+cross the cut through its middle. What it is for is the order of what it compares,
 not the time of day: a mesh axis may lie along one dim of the torus, which nothing here can know. Figures of the chips are
 those of `inspector.chips`, and the formulas those of `inspector.wire`, which knows where the devices are.
 """
@@ -18,9 +17,8 @@ from ringmoe.inspector.chips import CHIPS
 
 DEFAULT = "TPU v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
-DETOUR = 1.5  # by the inspector 1.3 on 2x4, 2.3 on 2x2x2, a third of it two ways at once
-LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of one more piece: a matmul that starts and ends, two transfers
-ASYNCHRONOUS = {"v5e": 16}  # devices up to which permutes are: from 32 chips on XLA waits for each
+LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of half a piece: matmuls that start and end, a transfer
+SYNCHRONOUS = ("v5e", "cpu")  # no all-to-all during other work: "Async all-to-all not supported on limited ICI" (libtpu 0.0.50)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Machine:
     dims: int
     per_chip: int
     launch: float
-    asynchronous: int
+    asynchronous: bool  # whether an all-to-all can be under way during other work
 
     def work(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
@@ -47,13 +45,9 @@ class Machine:
         closed = longest % 4 == 0 if self.dims == 3 else longest == 16
         return sent * self.per_chip * longest / (8 if closed else 4) / self.link
 
-    def permutes(self, devices: int, sent: float) -> float:
-        """The same bytes by permutes, of every distance one."""
-        return (DETOUR if self.dims else 1.0) * self.all_to_all(devices, sent)
-
 
 @functools.cache
-def machine(device_kind: str, itemsize: int) -> Machine:
+def machine(device_kind: str, itemsize: int = 2) -> Machine:
     """What JAX calls `device_kind`, for matmuls of numbers of `itemsize` bytes; unknown ones are taken for DEFAULT."""
     kind = device_kind or DEFAULT
     found = [(len(k), name) for name, chip in CHIPS.items() for k in chip.device_kinds if kind.startswith(k)]
@@ -70,7 +64,7 @@ def machine(device_kind: str, itemsize: int) -> Machine:
         chip.num_links // 2 if torus else 0,
         chip.devices_per_chip,
         LAUNCH[chip.kind],
-        ASYNCHRONOUS.get(name, 2**30),
+        name not in SYNCHRONOUS,
     )
 
 

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from ringmoe.errors import check, warn_once
 from ringmoe.meshes import Axes
 from ringmoe.plan import cost
-from ringmoe.plan.base import Factors, Ring, freeze
+from ringmoe.plan.base import Factors, freeze
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "all_to_all", "pieces")
-MOST_ROUNDS = (
-    8  # in which pieces travel; in each, those of either way are worked on together, by one copy of the matmuls
-)
-MOST_PIECES = 128  # that "auto" takes: two transfers each, of one array or more
-SORTING = (
-    1.5  # room over rows asked, were routing even, from which on rows are sorted: what is empty costs more than sorting
+PIECES = (2, 4, 8, 16)  # in how many rows may travel: two copies of the experts' matmuls each
+TILE = 16  # rows of a piece are a multiple of it: of a tile of packed bfloat16, and of two halves
+SORTING = 1.5  # rows are sorted where there is so much more room than even routing asks for: empty rows cost more than sorting
+WINDOW = (
+    1.25  # rows that a device works on at once over what comes to it, were routing even: memory against another turn
 )
 
 
@@ -33,28 +32,31 @@ class ExpertPlan:
 
     Attributes:
         num_experts: E, or what it is padded to.
-        rows: r, room for what a device may have for one expert or, sorted, for one device: no more can be asked for.
+        rows: r, room for what a device may have for one expert or, sorted, in all: no more can be asked for.
+        pieces: in how many parts the rows of each expert travel, each during the work on others; 1: all at once.
         sorted: rows lie tightly by expert, and only those are multiplied; else every expert has its own room.
+        window, most: of sorted rows that travel, how many a device takes at once, and how many may come to it.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
         exchange_axes: those of them that also shard tokens, in the order of expert_axes.
         token_axes: all axes that shard tokens (batch or sequence).
         hidden_axes: axes that shard F; neither token nor expert axes.
         reason: why this plan, in words, for `explain`.
-        wire_bytes: sent per device, forward.
-        ring: the devices that exchange, where rows travel in pieces during the work on others; one device: all at once.
+        wire_bytes: sent per device; of sorted rows, as many as there are when routing is even.
         factors: the axes that split each factor, for the shard_map's specs.
     """
 
     num_experts: int
     rows: int = 0
+    pieces: int = 1
     sorted: bool = False
+    window: int = 0
+    most: int = 0
     expert_axes: tuple[tuple[str, int], ...] = ()
     exchange_axes: tuple[str, ...] = ()
     token_axes: tuple[str, ...] = ()
     hidden_axes: tuple[str, ...] = ()
     reason: str = ""
     wire_bytes: int = 0
-    ring: Ring = Ring()
     factors: Factors = ()
 
     def __post_init__(self):
@@ -80,9 +82,14 @@ class ExpertPlan:
         return math.prod(size for axis, size in self.expert_axes if axis in self.exchange_axes)
 
     @property
+    def at_once(self) -> "ExpertPlan":
+        """The plan with one window for all that may come: no loop, whose turns depend on the routing."""
+        return dataclasses.replace(self, window=self.most)
+
+    @property
     def exchange(self) -> str:
         """What moves: "all_to_all" or "pieces", "sum", both, or "local"."""
-        travel = "pieces" if self.ring.size > 1 else "all_to_all"
+        travel = "pieces" if self.pieces > 1 else "all_to_all"
         kinds = (travel,) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
         return " + ".join(kinds) or "local"
 
@@ -109,9 +116,9 @@ def make(
 
     `rule` is that of an op on "tokens" (or "rows"), `factors` what a door found. Weights sharded over the model dim, or
     over the hidden dim along an axis that shards tokens or experts, are gathered first. All rows travel twice forward
-    (there and back), thrice `backward` (x and dy there, dx back); the weights' gradients are not counted. `may_sort`: whether the
-    kernel takes sorted rows. `exchange`: one of EXCHANGES, as the caller asked. `device_kind`: JAX's name of the machine, for
-    the times by which "auto" chooses.
+    (there and back), thrice `backward` (x and dy there, dx back); the weights' gradients are not counted. `may_sort`: whether
+    the kernel takes sorted rows. `exchange`: one of EXCHANGES, as the caller asked. `device_kind`: JAX's name of the machine,
+    for the times by which "auto" chooses.
     """
     split, length = dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if _of_tokens(f) for a in split[f])
@@ -132,42 +139,56 @@ def make(
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
     in_order = may_sort and sizes["e"] * room > SORTING * tokens * sizes["c"]
-    rows = min(tokens * min(sizes["c"], here), here * room) if in_order else room
-    devices = splits(travelling)
-    sent = devices * rows * (1 if in_order else here) * sizes.get("d", 1) * itemsize
+    devices, width, hidden = splits(travelling), sizes.get("d", 1), sizes.get("f", 0) // splits(split["f"])
+    asked = -(-tokens * sizes["c"] // splits(own))  # rows that a device sends, and that come to it, if routing is even
+    rows, window, most = _sorted_rows(tokens, sizes["c"], here, room, devices, asked) if in_order else (room, 0, 0)
     load = _Load(
         devices=devices,
-        sent=sent,
-        matmul=2.0 * devices * here * rows * sizes.get("d", 1) * sizes.get("f", 0) / splits(split["f"]),
-        matrix=here * sizes.get("d", 1) * sizes.get("f", 0) * itemsize // splits(split["f"]),
-        matrices=sum(("d",) in dims and ("f",) in dims for dims in rule.operands),
+        experts=here,
+        room=room,
+        row=width * itemsize,
+        matmul=2.0 * width * hidden,
+        matrix=width * hidden * itemsize,
+        matrices=0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands),
         backward=backward,
     )
-    in_pieces, how = _in_pieces(
-        load, cost.machine(device_kind, itemsize), exchange, in_order, math.prod(length.values())
-    )
-    why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"] * bool(
-        travelling
-    )
+    pieces, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, in_order)
+    rows = load.rows(pieces) if pieces > 1 else rows
+    both = f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"
+    why = [both] * bool(travelling)
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
     why = why or ["experts are whole on every device: nothing moves"]
     why += [f"rows are sorted by expert: one may take {room} of {tokens} tokens"] * in_order
+    why += [f"only rows travel, {window} at a time: bytes are of even routing"] * (in_order and bool(travelling))
+    sent = (asked if in_order else devices * rows * here) * width * itemsize
     summed = tokens * sizes.get("d", 1) * max(itemsize, 4)
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
         rows=rows,
+        pieces=pieces,
         sorted=in_order,
+        window=window,
+        most=most,
         expert_axes=tuple((a, length[a]) for a in expert_axes),
         exchange_axes=travelling,
         token_axes=token_axes,
         hidden_axes=split["f"],
         reason="; ".join(why),
         wire_bytes=load.exchanges * sent * (devices - 1) // devices + 2 * summed * (parts - 1) // parts,
-        ring=Ring.make(travelling, length) if in_pieces else Ring(),
         factors=freeze(split),
     )
+
+
+def _sorted_rows(tokens: int, choices: int, here: int, room: int, devices: int, asked: int) -> tuple[int, int, int]:
+    """(rows, window, most) of the plan for a device with `here` experts that takes up to `room` of the `tokens` for each."""
+    of = lambda experts: min(tokens * min(choices, experts), experts * room)
+    if devices == 1:
+        return of(here), 0, 0
+    wanted, most = math.ceil(WINDOW * asked), devices * of(here)
+    step = 256 if wanted > 256 else 8  # rows of a matmul's tile, or of a register
+    return of(here * devices), min(most, -(-wanted // step) * step), most
 
 
 def _of_tokens(factor: str) -> bool:
@@ -189,59 +210,76 @@ def _most_rows(given: Mapping[str, int], tokens: int, consecutive: int, capacity
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """What one device of an exchange has to send and to multiply, and what that takes."""
+    """What one device of an exchange has to send and to multiply, and what that takes, in microseconds."""
 
     devices: int
-    sent: int  # bytes of its rows for all devices, its own among them
-    matmul: float  # FLOPs of one matrix times all rows that come
-    matrix: int  # bytes of one matrix of all its experts
-    matrices: int  # 3 with a gate, else 2
+    experts: int  # of this device
+    room: int  # for rows of one device for one expert
+    row: int  # bytes
+    matmul: float  # FLOPs of a row times a matrix
+    matrix: int  # bytes
+    matrices: int  # 3 with a gate, else 2; 0: unknown work, or none
     backward: bool
 
     @property
     def exchanges(self) -> int:
         return 3 if self.backward else 2
 
+    def rows(self, pieces: int) -> int:
+        """The room, padded to so many pieces."""
+        return pieces * TILE * -(-self.room // (pieces * TILE))
+
+    def work(self, machine: cost.Machine, rows: float, matmuls: int) -> float:
+        """Of so many rows of each device for each expert, `matmuls` times."""
+        all_rows = self.devices * self.experts * rows
+        return machine.work(matmuls * all_rows * self.matmul, matmuls * self.experts * self.matrix)
+
+    def wire(self, machine: cost.Machine, rows: float) -> float:
+        return machine.all_to_all(self.devices, int(self.devices * self.experts * rows * self.row))
+
     def matmuls(self) -> tuple[int, int]:
         """How many, before the results can travel home, and after."""
         return (2 * self.matrices - 1, self.matrices) if self.backward else (self.matrices, 0)
 
     def at_once(self, machine: cost.Machine) -> float:
-        """Microseconds: there, all matmuls, and home."""
-        work = (machine.work(n * self.matmul, n * self.matrix) for n in self.matmuls())
-        return self.exchanges * machine.all_to_all(self.devices, self.sent) + sum(work)
+        """There, all matmuls, and home."""
+        return self.exchanges * self.wire(machine, self.room) + sum(
+            self.work(machine, self.room, n) for n in self.matmuls()
+        )
 
-    def in_pieces(self, machine: cost.Machine) -> float:
-        """Microseconds: this device's own piece while the farthest travel, then each round while the next one and the results
-        of the one before do; the last results travel home beneath what matmuls there are after them."""
+    def in_pieces(self, machine: cost.Machine, pieces: int) -> float:
+        """The first piece there; of each, half of the work while the one before travels home, half while the next one travels
+        there; the last one home, beneath what matmuls there are after."""
         first, after = self.matmuls()
-        there, rounds = self.exchanges - 1, min(self.devices // 2, MOST_ROUNDS)
-        work = lambda part: machine.work(first * self.matmul * part, first * self.matrix)
-        own, wire = work(1 / self.devices), machine.permutes(self.devices, self.sent) / rounds
-        steps = min(2 * rounds, self.devices - 1)
-        round_ = (work((self.devices - 1) / self.devices / steps) + machine.launch) * steps / rounds
-        last = max(machine.work(after * self.matmul, after * self.matrix), wire)
-        return max(own, there * wire) + (rounds - 1) * max(round_, self.exchanges * wire) + round_ + last
+        rows = self.rows(pieces) / pieces
+        half = self.work(machine, rows / 2, first) + machine.launch
+        home, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
+        there = (self.exchanges - 1) * home
+        return there + (pieces - 1) * (max(half, home) + max(half, there)) + 2 * half + max(last, home)
 
 
-def _in_pieces(load: _Load, machine: cost.Machine, exchange: str, in_order: bool, mesh_size: int) -> tuple[bool, str]:
-    """Whether rows travel in pieces, and why."""
+def _pieces(load: _Load, machine: cost.Machine, exchange: str, in_order: bool) -> tuple[int, str]:
+    """In how many pieces rows travel, and why."""
     if load.devices == 1:
-        return False, ""
-    lacks = in_order and "sorted rows have no equal pieces"
+        return 1, ""
     check(
-        not (lacks and exchange == "pieces"),
-        f"exchange='pieces' was asked for, but {lacks}: give the config a capacity_factor, or use exchange='auto'",
+        not in_order or exchange != "pieces",
+        "exchange='pieces' was asked for, but these rows are sorted and have no equal pieces: give the config a "
+        "capacity_factor that drops tokens, or use exchange='auto'",
     )
+    in_pieces = {n: load.in_pieces(machine, n) for n in PIECES}
+    best = min(PIECES, key=in_pieces.__getitem__)
     if exchange != "auto":
-        return exchange == "pieces", f", {'in pieces' if exchange == 'pieces' else 'at once'}, as asked for"
-    if in_order or not load.matrices:
-        return False, ""
+        return (
+            best if exchange == "pieces" else 1,
+            f", {'in pieces' if exchange == 'pieces' else 'at once'}, as asked for",
+        )
+    if not load.matrices:
+        return 1, ""
     once = load.at_once(machine)
-    told = f", at once: {once:.0f} us on {machine.kind} by the model"
-    if load.devices > MOST_PIECES or mesh_size > machine.asynchronous:
-        return False, f"{told}; of {mesh_size} devices nothing would be hidden"
-    pieces = load.in_pieces(machine)
-    if pieces >= once:
-        return False, f"{told}, piece by piece {pieces:.0f}"
-    return True, f", in pieces: {pieces:.0f} us on {machine.kind} by the model, at once {once:.0f}"
+    told = f"at once: {once:.0f} us on {machine.kind} by the model"
+    if not machine.asynchronous:
+        return 1, f", {told}, which has no all-to-all during other work"
+    if in_pieces[best] >= once:
+        return 1, f", {told}, in {best} pieces {in_pieces[best]:.0f}"
+    return best, f", in {best} pieces: {in_pieces[best]:.0f} us; {told}"

@@ -166,10 +166,14 @@ def _layer(params, named) -> tuple:
 
 
 def _body(run):
-    """The body of an op: `run(plan, platform, params, named arrays)`; what the call left out is None."""
+    """The body of an op: `run(plan, platform, params, named arrays)`; what the call left out is None.
+
+    What JAX differentiates, or XLA partitions further, has no loop that depends on the routing.
+    """
 
     def body(plan: ExpertPlan, platform: str, params):
         absent = dict.fromkeys(("weight", *WEIGHTS))
+        plan = plan.at_once if params.get("uniform") else plan
         return lambda *arrays: run(plan, platform, params, absent | dict(zip(params["operands"], arrays)))
 
     return body

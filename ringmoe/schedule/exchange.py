@@ -1,141 +1,124 @@
-"""Rows travel to the devices of their experts and back: all at once, or in pieces, each under way during the work on others.
+"""Rows travel to the devices of their experts and back, and are worked on there: all at once, or in pieces.
 
-In pieces: piece s of a device is what it has for the device s places on. Its own piece, 0, is worked on first, while the
-farthest travel, s and n - s together, the two ways round; then those are, while the next travel; and so on, the neighbours'
-last. What was worked on goes home at once. So the wire is in use during all of the work, the longest ways during the first,
-and a neighbour's way home is all that nothing hides.
+In pieces: a piece is some of the rows that each device has for each expert. While one is worked on, the results of the piece
+before travel home, and then the next one travels here: an all-to-all under each half of the work, since a TPU has one of them
+under way at a time. What nothing hides is the first piece's way here and the last one's way home.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.plan.base import Ring
-from ringmoe.plan.experts import MOST_ROUNDS, ExpertPlan
-from ringmoe.schedule.gather import staircase, sum_of_rows
-from ringmoe.schedule.ring import send
+from ringmoe.plan.experts import ExpertPlan
+from ringmoe.schedule import windows
 
 
-class Sorted(NamedTuple):
-    """How sorted rows lie where their experts are: rows that came, P parts of r by source, are brought together by expert."""
-
-    counts: jax.Array  # [e] int32: how many rows each of this device's experts has
-    came: jax.Array  # [P * r] int32: which of those that came lies there; past the end: none. Empty if nothing travels
-    went: jax.Array  # [P * r] int32: the inverse
-
-
-def sort(plan: ExpertPlan, counts) -> Sorted:
-    """Of `counts` [v], the rows that this device has for each visible expert. The counts travel, as a few numbers."""
-    if not plan.exchange_axes:
-        return Sorted(counts, *[jnp.zeros(0, jnp.int32)] * 2)
-    with jax.named_scope("exchange"):
-        counts = lax.all_to_all(counts.reshape(plan.num_exchange, -1), plan.exchange_axes, 0, 0)  # [source, expert]
-    length = counts.shape[0] * plan.rows
-    by_source = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts
-    by_source += plan.rows * lax.broadcasted_iota(jnp.int32, counts.shape, 0)
-    by_expert = (jnp.cumsum(counts.T, dtype=jnp.int32) - counts.T.reshape(-1)).reshape(counts.T.shape)
-    at = lax.broadcasted_iota(jnp.int32, (length,), 0)
-    from_source = at + staircase(by_expert.reshape(-1), (by_source.T - by_expert).reshape(-1), at)
-    to_expert = at + staircase(by_source.reshape(-1), (by_expert.T - by_source).reshape(-1), at)
-    filled = lax.broadcasted_iota(jnp.int32, (counts.shape[0], plan.rows), 1) < jnp.sum(counts, 1, keepdims=True)
-    came = jnp.where(at < jnp.sum(counts), from_source, length)
-    went = jnp.where(filled.reshape(-1), to_expert, length)
-    return Sorted(jnp.sum(counts, 0, dtype=jnp.int32), came, went)
-
-
-def visit(plan: ExpertPlan, work: Callable, rows, weights, order: Sorted | None = None):
+def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, counts=None):
     """`work(rows, weights)` where the experts are, of rows that are sent there, and its results sent home.
 
     Args:
-        work: rows [e, R, ...] by own expert (sorted: [n, ...]), the experts' arrays -> (results, kept): pytrees of the same
-            leading dims, of which the results travel and what is kept stays.
-        rows: a pytree of [v, r, ...] by visible expert; sorted, with `order`: of [P, r, ...] by destination.
+        work: rows [e, R, ...] by own expert, the experts' arrays, None -> (results, kept): pytrees of which the results travel
+            and what is kept stays. Of sorted rows: [n, ...], the arrays, and how many each expert has, [e].
+        sums: a list of what was kept -> a pytree of arrays that are added up, over all rows.
+        rows: a pytree of [v, r, ...] by visible expert; sorted, with `counts` [v]: of [1, r, ...].
 
     Returns:
-        `(results, kept)`: the results as `rows` lie; a list of what was kept, of each piece or of all.
+        `(results, sums)`: the results as `rows` lie.
     """
-    if plan.ring.size > 1:
-        return _in_pieces(plan.ring, work, rows, weights)
-    rows = jax.tree.map(lambda a: _to_experts(plan, a, order), rows)
+    if counts is not None:
+        return _of_sorted(plan, work, sums, rows, weights, counts)
+    if plan.pieces > 1:
+        results, kept = _in_pieces(plan, work, rows, weights)
+    else:
+        results, kept = _worked(work, _to_experts(plan, rows), weights, None)
+        results, kept = _to_tokens(plan, results), [kept]
     with jax.named_scope("experts"):
-        results, kept = work(rows, weights)
-    return jax.tree.map(lambda a: _to_tokens(plan, a, order), results), [kept]
+        return results, sums(kept)
 
 
-def _to_experts(plan: ExpertPlan, rows, order: Sorted | None):
-    """Rows of this device's tokens -> rows of this device's experts, from all P devices.
+def _of_sorted(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, counts):
+    def run(rows, counts):
+        results, kept = _worked(work, rows, weights, counts)
+        with jax.named_scope("experts"):
+            return results, sums([kept])
 
-    Fixed: [v, r, ...] by visible expert -> [e, R, ...] by own expert, source after source.
-    Sorted, with `order`: [P, r, ...] by destination -> [P * r, ...] by own expert, without gaps.
+    rows = jax.tree.map(lambda a: a[0], rows)
+    results, found = windows.visit(plan, counts, run, rows) if plan.exchange_axes else run(rows, counts)
+    return jax.tree.map(lambda a: a[None], results), found
+
+
+def _worked(work, rows, weights, counts):
+    with jax.named_scope("experts"):
+        return work(rows, weights, counts)
+
+
+def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
+    """(results, what was kept of each half of a piece).
+
+    The barriers keep order: XLA would send all before any work, wait for what is under way before the work that hides it, and
+    make one matmul of those that share weights.
     """
-    if not plan.exchange_axes:
-        return rows if order is None else rows[0]
-    with jax.named_scope("exchange"):
-        rows = rows.reshape(plan.num_exchange, -1, *rows.shape[1:])
-        rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
-        if order is None:
-            return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
-        return sum_of_rows(rows.reshape(-1, *rows.shape[3:]), order.came[:, None], order.went[:, None])
+    pieces, kept, home = _split(rows, plan.pieces), [], []
+
+    def half(came, after):
+        came, now, _ = lax.optimization_barrier((came, weights, after))
+        out, kept_of_it = _worked(work, came, now, None)
+        kept.append(kept_of_it)
+        return out
+
+    here, done = _to_experts(plan, pieces[0]), None
+    for following in (*pieces[1:], None):
+        if done is not None:  # beneath the first half
+            here, done = lax.optimization_barrier((here, done))
+            home.append(_to_tokens(plan, done))
+        first, second = _split(here, 2)
+        out = half(first, ())
+        if following is not None:  # beneath the second
+            following, home, second, _ = lax.optimization_barrier((following, home, second, _corner(out)))
+            here = _to_experts(plan, following)
+        done = _together([out, half(second, _corner(out))])
+    return _together([*home, _to_tokens(plan, done)]), kept
 
 
-def _to_tokens(plan: ExpertPlan, rows, order: Sorted | None):
+def _to_experts(plan: ExpertPlan, rows):
+    """Rows of this device's tokens, [v, r, ...] by visible expert -> rows of this device's experts, [e, R, ...] by own expert
+    and source after source, from all P devices."""
+
+    def travel(rows):
+        rows = lax.all_to_all(rows.reshape(plan.num_exchange, -1, *rows.shape[1:]), plan.exchange_axes, 0, 0)
+        return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
+
+    return _exchanged(plan, travel, rows)
+
+
+def _to_tokens(plan: ExpertPlan, rows):
     """The inverse of `_to_experts`."""
-    if not plan.exchange_axes:
-        return rows if order is None else rows[None]
-    with jax.named_scope("exchange"):
-        if order is None:
-            rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
-        else:
-            rows = sum_of_rows(rows, order.went[:, None], order.came[:, None])
-            rows = rows.reshape(plan.num_exchange, 1, -1, *rows.shape[1:])
+
+    def travel(rows):
+        rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
         rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
         return rows.reshape(-1, *rows.shape[2:])
 
-
-def _in_pieces(ring: Ring, work: Callable, rows, weights):
-    """`visit`, piece after piece: rows [v, r, ...] are those of this device's own experts first, then those of the devices after
-    it on the ring.
-
-    The barriers keep order: XLA would start all sends before any work, and make one matmul of those that share weights.
-    """
-    pieces, rounds, all_kept = _split(rows, ring.size), ring.rounds(MOST_ROUNDS), []
-
-    def travel(way, pieces, homewards=False):
-        with jax.named_scope("exchange"):
-            return [send(ring, piece, -s if homewards else s) for s, piece in zip(way, pieces, strict=True)]
-
-    def step(came, after):
-        came, now, _ = lax.optimization_barrier((came, weights, after))
-        with jax.named_scope("experts"):
-            out, kept = work(_together(came, axis=1), now)
-        all_kept.append(kept)
-        return _split(out, len(came), axis=1)
-
-    under_way = [travel(way, [pieces[s] for s in way]) for way in rounds[0]]
-    home = {0: step([pieces[0]], ())[0]}
-    after = _corner(home[0])
-    for ways, following in zip(rounds, (*rounds[1:], ())):
-        leaving = [[pieces[s] for s in way] for way in following]
-        arrived, leaving, _ = lax.optimization_barrier((under_way, leaving, after))
-        under_way = [travel(way, those) for way, those in zip(following, leaving)]
-        for way, came in zip(ways, arrived):
-            out = step(came, after)
-            after = _corner(out)
-            home |= zip(way, travel(way, out, homewards=True))
-    return _together([home[s] for s in range(ring.size)], axis=0), all_kept
+    return _exchanged(plan, travel, rows)
 
 
-def _together(trees: list, axis: int):
-    return jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis), *trees)
+def _exchanged(plan: ExpertPlan, travel: Callable, tree):
+    if not plan.exchange_axes:
+        return tree
+    with jax.named_scope("exchange"):
+        return jax.tree.map(travel, tree)
 
 
-def _split(tree, n: int, axis: int = 0) -> list:
-    """Every array in n pieces along a dim."""
+def _split(tree, parts: int) -> list:
+    """Every array in parts along its rows, dim 1."""
     leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten(piece) for piece in zip(*(jnp.split(leaf, n, axis) for leaf in leaves))]
+    return [treedef.unflatten(part) for part in zip(*(jnp.split(leaf, parts, axis=1) for leaf in leaves))]
+
+
+def _together(trees: list):
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trees)
 
 
 def _corner(tree):

@@ -5,8 +5,8 @@ inspector finds them: dispatch (tokens to rows), exchange (rows to the devices t
 (the kernel), combine (rows to tokens). Devices that share tokens but not experts, or that hold parts of the hidden dim,
 add up their outputs at the end.
 Rows lie in one of two layouts. Fixed: every visible expert has room for the r rows that this device may have for it; the
-matmuls are batched, and go over what is empty, too. Sorted: rows for the same device lie tightly one after another, by expert,
-with room for the r that may go there; only what is filled is multiplied.
+matmuls are batched, and go over what is empty, too. Sorted: all r rows lie tightly one after another, by expert; only what is
+filled travels and is multiplied, a window at a time (`schedule/windows.py`).
 Symbols: t tokens and e experts of this device, v experts visible to its tokens (e times the devices it exchanges with),
 P devices in the exchange, R = P * r rows per expert after it.
 """
@@ -17,7 +17,7 @@ from jax import lax
 
 from ringmoe.ffn import Weights
 from ringmoe.plan.experts import ExpertPlan
-from ringmoe.schedule.exchange import Sorted, sort, visit
+from ringmoe.schedule.exchange import visit
 from ringmoe.schedule.rows import (
     Slots,
     combine_local,
@@ -40,19 +40,19 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
         weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`. Or what the caller's
             own kernel takes, arrays [e, ...] and None; such experts have no hidden axes.
 
-    Cost per device: v * r * D (sorted: P * r * D) elements of x's dtype to send out, a share (P - 1) / P of it over the wire,
-    and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and after the
-    exchange (in pieces: once).
+    Cost per device: v * r * D elements of x's dtype (sorted: those of the rows there are) to send out, a share (P - 1) / P of
+    it over the wire, and back the same; an all-reduce of y in float32 if the plan has sum_axes; rows are kept twice, before and
+    after the exchange (in pieces: once and a piece; sorted: r before and a window after).
     """
     with jax.named_scope("dispatch"):
-        slots, order = _rows(plan, expert, slot)
+        slots, counts = _rows(plan, expert, slot)
         rows = dispatch_local(x, slots)
 
-    def work(rows, weights):
-        out = kernel.forward(rows, weights, activation, order and order.counts)
+    def work(rows, weights, counts):
+        out = kernel.forward(rows, weights, activation, counts)
         return (out.astype(x.dtype) if plan.exchange_axes else out), ()
 
-    out, _ = visit(plan, work, rows, _added_once(plan, weights), order)
+    out, _ = visit(plan, work, lambda _: (), rows, _added_once(plan, weights), counts)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -69,17 +69,19 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
     sum_axes, and of the weight gradients in float32 over weight_sum_axes.
     """
     with jax.named_scope("dispatch"):
-        slots, order = _rows(plan, expert, slot)
+        slots, counts = _rows(plan, expert, slot)
         rows = dispatch_local(x, slots), dispatch_scalars(weight, slots), dispatch_local(dy.astype(x.dtype), slots)
 
-    def work(rows, weights):
+    def work(rows, weights, counts):
         x, weight, dy = rows
-        grads, kept = kernel.backward_rows(x, weight, weights, activation, dy, order and order.counts)
-        return (grads._replace(drows=grads.drows.astype(x.dtype)) if plan.exchange_axes else grads), kept
+        grads, kept = kernel.backward_rows(x, weight, weights, activation, dy, counts)
+        return (grads._replace(drows=grads.drows.astype(x.dtype)) if plan.exchange_axes else grads), (kept, counts)
 
-    grads, kept = visit(plan, work, rows, _added_once(plan, weights), order)
-    with jax.named_scope("experts"):
-        dweights = kernel.backward_weights(kept, weights, order and order.counts)
+    def sums(kept):
+        pieces, counts = zip(*kept)
+        return kernel.backward_weights(pieces, weights, counts[0])
+
+    grads, dweights = visit(plan, work, sums, rows, _added_once(plan, weights), counts)
     with jax.named_scope("combine"):
         dx = combine_local(grads.drows, slots, None, None if plan.sum_axes else x.dtype)
         dweight = combine_scalars(grads.dweight, slots)
@@ -117,15 +119,15 @@ def _added_once(plan, weights: Weights) -> Weights:
     return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
 
 
-def _rows(plan, expert, slot) -> tuple[Slots, Sorted | None]:
-    """Where this device's rows lie, and, if they are sorted, how they do where their experts are."""
-    expert, slot, num_visible = _visible(plan, expert, slot, plan.ring.size > 1)
-    parts = plan.num_exchange if plan.sorted else num_visible
+def _rows(plan, expert, slot) -> tuple[Slots, jax.Array | None]:
+    """Where this device's rows lie, and, if they are sorted, how many it has for each visible expert."""
+    expert, slot, num_visible = _visible(plan, expert, slot)
+    parts = 1 if plan.sorted else num_visible
     slots, counts = packed(jnp.where(slot >= 0, expert, num_visible), num_visible, parts, plan.rows)
-    return slots, sort(plan, counts) if plan.sorted else None
+    return slots, counts if plan.sorted else None
 
 
-def _visible(plan, expert, slot, in_pieces=False):
+def _visible(plan, expert, slot):
     """(expert, slot) over the v experts that this device's rows can reach, and v; choices of the others have slot -1.
 
     An expert's number is its coordinates on expert_axes, major to minor, then its place e on a device. Coordinates on
@@ -140,8 +142,6 @@ def _visible(plan, expert, slot, in_pieces=False):
             index = index * size + coordinate
         else:
             mine = mine & (coordinate == lax.axis_index(axis))
-    if in_pieces:  # this device's own experts come first, then those of the devices after it
-        index = (index - lax.axis_index(plan.ring.axes)) % plan.ring.size
     index = index * stride + lax.rem(expert, jnp.int32(stride))
     num_visible = plan.num_exchange * stride
     return index, jnp.where(mine, slot, -1), num_visible
