@@ -1,4 +1,4 @@
-"""Rows that travel in pieces: which layers do, through every door, against the float64 oracle; and hidden on a TPU."""
+"""Rows that travel in pieces, through every door, against the float64 oracle; and hidden on a TPU."""
 
 import functools
 
@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import reference_moe
-from tests.helpers import make_mesh, put
+from tests.helpers import collectives, make_mesh, put
 
-T, D, F, E = 64, 8, 12288, 4  # of a wide hidden dim, so that in fp32 too the matmuls outlast the wire
+T, D, F, E = 64, 8, 24, 4
 CONFIG = ringmoe.RouterConfig(E, group_size=16)
 
 
@@ -34,13 +34,16 @@ def layer(x, router_weight, w_in, w_gate, w_out, axis_name=None):
 def oracle():
     """Output and gradients of its sum of squares, in float64."""
     with jax.enable_x64(True):
-        x, router_weight, w_in, w_gate, w_out = (np.asarray(a, np.float64) for a in arrays())
-        routing = ringmoe.route(jnp.asarray(x @ router_weight), CONFIG)
-        choices = reference_moe.select(
-            x @ router_weight, top_k=2, capacity=routing.capacity, group_size=CONFIG.group_size
-        )
-        of = lambda x, w_in, w_gate, w_out: reference_moe.experts(x, choices, routing.weight, w_in, w_out, w_gate)
-        y, pullback = jax.vjp(of, x, w_in, w_gate, w_out)
+        arrays64 = [np.asarray(a, np.float64) for a in arrays()]
+        capacity = CONFIG.capacity(CONFIG.group_size)
+        logits = arrays64[0] @ arrays64[1]
+        choices = reference_moe.select(logits, top_k=2, capacity=capacity, group_size=CONFIG.group_size)
+
+        def of(x, router_weight, w_in, w_gate, w_out):
+            weight = ringmoe.route(x @ router_weight, CONFIG).weight
+            return reference_moe.experts(x, choices, weight, w_in, w_out, w_gate)
+
+        y, pullback = jax.vjp(of, *map(jnp.asarray, arrays64))
         return np.asarray(y), [np.asarray(g) for g in pullback(2 * y)]
 
 
@@ -58,24 +61,53 @@ def test_through_every_door_it_is_the_dense_layer(door, size):
     with jax.set_mesh(mesh):
         y = jit(fun)(*placed)
         router_is_given = lambda x, w_in, w_gate, w_out: fun(x, placed[1], w_in, w_gate, w_out)
-        grads = jit(jax.grad(lambda *a: jnp.sum(router_is_given(*a) ** 2), argnums=(1, 2, 3)))(placed[0], *placed[2:])
+        grads = jit(jax.grad(lambda *a: jnp.sum(router_is_given(*a) ** 2), argnums=(0, 1, 2, 3)))(
+            placed[0], *placed[2:]
+        )
         if door != "partitioner":
             rows = ringmoe.explain(jit(fun), *placed).rows
             assert [row.exchange for row in rows] == ["pieces"] and "in pieces, as asked for" in rows[0].reason
     want, want_grads = oracle()
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * np.abs(want).max())
-    for got, expected in zip(grads, want_grads[1:], strict=True):
+    for got, expected in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
-def test_on_a_tpu_the_matmuls_hide_the_wire(target):
-    """Every permute is asynchronous, and of all only the last piece's way home is waited for."""
-    mesh = ringmoe.target(target).mesh({"a": 4})
+def compiled(target, devices, backward, jit=ringmoe.jit):
+    """(the report, the program's text) of a layer wide enough that matmuls outlast the wire."""
+    mesh = ringmoe.target(target).mesh({"a": devices})
     of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-    d, f = 2048, 8192
-    weights = of((d, E)), of((E, d, f), "a"), of((E, d, f), "a"), of((E, f, d), "a")
-    report = ringmoe.inspect(ringmoe.jit(layer), of((4, 4096, d), None, "a"), *weights, target=target, mesh=mesh)
-    assert {c.kind for c in report.collectives} == {"collective-permute"} and len(report.collectives) == 6
-    assert all(c.asynchronous for c in report.collectives)
-    assert report.exposed_us <= 1.05 * min(c.wire_us for c in report.collectives)
+    d, f, experts = 2048, 4096, devices
+    weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
+    x = of((1, 2048 * devices, d), None, "a")
+    config = ringmoe.RouterConfig(experts, group_size=2048)
+    wide = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
+        x, r, w_in, w_out, w_gate=w_gate, config=config, exchange="pieces"
+    )[0]
+    fun = jit((lambda dy, *args: jax.vjp(wide, *args)[1](dy)) if backward else wide)
+    lowered = fun.lower(*(x,) * backward, x, *weights)
+    return ringmoe.inspect(lowered, target=target, mesh=mesh), lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "h200x8"])
+def test_a_machine_hides_all_but_the_first_piece_and_the_last(target, backward):
+    """Before the first piece there is no work, and after the last none but, backward, that of the weights' gradients."""
+    report, _ = compiled(target, 8 if target == "h200x8" else 4, backward)
+    rows = [c for c in report.collectives if c.kind == "all-to-all" and c.wire_us > 10]
+    first = 2 if backward else 1
+    assert sum(c.exposed_us for c in rows) <= (first + 1.05) * max(c.wire_us for c in rows)
+    assert sum(c.exposed_us < 0.05 * c.wire_us for c in rows) >= len(rows) - first - 1
+
+
+def test_without_its_option_a_tpu_waits_for_each_piece():
+    """So `ringmoe.jit` gives it, unless the caller does."""
+    off = functools.partial(ringmoe.jit, compiler_options={"xla_tpu_enable_async_all_to_all": "false"})
+    _, text = compiled("v6e:2x2", 4, False, off)
+    assert "all-to-all-start" not in text and "all-to-all" in collectives(text)
+
+
+def test_of_more_chips_than_it_can_the_option_is_not_given():
+    """On v5e from 32 chips on it is an error: "Async all-to-all not supported on limited ICI"."""
+    _, text = compiled("v5e:4x8", 32, False)
+    assert "all-to-all-start" not in text and "all-to-all" in collectives(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from ringmoe import rules
 from ringmoe.masks import Band
 from ringmoe.plan import attention as attention_plan
-from ringmoe.plan import cost
 from ringmoe.plan import experts as expert_plan
 from ringmoe.plan.base import Ring, freeze
 
@@ -133,11 +133,11 @@ def test_what_gradients_are_summed_over(factors, bias, key_sum, bias_sum):
     assert set(got.bias_sum_axes) == set(bias_sum)
 
 
-def experts(factors, mesh=MESH, e=8, t=32, i=16, d=4, f=8, capacity=5, itemsize=2):
+def experts(factors, mesh=MESH, e=8, t=32, i=16, d=4, f=8, capacity=5, itemsize=2, exchange="auto"):
     operands = (("tokens", (B, t, d)), ("expert", (B, t, 2)), ("slot", (B, t, 2)), ("weight", (B, t, 2)),
                 ("w_in", (e, d, f)), ("w_out", (e, f, d)))  # fmt: skip
     rule = rules.make("experts", operands, ("tokens",))
-    return expert_plan.make(rule, freeze(factors), mesh, capacity, i, itemsize)
+    return expert_plan.make(rule, freeze(factors), mesh, capacity, i, itemsize, exchange=exchange)
 
 
 @pytest.mark.parametrize(("factors", "exchange", "exchange_axes", "sum_axes", "weight_sum_axes"), [
@@ -164,16 +164,56 @@ def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_
     assert got.reason and dict(got.factors).get("f", ()) == got.hidden_axes
 
 
-@pytest.mark.parametrize(("f", "itemsize", "hidden", "size", "pieces"), [
-    (6144, 2, (), 4, True), (5120, 2, (), 4, False), (6144, 4, (), 4, False), (12288, 4, (), 4, True),
-    (6144, 2, ("a",), 4, False),  # of which each device does half
-    (6144, 2, (), 16, True), (6144, 2, (), 32, False),  # too many copies of the matmuls
+MIXTRAL, QWEN, DEEPSEEK = (4096, 14336, 8, 2), (2048, 768, 128, 8), (7168, 2048, 256, 8)
+
+
+def published(model, kind, size, exchange="auto", backward=False):
+    """The plan of a published layer, 4096 tokens a device, all devices on one axis."""
+    d, f, e, k = model
+    tokens = ("expert", "slot", "weight")
+    operands = (("tokens", (1, 4096 * size, d)), *((name, (1, 4096 * size, k)) for name in tokens))
+    operands += ("w_in", (e, d, f)), ("w_gate", (e, d, f)), ("w_out", (e, f, d))
+    rule = rules.make("experts", operands, ("tokens",))
+    how = 5120 * k // e, 4096, 2, backward, True, exchange, kind
+    return expert_plan.make(rule, freeze({"t": ("x",), "e": ("x",)}), (("x", size),), *how)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("model", "kind", "size", "in_pieces"), [
+    (MIXTRAL, "TPU v5", 8, True), (MIXTRAL, "TPU v6 lite", 8, True), (DEEPSEEK, "TPU v5", 64, True),
+    (MIXTRAL, "TPU v5 lite", 8, True),
+    (MIXTRAL, "TPU v5 lite", 32, False), (MIXTRAL, "cpu", 8, False),  # nothing would be under way during the work
+    (MIXTRAL, "", 8, True), (MIXTRAL, "TPU v99", 8, True),  # taken for a v5p
 ])  # fmt: skip
-def test_rows_travel_in_pieces_where_matmuls_outlast_the_wire(f, itemsize, hidden, size, pieces):
-    factors = {"t": ("b",), "e": ("b",), "f": hidden}
-    got = experts(factors, (("a", 2), ("b", size)), e=32, t=16 * size, f=f, capacity=1, itemsize=itemsize)
-    assert got.ring.size == (size if pieces else 1)
-    assert got.exchange.startswith("pieces" if pieces else "all_to_all") and ("in pieces" in got.reason) == pieces
+def test_rows_travel_in_pieces_where_the_machine_is_faster_so(model, kind, size, in_pieces, backward):
+    if size == 32:
+        model = (*model[:2], 32, 2)
+    got = published(model, kind, size, backward=backward)
+    assert got.exchange == ("pieces" if in_pieces else "all_to_all") and (got.pieces > 1) == in_pieces
+    assert ("pieces: " in got.reason) == in_pieces and "at once: " in got.reason
+    assert got.rows % (16 * got.pieces) == 0 or got.pieces == 1
+
+
+def test_the_times_by_which_rows_travel_in_pieces():
+    """By hand, Mixtral on 8 v6e chips, 2 x 4: 1280 rows of 8 KiB for each of 8 experts, and four links' width of 100 GB/s."""
+    once = re.search(
+        r"in (\d+) pieces: (\d+) us; at once: (\d+) us on v6e", published(MIXTRAL, "TPU v6 lite", 8).reason
+    )
+    assert once is not None
+    wire = 8 * 1280 * 8192 * 4 / 4 / 100e3  # half of all cross the middle of the long side
+    work = 8 * 1280 * 2 * 4096 * 14336 * 3 / 918e6
+    assert int(once[3]) == round(2 * wire + work)
+    pieces = int(once[1])
+    half = max(work / 2 / pieces, 3 * 4096 * 14336 * 2 / 1640e3) + 5
+    each = wire / pieces
+    assert int(once[2]) == round(each + (pieces - 1) * 2 * max(half, each) + 2 * half + each)
+
+
+@pytest.mark.parametrize("exchange", expert_plan.EXCHANGES[1:])
+def test_rows_travel_as_the_caller_asks(exchange):
+    got = published(MIXTRAL, "cpu", 8, exchange)
+    assert got.exchange == exchange and "as asked for" in got.reason
+    assert experts({}, exchange=exchange).exchange == "local"
 
 
 def test_bytes_of_an_expert_exchange():
@@ -225,10 +265,11 @@ def test_no_device_has_more_rows_for_an_expert_than_it_has_room(drawn):
         assert room == worst
 
 
-def test_sorted_rows_never_travel_in_pieces():
+def test_rows_that_are_asked_to_travel_in_pieces_are_not_sorted():
     factors = {"t": ("b",), "e": ("b",)}
-    fixed, in_order = (experts(factors, t=64, f=12288, capacity=c) for c in (5, 16))
-    assert fixed.exchange == "pieces" and in_order.exchange == "all_to_all" and in_order.ring.size == 1
+    assert experts(factors, t=64, capacity=16).sorted
+    got = experts(factors, t=64, capacity=16, exchange="pieces")
+    assert got.exchange == "pieces" and not got.sorted
 
 
 @pytest.mark.parametrize(("capacity", "e", "factors", "rows"), [

@@ -36,7 +36,7 @@ class OwnExperts:
         dy,
         counts: None = None,
     ) -> tuple[Grads, tuple]:
-        """The gradients of y = weight * fn(rows), with fn run again; `kept` are the weights' own, None where they are no floats."""
+        """The gradients of y = weight * fn(rows), with fn run again; None of weights that are no floats."""
         assert counts is None, "fn knows rows [e, R, D] alone"
         floats = [jnp.issubdtype(w.dtype, jnp.inexact) for w in weights]
 

@@ -18,12 +18,15 @@ from ringmoe.inspector.chips import CHIPS
 DEFAULT = "TPU v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
 LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of half a piece: matmuls that start and end, a transfer
-SYNCHRONOUS = ("v5e", "cpu")  # no all-to-all during other work: "Async all-to-all not supported on limited ICI" (libtpu 0.0.50)
+# Devices up to which an all-to-all can be under way during other work, where not always (libtpu 0.0.50: "Async all-to-all not
+# supported on limited ICI", an error if it is asked for).
+ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One device: FLOPs, bytes of memory and bytes of all links, one way, in a microsecond; all by itself if `dims` is 0."""
+    """One device: FLOPs, bytes of memory, and bytes of one link, one way, in a microsecond; or, where `dims` is 0, of all links
+    to a switch."""
 
     kind: str
     flops: float
@@ -32,7 +35,7 @@ class Machine:
     dims: int
     per_chip: int
     launch: float
-    asynchronous: bool  # whether an all-to-all can be under way during other work
+    asynchronous: int
 
     def work(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
@@ -64,7 +67,7 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
         chip.num_links // 2 if torus else 0,
         chip.devices_per_chip,
         LAUNCH[chip.kind],
-        name not in SYNCHRONOUS,
+        ASYNCHRONOUS.get(name, 2**31),
     )
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from ringmoe.errors import check, warn_once
+from ringmoe.errors import warn_once
 from ringmoe.meshes import Axes
 from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, freeze
@@ -138,7 +138,7 @@ def make(
     tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
-    in_order = may_sort and sizes["e"] * room > SORTING * tokens * sizes["c"]
+    in_order = may_sort and exchange != "pieces" and sizes["e"] * room > SORTING * tokens * sizes["c"]
     devices, width, hidden = splits(travelling), sizes.get("d", 1), sizes.get("f", 0) // splits(split["f"])
     asked = -(-tokens * sizes["c"] // splits(own))  # rows that a device sends, and that come to it, if routing is even
     rows, window, most = _sorted_rows(tokens, sizes["c"], here, room, devices, asked) if in_order else (room, 0, 0)
@@ -152,7 +152,7 @@ def make(
         matrices=0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands),
         backward=backward,
     )
-    pieces, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, in_order)
+    pieces, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
     rows = load.rows(pieces) if pieces > 1 else rows
     both = f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"
     why = [both] * bool(travelling)
@@ -218,7 +218,7 @@ class _Load:
     row: int  # bytes
     matmul: float  # FLOPs of a row times a matrix
     matrix: int  # bytes
-    matrices: int  # 3 with a gate, else 2; 0: unknown work, or none
+    matrices: int  # 3 with a gate, else 2; 0 where the work is unknown, or none, or its rows are sorted
     backward: bool
 
     @property
@@ -258,15 +258,10 @@ class _Load:
         return there + (pieces - 1) * (max(half, home) + max(half, there)) + 2 * half + max(last, home)
 
 
-def _pieces(load: _Load, machine: cost.Machine, exchange: str, in_order: bool) -> tuple[int, str]:
+def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, str]:
     """In how many pieces rows travel, and why."""
     if load.devices == 1:
         return 1, ""
-    check(
-        not in_order or exchange != "pieces",
-        "exchange='pieces' was asked for, but these rows are sorted and have no equal pieces: give the config a "
-        "capacity_factor that drops tokens, or use exchange='auto'",
-    )
     in_pieces = {n: load.in_pieces(machine, n) for n in PIECES}
     best = min(PIECES, key=in_pieces.__getitem__)
     if exchange != "auto":
@@ -278,8 +273,8 @@ def _pieces(load: _Load, machine: cost.Machine, exchange: str, in_order: bool) -
         return 1, ""
     once = load.at_once(machine)
     told = f"at once: {once:.0f} us on {machine.kind} by the model"
-    if not machine.asynchronous:
-        return 1, f", {told}, which has no all-to-all during other work"
+    if mesh_size > machine.asynchronous:
+        return 1, f", {told}, which has no all-to-all of {mesh_size} devices during other work"
     if in_pieces[best] >= once:
         return 1, f", {told}, in {best} pieces {in_pieces[best]:.0f}"
     return best, f", in {best} pieces: {in_pieces[best]:.0f} us; {told}"
