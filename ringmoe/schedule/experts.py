@@ -126,11 +126,11 @@ def _visit(plan, counts, work, arrays, dtypes):
     if counts is None:
         results, sums = _work(work, tuple(to_experts(plan, a) for a in arrays), None)
         return tuple(to_tokens(plan, a, dtype) for a, dtype in zip(results, dtypes, strict=True)), sums
-    tight = tuple(a[0] for a in arrays)
-    visit = (
-        windows.visit if plan.exchange_axes else lambda plan, counts, work, arrays, dtypes: _work(work, arrays, counts)
-    )
-    results, sums = visit(plan, counts, work, tight, dtypes)
+    arrays = tuple(a[0] for a in arrays)
+    if plan.exchange_axes:
+        results, sums = windows.visit(plan, counts, work, arrays, dtypes)
+    else:
+        results, sums = _work(work, arrays, counts)
     return tuple(a[None] for a in results), sums
 
 
