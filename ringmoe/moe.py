@@ -53,9 +53,9 @@ def moe_ffn(
         FFN_e(x) = act(u) w_out_e + b_out_e without a gate;  expert_fn's, of any shape
 
     Where the mesh axes that shard the experts also shard tokens, rows travel there and back, all at once or in pieces, each
-    under way during the matmuls of others. Where they don't, each device serves its own experts and the outputs are summed.
-    Weights sharded along D, or along F over an axis that shards tokens, are gathered first; F over another axis stays
-    sharded and outputs are summed.
+    under way during the matmuls of others; of a dropless layer only the rows that there are, however uneven. Where they don't,
+    each device serves its own experts and the outputs are summed. Weights sharded along D, or along F over an axis that shards
+    tokens, are gathered first; F over another axis stays sharded and outputs are summed.
 
     Letters: T tokens of a sequence, D model dim, F hidden dim, E experts.
 
@@ -94,7 +94,8 @@ def moe_ffn(
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
 
     Cost per device of P: about 2 T k capacity_factor D F / P multiply-adds a matrix; 2 (P - 1) / P of its rows of D elements
-    sent, forward; rows and their outputs in memory.
+    sent, forward; rows and their outputs in memory. Dropless, 1 stands for the factor in what is done and sent, 1.25 in memory;
+    a device to which more comes takes it in turns.
     Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961; gated activations,
     https://arxiv.org/abs/2002.05202; ReLU squared, https://arxiv.org/abs/2109.08668; gpt-oss, https://arxiv.org/abs/2508.10925.
     """

@@ -136,8 +136,8 @@ def test_slices_go_where_they_are_sent_and_back():
     want = np.zeros((devices, length + 6, 2), np.float32)
     for (s, p, i), n in np.ndenumerate(size):
         want[p, there[s, p, i] : there[s, p, i] + n] = rows[s, here[s, p, i] : here[s, p, i] + n]
-    sent = ragged.Slices(*(a.astype(np.int32) for a in (size, here, there)))
-    came = ragged.Slices(*(a.astype(np.int32).swapaxes(0, 1) for a in (size, there, here)))
+    sent = ragged.Slices(*(jnp.asarray(a, jnp.int32) for a in (size, here, there)))
+    came = ragged.Slices(*(jnp.asarray(a.swapaxes(0, 1), jnp.int32) for a in (size, there, here)))
 
     def local(rows, sent, came):
         of_one = lambda slices: ragged.Slices(*(a[0] for a in slices))
@@ -172,5 +172,5 @@ def test_compiled_for_a_machine_only_rows_are_on_the_wire(target, devices, door)
     config = ringmoe.RouterConfig(e, top_k=2, capacity_factor=None)
     loss = lambda *a: jnp.sum(ringmoe.moe_ffn(*a, config=config)[0].astype(jnp.float32) ** 2)
     jit = jax.jit if door == "types" else ringmoe.jit
-    text = jit(jax.grad(loss, (0, 1, 2, 3))).lower(*arrays).compile().as_text()
-    assert "ragged-all-to-all" in collectives(text) and "all-to-all" not in collectives(text)
+    found = collectives(jit(jax.grad(loss, (0, 1, 2, 3))).lower(*arrays).compile().as_text() or "")
+    assert "ragged-all-to-all" in found and "all-to-all" not in found
