@@ -144,7 +144,7 @@ def xlas(layer: Layer, combine: bool, device, chip: str) -> Cost:
         seconds += 2 * gathered * row / speed(chip)
     for name, dump in dumps.items():
         if "gather_fusion" in name:
-            (times,) = map(int, re.findall(r"iteration_bounds: \((\d+)\)", dump))
+            (times,) = map(int, set(re.findall(r"iteration_bounds: \((\d+)\)", dump)))
             seconds += depths(dump)[1] * times / CHIPS[chip].clock_hz
     moved = (3 * gathered + (layer.num_tokens if combine else layer.num_rows)) * row
     return Cost(moved, seconds, moved / speed(chip))
