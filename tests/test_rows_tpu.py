@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from ringmoe.pallas import rows_tpu
+from ringmoe.pallas import rows_tpu, runs_tpu
 from ringmoe.primitives import rows as lowering
 from ringmoe.schedule.gather import evaluate, sum_of_rows
-from ringmoe.schedule.rows import Slots, combine_local, dispatch_local
+from ringmoe.schedule.rows import Slots, combine_local, dispatch_local, packed
 from tests.helpers import tpu_mesh
 
 
@@ -149,6 +149,69 @@ def test_rounds_to_nearest_even(races, monkeypatch):
     np.testing.assert_array_equal(y[:3], jnp.asarray(x[:3]).astype(jnp.bfloat16))
 
 
+RUNS = pytest.mark.parametrize(
+    ("tokens", "k", "num_experts", "parts", "dtype", "out"),
+    [
+        (384, 2, 4, 4, "bfloat16", "bfloat16"),  # a part is one expert's; an odd number of blocks
+        (512, 2, 12, 3, "float32", "float32"),  # runs that begin within a tile, and end where others begin
+        (1024, 1, 3, 1, "bfloat16", "float32"),
+        (256, 2, 40, 1, "float32", "bfloat16"),  # shorter than a tile: more is fetched again than came before
+    ],
+)
+
+
+def runs(tokens, k, num_experts, parts, dtype, d=512):
+    """Rows as `packed` puts them, NaN where none is; a quarter of the choices have none, and some blocks none of an expert."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((tokens, num_experts)) + 2 * (np.arange(num_experts) == np.arange(tokens)[:, None] // 128)
+    expert = np.argsort(-scores, axis=1)[:, :k]
+    expert[rng.random(expert.shape) < 1 / 4] = num_experts
+    length = tokens if parts == num_experts else tokens * min(k, num_experts // parts)
+    slots, _ = jax.jit(packed, static_argnums=(1, 2, 3))(jnp.asarray(expert, jnp.int32), num_experts, parts, length)
+    filled = np.asarray(slots.assignment).reshape(-1, 1) < tokens * k
+    x = np.where(filled, rng.standard_normal((parts * length, d)).astype(np.float32), np.nan)
+    weight = jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32)
+    return jnp.asarray(x, dtype), slots, weight
+
+
+@RUNS
+def test_sums_of_runs_are_numpys(races, monkeypatch, tokens, k, num_experts, parts, dtype, out):
+    """Blocks of 128 sums, on both cores where their number is even."""
+    monkeypatch.setattr(runs_tpu, "BLOCKS", (128,))
+    monkeypatch.setattr(runs_tpu, "MIN_BYTES", 1024)
+    x, slots, weight = runs(tokens, k, num_experts, parts, dtype)
+    weight = None if k == 1 else weight
+    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, jnp.dtype(out))
+    y = np.asarray(jax.jit(sums)(x, slots.place, slots.starts, weight), np.float32)
+    expected = by_loop(x, slots.place, weight, out)
+    np.testing.assert_allclose(y, expected, rtol=2**-7 if out == "bfloat16" else 1e-5, atol=1e-5)
+
+
+def test_runs_in_blocks_of_columns(races, monkeypatch):
+    """Two of them, of four blocks of sums on each core: the first block of the second comes while the last of the first is used."""
+    monkeypatch.setattr(runs_tpu, "BLOCKS", (128,))
+    monkeypatch.setattr(runs_tpu, "MIN_BYTES", 512)
+    monkeypatch.setattr(runs_tpu, "ROW_BYTES", (3 * runs_tpu._room(128, 2) + 1) * 8 * 256 * 2)
+    x, slots, _ = runs(1024, 1, 2, 2, "bfloat16")
+    assert runs_tpu._sizes(x, slots.place, 2) == (128, 256)
+    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, None, jnp.dtype("bfloat16"))
+    y = jax.jit(sums)(x, slots.place, slots.starts)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), by_loop(x, slots.place, None, "bfloat16"))
+
+
+@pytest.mark.parametrize("num_experts", [4, 12])
+def test_what_no_sum_needs_is_not_fetched(num_experts):
+    """And what runs of a tile or more need is fetched once, but for a tile of each run where it begins."""
+    tokens, k, block = 2048, 2, 512
+    x, slots, _ = runs(tokens, k, num_experts, num_experts, "float32", d=128)
+    index = jnp.where(slots.place < len(x), slots.place, -1).reshape(tokens // block, -1, 128)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        _, fetch = jax.jit(runs_tpu._table, static_argnums=2)(index, slots.starts, tokens // block)
+    tiles = np.asarray(fetch)[..., 2].sum()
+    filled = np.asarray(slots.assignment).reshape(-1, 8).min(1) < tokens * k
+    assert filled.sum() <= tiles <= filled.sum() + num_experts
+
+
 def joined(n=(2, 3), k=4, m=(5,), l=2):
     """`index` [*n, k] and `back` [*m, l]: each other's inverse, with places on both sides that are joined to none."""
     rng = np.random.default_rng(0)
@@ -168,8 +231,9 @@ def test_the_kernel_is_called_with_what_the_primitive_means(races, monkeypatch):
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 4, 1024), index.shape))
     for w in ((), (weight,)):
-        y = jax.jit(functools.partial(lowering._kernel, jnp.dtype("float32")))(x, index, back, *w)
-        expected = evaluate(x, index, back, *w, mapped=0, dtype=jnp.dtype("float32"))
+        operands = (x, index, back, jnp.zeros(0, jnp.int32), *w)
+        y = jax.jit(functools.partial(lowering._resident, jnp.dtype("float32")))(*operands)
+        expected = evaluate(*operands, mapped=0, dtype=jnp.dtype("float32"))
         assert y.shape == expected.shape == (4, 2, 1024)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 

@@ -58,7 +58,9 @@ def to_experts(plan: ExpertPlan, rows, order: Sorted | None = None):
         rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
         if order is None:
             return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
-        return sum_of_rows(rows.reshape(-1, *rows.shape[3:]), order.came[:, None], order.went[:, None])
+        starts = plan.rows * lax.iota(jnp.int32, plan.num_exchange)
+        rows = rows.reshape(-1, *rows.shape[3:])
+        return sum_of_rows(rows, order.came[:, None], order.went[:, None], starts=starts)
 
 
 def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
@@ -70,7 +72,8 @@ def to_tokens(plan: ExpertPlan, rows, dtype, order: Sorted | None = None):
         if order is None:
             rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
         else:
-            rows = sum_of_rows(rows, order.went[:, None], order.came[:, None])
+            starts = jnp.cumsum(order.counts, dtype=jnp.int32) - order.counts
+            rows = sum_of_rows(rows, order.went[:, None], order.came[:, None], starts=starts)
             rows = rows.reshape(plan.num_exchange, 1, -1, *rows.shape[1:])
         rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
         return rows.reshape(-1, *rows.shape[2:])
