@@ -6,6 +6,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ def races(capfd, monkeypatch):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+CHIP = rows_tpu.Chip(64 * 2**20, 2)
 SMALL = 16  # rows of a block of the result, so that few rows are several blocks
 CASES = pytest.mark.parametrize(
     ("k", "dtype", "out", "weighted"),
@@ -99,7 +101,7 @@ def by_loop(x, index, weight, out):
 
 
 def run(x, index, weight, out):
-    return jax.jit(rows_tpu.sum_of_rows, static_argnums=3)(x, index, weight, jnp.dtype(out))
+    return jax.jit(rows_tpu.sum_of_rows, static_argnums=(3, 4))(x, index, weight, jnp.dtype(out), CHIP)
 
 
 @CASES
@@ -181,20 +183,21 @@ def test_sums_of_runs_are_numpys(races, monkeypatch, tokens, k, num_experts, par
     monkeypatch.setattr(runs_tpu, "MIN_BYTES", 1024)
     x, slots, weight = runs(tokens, k, num_experts, parts, dtype)
     weight = None if k == 1 else weight
-    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, jnp.dtype(out))
+    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, jnp.dtype(out), CHIP)
     y = np.asarray(jax.jit(sums)(x, slots.place, slots.starts, weight), np.float32)
     expected = by_loop(x, slots.place, weight, out)
     np.testing.assert_allclose(y, expected, rtol=2**-7 if out == "bfloat16" else 1e-5, atol=1e-5)
 
 
 def test_runs_in_blocks_of_columns(races, monkeypatch):
-    """Two of them, of four blocks of sums on each core: the first block of the second comes while the last of the first is used."""
+    """Two of them, of four blocks of sums on each core: the second's first block comes while the first's last is worked on."""
     monkeypatch.setattr(runs_tpu, "BLOCKS", (128,))
     monkeypatch.setattr(runs_tpu, "MIN_BYTES", 512)
-    monkeypatch.setattr(runs_tpu, "ROW_BYTES", (3 * runs_tpu._room(128, 2) + 1) * 8 * 256 * 2)
+    rows = 3 * runs_tpu._room(128, 2) + 1
+    chip = rows_tpu.Chip(400 * (rows * 8 * 2 + 2 * 128 * 4), 2)
     x, slots, _ = runs(1024, 1, 2, 2, "bfloat16")
-    assert runs_tpu._sizes(x, slots.place, 2) == (128, 256)
-    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, None, jnp.dtype("bfloat16"))
+    assert runs_tpu._sizes(x, slots.place, 2, chip) == (128, 256)
+    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, None, jnp.dtype("bfloat16"), chip)
     y = jax.jit(sums)(x, slots.place, slots.starts)
     np.testing.assert_array_equal(np.asarray(y, np.float32), by_loop(x, slots.place, None, "bfloat16"))
 
@@ -232,7 +235,7 @@ def test_the_kernel_is_called_with_what_the_primitive_means(races, monkeypatch):
     x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 4, 1024), index.shape))
     for w in ((), (weight,)):
         operands = (x, index, back, jnp.zeros(0, jnp.int32), *w)
-        y = jax.jit(functools.partial(lowering._resident, jnp.dtype("float32")))(*operands)
+        y = jax.jit(functools.partial(lowering._resident, jnp.dtype("float32"), CHIP))(*operands)
         expected = evaluate(*operands, mapped=0, dtype=jnp.dtype("float32"))
         assert y.shape == expected.shape == (4, 2, 1024)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
@@ -271,12 +274,12 @@ def compiled(target, fun, *shapes):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "d"), [("bfloat16", 4096), ("float32", 1536), ("bfloat16", 7168)])
 def test_compiles_without_a_copy(target, dtype, d):
-    """Dispatch, combine and their transposes: four sums, by the kernel, from rows where XLA put them."""
+    """Dispatch, combine and their transposes: four sums, one of runs, by the kernels, from rows where XLA put them."""
     tokens, k, num_experts, capacity = 1000, 2, 8, 320
     num_rows = num_experts * capacity
 
-    def loss(x, weight, assignment, place):
-        slots = Slots(assignment, place)
+    def loss(x, weight, assignment, place, starts):
+        slots = Slots(assignment, place, starts)
         rows = dispatch_local(x, slots)
         return jnp.sum(combine_local(rows, slots, weight, rows.dtype).astype(jnp.float32))
 
@@ -287,12 +290,34 @@ def test_compiles_without_a_copy(target, dtype, d):
         ((tokens, k), jnp.float32),
         ((num_experts, capacity), jnp.int32),
         ((tokens, k), jnp.int32),
+        ((num_experts,), jnp.int32),
     )
-    assert text.count('custom_call_target="tpu_custom_call"') == 4
+    kernels = [line.split("%")[1].split(".")[0] for line in text.splitlines() if "tpu_custom_call" in line]
+    assert sorted(kernels) == ["ringmoe_runs", *["ringmoe_sum_of_rows"] * 3, "ringmoe_sum_of_runs"]
     moved = {"bfloat16": "bf16", "float32": "f32"}[dtype]
-    for line in text.splitlines():
-        whole = f"= {moved}[{tokens},{d}]" in line or f"= {moved}[{num_rows},{d}]" in line
-        assert not whole or not any(f" {op}(" in line for op in ("copy", "transpose", "scatter")), line
+    for dims, op in re.findall(rf"= {moved}\[([\d,]+)\]\S* ([a-z-]+)\(", text):
+        whole = np.prod([int(n) for n in dims.split(",")]) in (tokens * d, num_rows * d)
+        assert not whole or op not in ("copy", "transpose", "scatter"), (dims, op)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("num_experts", "k", "d", "out"), [(256, 8, 7168, "bfloat16"), (128, 8, 2048, "float32"), (3, 1, 1024, "bfloat16")]
+)
+def test_sums_of_runs_compile(target, num_experts, k, d, out):
+    """Blocks of columns, sums of twice the size, and runs as they lie where rows travelled."""
+    tokens, room = 1024, 2048 * k // num_experts // 8 * 8
+    sums = lambda rows, place, starts: combine_local(rows, Slots(place, place, starts), None, jnp.dtype(out))
+    arrays = ((num_experts, room, d), jnp.bfloat16), ((tokens, k), jnp.int32), ((num_experts,), jnp.int32)
+    text = compiled(target, sums, *arrays)
+    assert "%ringmoe_sum_of_runs" in text and " gather(" not in text
+
+
+def test_a_chip_whose_memory_we_do_not_know_has_xlas_gathers():
+    arrays = ((4096, 4096), jnp.bfloat16), ((8, 1280), jnp.int32), ((4096, 2), jnp.int32)
+    dispatch = lambda x, assignment, place: dispatch_local(x, Slots(assignment, place))
+    for target, expected in (("v4:2x2x1", False), ("v5e:2x4", True)):
+        assert ("tpu_custom_call" in compiled(target, dispatch, *arrays)) == expected, target
 
 
 def lowered_for_tpu(fun, *arrays):
@@ -317,7 +342,7 @@ def test_what_xla_does_faster_is_left_to_it(m, n, k, d, dtype, out):
     text = lowered_for_tpu(lambda x, index, back: sum_of_rows(x, index, back, dtype=out), x, index, back)
     assert "tpu_custom_call" not in text and "gather" in text
     with pytest.raises(NotImplementedError, match="TPU row kernel"):
-        rows_tpu.sum_of_rows(x, index, None, jnp.dtype(out))
+        rows_tpu.sum_of_rows(x, index, None, jnp.dtype(out), CHIP)
 
 
 def test_only_in_a_program_of_one_device():

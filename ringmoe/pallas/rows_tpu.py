@@ -12,6 +12,7 @@ nothing is left to compute of it. A word's two halves are float32's upper bits. 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,34 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8
 BLOCK = 256  # rows of `out` in one grid step
-RESIDENT_BYTES = 44 * 2**20  # VMEM for two blocks of columns; v5p and tpu7x have 64 MiB in all
 MAX_COLUMNS = 2048  # of one block; before the first has come there is nothing to do
 MIN_BYTES = 2048  # of a row's piece, the columns of one block: a vector register of bfloat16, or half of one of float32
 MAX_CHOICES = 2  # of more, XLA's gathers are the faster ones: their sums are fused into one pass
 DTYPES = (jnp.bfloat16, jnp.float32)
+MIB = 2**20
+
+
+class Chip(NamedTuple):
+    """What a kernel may use of a device."""
+
+    vmem: int  # bytes, of one core
+    cores: int
+
+
+# By `device_kind`: those whose schedules `bench/static_rows.py` compared with XLA's. Older ones have 16 MiB.
+CHIPS = {
+    "TPU v5 lite": Chip(128 * MIB, 1),
+    "TPU v5e": Chip(128 * MIB, 1),
+    "TPU v5": Chip(64 * MIB, 2),
+    "TPU v5p": Chip(64 * MIB, 2),
+    "TPU v6 lite": Chip(128 * MIB, 1),
+    "TPU v6e": Chip(128 * MIB, 1),
+    "TPU7x": Chip(64 * MIB, 1),
+}
 HALF, UPPER, NAN = (np.uint32(bits) for bits in (16, 0xFFFF0000, 0x7FC00000))
 
 
-def check(x, index, dtype) -> None:
+def check(x, index, dtype, chip: Chip) -> None:
     """Raises NotImplementedError where this kernel can't run, or is the slower one; arguments are arrays or their types."""
     check_arrays(x, index, dtype)
     m, (n, k) = x.shape[0], index.shape
@@ -39,7 +59,7 @@ def check(x, index, dtype) -> None:
         raise lacks(
             f"{n} sums of {k} of {m} rows, supported: {BLOCK} or more, up to {MAX_CHOICES}, not far fewer than rows"
         )
-    _, columns = _split(x)
+    _, columns = _split(x, chip)
     if columns * x.dtype.itemsize < MIN_BYTES:
         raise lacks(f"{columns} columns of {m} rows fit VMEM at a time, supported: {MIN_BYTES} bytes of a row or more")
 
@@ -53,13 +73,13 @@ def check_arrays(x, index, dtype) -> None:
         raise lacks(f"{n} sums of {m} rows of {d}, supported: multiples of {SUBLANES} and of {narrowest(x)}")
 
 
-def sum_of_rows(x: jax.Array, index: jax.Array, weight: jax.Array | None, dtype) -> jax.Array:
+def sum_of_rows(x: jax.Array, index: jax.Array, weight: jax.Array | None, dtype, chip: Chip) -> jax.Array:
     """[n, D] in `dtype`, summed in float32 in the order of j; x [m, D], index [n, k], past the end for a row of zeros.
 
     Cost: x is read and the result written once; n * k * D / columns rows are moved inside VMEM.
     """
-    check(x, index, dtype)
-    (m, d), (n, k), (parts, columns) = x.shape, index.shape, _split(x)
+    check(x, index, dtype, chip)
+    (m, d), (n, k), (parts, columns) = x.shape, index.shape, _split(x, chip)
     steps, num_blocks, out = pl.cdiv(n, BLOCK), d // parts // columns, out_type(x, n, dtype)
 
     def blocks(a, fill):
@@ -81,7 +101,7 @@ def sum_of_rows(x: jax.Array, index: jax.Array, weight: jax.Array | None, dtype)
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=RESIDENT_BYTES + 2 * BLOCK * columns * 4 + 2**20,
+            vmem_limit_bytes=_resident_bytes(chip) + 2 * BLOCK * columns * 4 + MIB,
         ),
         cost_estimate=cost(x, index, dtype, m),
         name="ringmoe_sum_of_rows",
@@ -204,12 +224,17 @@ def narrowest(x) -> int:
     return LANES * 4 // x.dtype.itemsize
 
 
-def _split(x) -> tuple[int, int]:
-    """(parts, columns): the columns of `x` in two parts, one for each core where a device has two; and those of one block."""
+def _split(x, chip: Chip) -> tuple[int, int]:
+    """(parts, columns): the columns of `x` in parts, one for each core; and those of one block."""
     (m, d), itemsize = x.shape, x.dtype.itemsize
-    parts = 2 if d % (2 * narrowest(x)) == 0 and d * itemsize >= 2 * MIN_BYTES else 1
-    fitting = min(MAX_COLUMNS, RESIDENT_BYTES // (2 * (m + SUBLANES) * itemsize))
+    parts = chip.cores if d % (chip.cores * narrowest(x)) == 0 and d * itemsize >= chip.cores * MIN_BYTES else 1
+    fitting = min(MAX_COLUMNS, _resident_bytes(chip) // (2 * (m + SUBLANES) * itemsize))
     return parts, widest(x, fitting, parts)
+
+
+def _resident_bytes(chip: Chip) -> int:
+    """VMEM for two blocks of columns: the rest is for those of `out`, and XLA's."""
+    return chip.vmem * 11 // 16
 
 
 def widest(x, fitting: int, parts: int = 1) -> int:

@@ -7,6 +7,7 @@ one's begins comes with the former: three blocks' rows are in VMEM, the one bein
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +16,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe.pallas import rows_tpu
-from ringmoe.pallas.rows_tpu import LANES, MIN_BYTES, SUBLANES, height, lacks
+from ringmoe.pallas.rows_tpu import LANES, MIB, MIN_BYTES, SUBLANES, Chip, height, lacks
 
 BLOCKS = (128, 256, 512, 1024)  # sums in one grid step
 LONG = 16  # rows of a run of a block: of shorter ones too many tiles are read twice
 REGIONS = 3
-ROW_BYTES = 48 * 2**20  # VMEM for the rows of three blocks; v5p and tpu7x have 64 MiB in all
 
 
-def check(x, index, runs: int, dtype) -> None:
+def check(x, index, runs: int, dtype, chip: Chip) -> None:
     """Raises NotImplementedError where this kernel can't run; arguments are arrays or their types."""
     rows_tpu.check_arrays(x, index, dtype)
-    if not runs or not _sizes(x, index, runs)[1]:
+    if not runs or not _sizes(x, index, runs, chip)[1]:
         raise lacks(
             f"{len(index)} sums of {index.shape[1]} rows in {runs} runs: too few sums, or too much to hold of each"
         )
 
 
-def sum_of_rows(x, index, starts, weight, dtype) -> jax.Array:
+def sum_of_rows(x, index, starts, weight, dtype, chip: Chip) -> jax.Array:
     """[n, D] in `dtype`, summed in float32 in the order of j; x [m, D], index [n, k], past the end for a row of zeros.
 
     starts [runs] ascend: from each on, up to the next, the rows that are asked for lie without gaps in the order of `index`.
@@ -40,10 +40,10 @@ def sum_of_rows(x, index, starts, weight, dtype) -> jax.Array:
     Cost: HBM is read once where rows are needed, and about one tile of 8 rows for each run and block; n * k * runs / 100
     vector operations to find where the rows come to lie.
     """
-    check(x, index, starts.size, dtype)
-    (n, k), d, (block, columns) = index.shape, x.shape[1], _sizes(x, index, starts.size)
+    check(x, index, starts.size, dtype, chip)
+    (n, k), d, (block, columns) = index.shape, x.shape[1], _sizes(x, index, starts.size, chip)
     blocks, out = pl.cdiv(n, block), rows_tpu.out_type(x, n, dtype)
-    parts = 2 - blocks % 2
+    parts = math.gcd(blocks, chip.cores)
     steps = blocks // parts
     by_block = lambda a, fill: jnp.pad(a, ((0, blocks * block - n), (0, 0)), constant_values=fill)
     index = by_block(jnp.where(index < x.shape[0], index, -1), -1).reshape(blocks, -1, LANES)
@@ -78,7 +78,7 @@ def sum_of_rows(x, index, starts, weight, dtype) -> jax.Array:
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=ROW_BYTES + 2 * block * columns * 4 + 2**20,
+            vmem_limit_bytes=_bytes_for_rows_and_sums(chip) + MIB,
             disable_bounds_checks=True,
         ),
         cost_estimate=rows_tpu.cost(x, jax.ShapeDtypeStruct((n, k), jnp.int32), dtype, n * k),
@@ -109,7 +109,7 @@ def _kernel(this, following, *refs, k, steps, weighted, dtypes):
 
         tiles[region] = lax.fori_loop(0, runs, run, 0)
 
-    # Invariant: at step b, region b % 3 holds, or is about to, what comes for the step's sums, and b - 1's what the step before had.
+    # Invariant: at step b, region b % 3 holds, or is about to hold, what was fetched for it, and the one before what b - 1 had.
     @pl.when((c == 0) & (b == 0))
     def first():
         fetch(this, 0, 0)
@@ -137,7 +137,8 @@ def _table(index, starts, steps: int):
     """Where in VMEM the rows come to lie, and what brings them there.
 
     Args:
-        index: [blocks, places / 128, 128] int32; -1 for none. starts: [runs]. steps: blocks of a part, which has nothing before.
+        index: [blocks, places / 128, 128] int32; -1 for none. starts: [runs].
+        steps: blocks of a part, before the first of which nothing was fetched.
 
     Returns:
         place: like `index`, a row of VMEM; -1 for none.
@@ -213,14 +214,18 @@ def _room(width: int, runs: int) -> int:
     return min(width, (width + 14 * min(runs, width)) // SUBLANES)
 
 
-def _sizes(x, index, runs: int) -> tuple[int, int]:
+def _sizes(x, index, runs: int, chip: Chip) -> tuple[int, int]:
     """(block, columns): how many sums and how much of a row are worked on at a time; columns 0 if that is too little."""
     (n, k), itemsize, found = index.shape, x.dtype.itemsize, (0, 0)
     for block in BLOCKS:
         rows = SUBLANES * (REGIONS * _room(block * k, runs) + 1)
-        columns = rows_tpu.widest(x, ROW_BYTES // (rows * itemsize))
+        columns = rows_tpu.widest(x, _bytes_for_rows_and_sums(chip) // (rows * itemsize + 2 * block * 4))
         if block <= n and columns * itemsize >= MIN_BYTES:
             found = block, columns
             if block * k >= LONG * runs:
                 break
     return found
+
+
+def _bytes_for_rows_and_sums(chip: Chip) -> int:
+    return chip.vmem * 13 // 16

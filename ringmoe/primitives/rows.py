@@ -13,24 +13,27 @@ from ringmoe.schedule import gather
 
 def lower_on_tpu(ctx, *operands, mapped, dtype):
     """A kernel where it is the faster one, and XLA may not have to partition it; XLA's own gathers elsewhere."""
-    run = functools.partial(gather.evaluate, mapped=mapped, dtype=dtype)
-    if not mapped and compat.is_of_one_device(ctx):
-        run = _pick(dtype, *ctx.avals_in) or run
+    run, chip = (
+        functools.partial(gather.evaluate, mapped=mapped, dtype=dtype),
+        rows_tpu.CHIPS.get(compat.device_kind(ctx)),
+    )
+    if chip and not mapped and compat.is_of_one_device(ctx):
+        run = pick(dtype, chip, *ctx.avals_in) or run
     return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 
 
-def _pick(dtype, *types):
+def pick(dtype, chip: rows_tpu.Chip, *types):
     """The first that takes the call, of those that are faster than XLA's gathers; None if none does."""
     x, row, starts, _ = jax.eval_shape(_flat, *types)
     for run, accepts in (
-        (_by_runs, lambda: runs_tpu.check(x, row, starts.size, dtype)),
-        (_resident, lambda: rows_tpu.check(x, row, dtype)),
+        (_by_runs, lambda: runs_tpu.check(x, row, starts.size, dtype, chip)),
+        (_resident, lambda: rows_tpu.check(x, row, dtype, chip)),
     ):
         try:
             accepts()
         except NotImplementedError:
             continue
-        return functools.partial(run, dtype)
+        return functools.partial(run, dtype, chip)
     return None
 
 
@@ -41,10 +44,10 @@ def _flat(x, index, back, starts, weight=None):
     return x.reshape(-1, *x.shape[back.ndim - 1 :]), row, starts, None if weight is None else flat(weight)
 
 
-def _by_runs(dtype, x, index, *others):
-    return runs_tpu.sum_of_rows(*_flat(x, index, *others), dtype).reshape(*index.shape[:-1], -1)
+def _by_runs(dtype, chip, x, index, *others):
+    return runs_tpu.sum_of_rows(*_flat(x, index, *others), dtype, chip).reshape(*index.shape[:-1], -1)
 
 
-def _resident(dtype, x, index, *others):
+def _resident(dtype, chip, x, index, *others):
     x, row, _, weight = _flat(x, index, *others)
-    return rows_tpu.sum_of_rows(x, row, weight, dtype).reshape(*index.shape[:-1], -1)
+    return rows_tpu.sum_of_rows(x, row, weight, dtype, chip).reshape(*index.shape[:-1], -1)
