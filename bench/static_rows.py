@@ -87,10 +87,10 @@ def compiled(layer: Layer, combine: bool, device):
         array((layer.num_tokens, layer.top_k)),
     )
     if combine:
-        fun = lambda rows, weight, *slots: combine_local(rows, Slots(*slots, _starts(layer)), weight, rows.dtype)
+        fun = lambda rows, weight, a, p: combine_local(rows, Slots(a, p, _starts(layer)), weight, rows.dtype)
         arrays = (array((*assignment.shape, layer.dim), jnp.bfloat16), array(place.shape, jnp.float32))
     else:
-        fun = lambda x, *slots: dispatch_local(x, Slots(*slots))
+        fun = lambda x, a, p: dispatch_local(x, Slots(a, p))
         arrays = (array((layer.num_tokens, layer.dim), jnp.bfloat16),)
     program = jax.jit(fun).lower(*arrays, assignment, place).compile()
     texts = {}

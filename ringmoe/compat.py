@@ -92,8 +92,8 @@ def is_of_one_device(ctx) -> bool:
     return axes.manual_axes | set(axes.mesh.manual_axes) == set(axes.mesh.axis_names)
 
 
-def device_kind(ctx) -> str | None:
-    """What kind of device is lowered for, real or one that only compiles; None where JAX doesn't tell.
+def device_kind(ctx) -> str:
+    """What kind of device is lowered for, real or one that only compiles; empty where JAX doesn't tell.
 
     A mesh tells it, and a program of one device has only its backend.
     """
@@ -101,9 +101,9 @@ def device_kind(ctx) -> str | None:
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0].device_kind
     if mesh is not None:
-        return getattr(mesh.abstract_device, "device_kind", None)
+        return getattr(mesh.abstract_device, "device_kind", "")
     backend = ctx.module_context.backend
-    return backend.devices()[0].device_kind if backend else None
+    return backend.devices()[0].device_kind if backend else ""
 
 
 def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:

@@ -183,7 +183,7 @@ def test_sums_of_runs_are_numpys(races, monkeypatch, tokens, k, num_experts, par
     monkeypatch.setattr(runs_tpu, "MIN_BYTES", 1024)
     x, slots, weight = runs(tokens, k, num_experts, parts, dtype)
     weight = None if k == 1 else weight
-    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, jnp.dtype(out), CHIP)
+    sums = lambda x, place, starts, weight: runs_tpu.sum_of_rows(x, place, starts, weight, jnp.dtype(out), CHIP)
     y = np.asarray(jax.jit(sums)(x, slots.place, slots.starts, weight), np.float32)
     expected = by_loop(x, slots.place, weight, out)
     np.testing.assert_allclose(y, expected, rtol=2**-7 if out == "bfloat16" else 1e-5, atol=1e-5)
@@ -197,7 +197,7 @@ def test_runs_in_blocks_of_columns(races, monkeypatch):
     chip = rows_tpu.Chip(400 * (rows * 8 * 2 + 2 * 128 * 4), 2)
     x, slots, _ = runs(1024, 1, 2, 2, "bfloat16")
     assert runs_tpu._sizes(x, slots.place, 2, chip) == (128, 256)
-    sums = lambda *arrays: runs_tpu.sum_of_rows(*arrays, None, jnp.dtype("bfloat16"), chip)
+    sums = lambda x, place, starts: runs_tpu.sum_of_rows(x, place, starts, None, jnp.dtype("bfloat16"), chip)
     y = jax.jit(sums)(x, slots.place, slots.starts)
     np.testing.assert_array_equal(np.asarray(y, np.float32), by_loop(x, slots.place, None, "bfloat16"))
 
