@@ -92,6 +92,20 @@ def is_of_one_device(ctx) -> bool:
     return axes.manual_axes | set(axes.mesh.manual_axes) == set(axes.mesh.axis_names)
 
 
+def device_kind(ctx) -> str:
+    """What kind of device is lowered for, real or one that only compiles; empty where JAX doesn't tell.
+
+    A mesh tells it, and a program of one device has only its backend.
+    """
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].device_kind
+    if mesh is not None:
+        return getattr(mesh.abstract_device, "device_kind", "")
+    backend = ctx.module_context.backend
+    return backend.devices()[0].device_kind if backend else ""
+
+
 def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:
     """`mesh`, made of the devices of the mesh that `jax.set_mesh` set, if that is one of other axes.
 

@@ -46,6 +46,27 @@ def test_the_partitioner_is_asked_with_shardings_that_can_be_read(spec):
     assert seen[-1] == (8, digits[spec])
 
 
+def test_a_lowering_rule_can_tell_the_kind_of_device():
+    """From a mesh, real or abstract, and from the backend of a program of one device; not where no device is known."""
+    seen = []
+
+    def rule(ctx, x):
+        seen.append(compat.device_kind(ctx))
+        return [x]
+
+    primitive = Primitive("ringmoe_compat_kind")
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(primitive, rule)
+    mesh = make_mesh((2, 4), AxisType.Auto)
+    unknown = jax.sharding.AbstractMesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    x, kind = jnp.zeros((8, 8)), jax.devices()[0].device_kind
+    jax.jit(primitive.bind).lower(x)
+    for around in (mesh, mesh.abstract_mesh, unknown):
+        over = jax.shard_map(primitive.bind, mesh=around, in_specs=P("a"), out_specs=P("a"))
+        jax.jit(over).trace(x).lower(lowering_platforms=("cpu",))
+    assert kind and seen == [kind, kind, kind, ""]
+
+
 def test_jax_refuses_to_permute_over_axes_in_another_order_than_the_meshs():
     """On every JAX we support it raises, rather than permute along the wrong circle: so a ring sorts its axes (plan.Ring)."""
     mesh = make_mesh((2, 4), AxisType.Auto)

@@ -135,7 +135,11 @@ def test_packed_rows_equal_the_loops(one_key, drawn, in_one_part):
         place[mine] = part * length + np.arange(len(mine))
     np.testing.assert_array_equal(found.assignment, want)
     np.testing.assert_array_equal(found.place, place.reshape(expert.shape))
-    np.testing.assert_array_equal(counts, np.bincount(expert.reshape(-1), minlength=num_experts + 1)[:-1])
+    counted = np.bincount(expert.reshape(-1), minlength=num_experts + 1)[:-1]
+    np.testing.assert_array_equal(counts, counted)
+    share = counted.reshape(parts, -1)
+    starts = np.arange(parts)[:, None] * length + np.cumsum(share, 1) - share
+    np.testing.assert_array_equal(found.starts, starts.reshape(-1))
 
 
 @given(routings(layouts=LAYOUTS[5:]))

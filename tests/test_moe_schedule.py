@@ -18,7 +18,7 @@ from ringmoe.pallas import experts_xla
 from ringmoe.plan import experts as plan
 from ringmoe.plan.base import Ring, freeze
 from ringmoe.router import RouterConfig, route
-from ringmoe.schedule import experts
+from ringmoe.schedule import exchange, experts, gather, rows
 
 B, T, D, F, E = 4, 64, 16, 24, 8
 CONFIG = RouterConfig(E, top_k=2, capacity_factor=1.0, group_size=8)
@@ -285,3 +285,27 @@ def test_compiled_text_holds_the_planned_collectives_and_no_scatter(case, collec
     assert not re.search(r"\sscatter\(", both)
     for step in ("dispatch", "experts", "combine", *(["exchange"] if "all-to-all" in collectives else [])):
         assert f"/{step}/" in both, step
+
+
+def keeps_its_promise(x, index, back, weight=None, dtype=None, starts=None):
+    """`sum_of_rows`, NaN unless the places of each run, as they are asked for, are the rows from its start on."""
+    y = gather.sum_of_rows(x, index, back, weight, dtype, starts)
+    if starts is None:
+        return y
+    place = index.reshape(-1)
+    run = jnp.sum(place[:, None] >= starts, axis=1) - 1
+    same = (run[:, None] == jnp.arange(starts.size)) & (place < back.size)[:, None]
+    rows = starts[run] + jnp.take_along_axis(jnp.cumsum(same, axis=0), jnp.maximum(run, 0)[:, None], axis=1)[:, 0] - 1
+    kept = jnp.all((place == rows) | (place >= back.size)) & jnp.all(run >= 0) & jnp.all(jnp.diff(starts) >= 0)
+    return jnp.where(kept, y, jnp.nan)
+
+
+@pytest.mark.parametrize("case", ["tokens only", *(SORTED[name] for name in ("one device", *IN_PIECES))])
+def test_rows_lie_in_the_runs_that_a_kernel_is_promised(case, monkeypatch):
+    """Dispatched, brought together by expert where they came to, and sent back."""
+    arrays, *_ = make_inputs()
+    expected = make_forward(case)(*arrays)
+    for module in (rows, exchange):
+        monkeypatch.setattr(module, "sum_of_rows", keeps_its_promise)
+    promised = shard(case, scheduled(experts.forward, case), "TTTTIIOHHM", "T")
+    np.testing.assert_array_equal(promised(*arrays), expected)

@@ -7,31 +7,47 @@ from jax import lax
 from jax.interpreters import mlir
 
 from ringmoe import compat
-from ringmoe.pallas import rows_tpu
+from ringmoe.pallas import rows_tpu, runs_tpu
 from ringmoe.schedule import gather
 
 
 def lower_on_tpu(ctx, *operands, mapped, dtype):
-    """The kernel where it is the faster one, and XLA may not have to partition it; XLA's own gathers elsewhere."""
-    run = functools.partial(gather.evaluate, mapped=mapped, dtype=dtype)
-    if not mapped and compat.is_of_one_device(ctx):
-        x, row, _ = jax.eval_shape(_flat, *ctx.avals_in)
-        try:
-            rows_tpu.check(x, row, dtype)
-        except NotImplementedError:
-            pass
-        else:
-            run = functools.partial(_kernel, dtype)
+    """A kernel where it is the faster one, and XLA may not have to partition it; XLA's own gathers elsewhere."""
+    run, chip = (
+        functools.partial(gather.evaluate, mapped=mapped, dtype=dtype),
+        rows_tpu.CHIPS.get(compat.device_kind(ctx)),
+    )
+    if chip and not mapped and compat.is_of_one_device(ctx):
+        run = pick(dtype, chip, *ctx.avals_in) or run
     return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 
 
-def _flat(x, index, back, weight=None):
-    """x [m, ...], the rows of it [n, k] that are summed, and their weights."""
+def pick(dtype, chip: rows_tpu.Chip, *types):
+    """The first that takes the call, of those that are faster than XLA's gathers; None if none does."""
+    x, row, starts, _ = jax.eval_shape(_flat, *types)
+    for run, accepts in (
+        (_by_runs, lambda: runs_tpu.check(x, row, starts.size, dtype, chip)),
+        (_resident, lambda: rows_tpu.check(x, row, dtype, chip)),
+    ):
+        try:
+            accepts()
+        except NotImplementedError:
+            continue
+        return functools.partial(run, dtype, chip)
+    return None
+
+
+def _flat(x, index, back, starts, weight=None):
+    """x [m, ...], the rows of it [n, k] that are summed, where runs of them start, and the weights [n, k]."""
     flat = lambda a: a.reshape(-1, a.shape[-1])
     row = lax.div(flat(index), back.dtype.type(back.shape[-1]))
-    return x.reshape(-1, *x.shape[back.ndim - 1 :]), row, None if weight is None else flat(weight)
+    return x.reshape(-1, *x.shape[back.ndim - 1 :]), row, starts, None if weight is None else flat(weight)
 
 
-def _kernel(dtype, x, index, back, *weight):
-    y = rows_tpu.sum_of_rows(*_flat(x, index, back, *weight), dtype)
-    return y.reshape(*index.shape[:-1], -1)
+def _by_runs(dtype, chip, x, index, *others):
+    return runs_tpu.sum_of_rows(*_flat(x, index, *others), dtype, chip).reshape(*index.shape[:-1], -1)
+
+
+def _resident(dtype, chip, x, index, *others):
+    x, row, _, weight = _flat(x, index, *others)
+    return rows_tpu.sum_of_rows(x, row, weight, dtype, chip).reshape(*index.shape[:-1], -1)

@@ -16,7 +16,7 @@ from ringmoe import compat
 
 
 def sum_of_rows(
-    x: jax.Array, index: jax.Array, back: jax.Array, weight: jax.Array | None = None, dtype=None
+    x: jax.Array, index: jax.Array, back: jax.Array, weight: jax.Array | None = None, dtype=None, starts=None
 ) -> jax.Array:
     """out[n] = sum over j of weight[n, j] * x[row of index[n, j]], in the order of j, summed in float32 or float64.
 
@@ -24,8 +24,13 @@ def sum_of_rows(
     those of `back` [*m, l]: each has k or l places, and the two say which of the others' each is joined to. Both count places
     flat, over [*m, l] and [*n, k], and are each other's inverse; past the end, a place is joined to none, and adds 0. So the
     transpose is the same sum with the two exchanged, and needs no scatter. The result is in `dtype` (None: x's).
+
+    `starts` [runs] int32 promises order: from each, a row of x, up to the next, the rows that are asked for lie without gaps
+    and in the order of n, and none before the first. So a few neighbours of n need a stretch of each run, and a kernel can
+    fetch those alone. None promises nothing.
     """
-    operands = (x, index, back) if weight is None else (x, index, back, weight)
+    starts = jnp.zeros(0, jnp.int32) if starts is None else starts
+    operands = (x, index, back, starts) if weight is None else (x, index, back, starts, weight)
     return PRIMITIVE.bind(*compat.vary_alike(operands), mapped=0, dtype=jnp.dtype(dtype or x.dtype))
 
 
@@ -53,10 +58,10 @@ def staircase(starts: jax.Array, heights: jax.Array, at: jax.Array) -> jax.Array
     return jnp.sum(jnp.where(at[..., None] >= starts, rises, 0), axis=-1, dtype=heights.dtype)
 
 
-def evaluate(x, index, back, *weight, mapped, dtype):
+def evaluate(x, index, back, starts, *weight, mapped, dtype):
     """The sum in XLA's operations."""
 
-    def run(x, index, back, *weight):
+    def run(x, index, back, starts, *weight):
         acc = jnp.promote_types(x.dtype, jnp.float32)
         flat = x.reshape(-1, *x.shape[back.ndim - 1 :])
         row = lax.div(index, jnp.int32(back.shape[-1]))
@@ -69,7 +74,7 @@ def evaluate(x, index, back, *weight, mapped, dtype):
 
     for _ in range(mapped):
         run = jax.vmap(run)
-    return run(x, index, back, *weight)
+    return run(x, index, back, starts, *weight)
 
 
 def _times(x, scalars):
@@ -84,40 +89,41 @@ def _whole(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _abstract_eval(x, index, back, *weight, mapped, dtype):
+def _abstract_eval(x, index, back, starts, *weight, mapped, dtype):
     return x.update(shape=(*index.shape[:-1], *x.shape[back.ndim - 1 :]), dtype=dtype, weak_type=False)
 
 
 def _jvp(primals, tangents, **params):
-    x, index, back, *_ = primals
-    x_dot, _, _, *weight_dot = tangents
+    x, index, back, starts, *_ = primals
+    x_dot, _, _, _, *weight_dot = tangents
     moved = [] if type(x_dot) is ad.Zero else [PRIMITIVE.bind(x_dot, *primals[1:], **params)]
-    moved += [PRIMITIVE.bind(x, index, back, dot, **params) for dot in weight_dot if type(dot) is not ad.Zero]
+    moved += [PRIMITIVE.bind(x, index, back, starts, dot, **params) for dot in weight_dot if type(dot) is not ad.Zero]
     return PRIMITIVE.bind(*primals, **params), functools.reduce(jnp.add, moved)
 
 
-def _transpose(cotangent, x, index, back, *weight, mapped, dtype):
+def _transpose(cotangent, x, index, back, starts, *weight, mapped, dtype):
     """Of the one operand that is linear. Places change sides: a weight goes to where the place that it stands at leads."""
     linear = x if ad.is_undefined_primal(x) else weight[0]
+    unordered = starts[..., :0]
     bind = functools.partial(PRIMITIVE.bind, mapped=mapped, dtype=linear.aval.dtype)
     if type(cotangent) is ad.Zero:
         moved = ad.Zero(linear.aval)
     elif linear is x:
-        moved = bind(
-            cotangent, back, index, *(bind(w, back[..., None], index[..., None], dtype=w.dtype) for w in weight)
-        )
+        weight_there = (bind(w, back[..., None], index[..., None], unordered, dtype=w.dtype) for w in weight)
+        moved = bind(cotangent, back, index, unordered, *weight_there)
     else:
-        moved = _products(cotangent, x, index, back, mapped).astype(linear.aval.dtype)
-    return [moved, None, None, *(None for _ in weight)] if linear is x else [None, None, None, moved]
+        moved = _products(cotangent, x, index, back, unordered, mapped).astype(linear.aval.dtype)
+    constant = [None] * 3
+    return [moved, *constant, *(None for _ in weight)] if linear is x else [None, *constant, moved]
 
 
-def _products(y, x, index, back, mapped):
+def _products(y, x, index, back, unordered, mapped):
     """[*n, k]: of each place, the product of row n of y and the row of x that it is joined to."""
     k, size, acc = index.shape[-1], math.prod(index.shape[mapped:-1]), jnp.promote_types(x.dtype, jnp.float32)
     products = []
     for j in range(k):  # one choice of all n at a time, whose places are counted by n alone
         back_j = jnp.where(lax.rem(back, jnp.int32(k)) == j, lax.div(back, jnp.int32(k)), size)
-        row = PRIMITIVE.bind(x, index[..., j, None], back_j, mapped=mapped, dtype=x.dtype)
+        row = PRIMITIVE.bind(x, index[..., j, None], back_j, unordered, mapped=mapped, dtype=x.dtype)
         products.append(jnp.sum(row.astype(acc) * y.astype(acc), axis=tuple(range(index.ndim - 1, y.ndim))))
     return jnp.stack(products, axis=-1)
 

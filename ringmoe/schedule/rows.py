@@ -23,6 +23,9 @@ class Slots(NamedTuple):
 
     assignment: jax.Array  # [E or P, R] int32: what fills each row; the number of assignments where nothing does
     place: jax.Array  # [*B, T, k] int32: where each assignment's row lies; the number of rows where it has none
+    starts: jax.Array | None = (
+        None  # [E] int32: the row from which on an expert's lie, if in the order of the assignments
+    )
 
 
 def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int, group_size: int) -> Slots:
@@ -67,7 +70,8 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
     gaps = length * lax.broadcasted_iota(jnp.int32, (parts,), 0) - first  # before each part
     lies = jnp.where(rank < ends[-1], rank + staircase(first, gaps, rank), parts * length)
     _, place = lax.sort((order, lies), num_keys=1)
-    return Slots(assignment, place.reshape(expert.shape)), counts
+    starts = (ends - counts).reshape(parts, -1) + gaps[:, None]
+    return Slots(assignment, place.reshape(expert.shape), starts.reshape(-1)), counts
 
 
 def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
@@ -99,7 +103,7 @@ def combine_local(rows: jax.Array, slots: Slots, weight: jax.Array | None, dtype
     `weight=None` is 1 for every choice, which makes it the transpose of `dispatch_local`.
     """
     dtype = dtype or jnp.promote_types(rows.dtype, jnp.float32)
-    return sum_of_rows(rows, slots.place, slots.assignment[..., None], weight, dtype)
+    return sum_of_rows(rows, slots.place, slots.assignment[..., None], weight, dtype, slots.starts)
 
 
 def combine_scalars(values: jax.Array, slots: Slots) -> jax.Array:
