@@ -37,8 +37,8 @@ class ExpertsShape:
     hidden_dim: int
     num_experts: int
     top_k: int
-    capacity_factor: float = 1.25
-    group_size: int = 256
+    capacity_factor: float | None = 1.25
+    group_size: int | None = 256
 
 
 EXPERTS = (
@@ -46,4 +46,10 @@ EXPERTS = (
         "mixtral/8", 2048, 512, 1792, 8, 2
     ),  # Mixtral 8x7B (D 4096, F 14336, 8 experts, top 2) at an eighth of its dims
     ExpertsShape("qwen3-30b/8", 512, 256, 96, 128, 8),  # Qwen3-30B-A3B (D 2048, F 768, 128 experts, top 8) at an eighth
+)
+
+LAYERS = (
+    ExpertsShape("wide", 8192, 512, 1792, 8, 2),  # Mixtral's at an eighth, as above
+    ExpertsShape("fine", 8192, 512, 192, 64, 4),
+    ExpertsShape("finest", 8192, 512, 96, 128, 8),
 )

@@ -37,7 +37,7 @@ def value_and_gradients(attend, args, argnums):
 
 def in_double(attend, args, argnums):
     with jax.enable_x64(True):
-        return value_and_gradients(attend, double(args), argnums)
+        return jax.jit(lambda *args: value_and_gradients(attend, args, argnums))(*double(args))
 
 
 def assert_all_close(got, want, tolerance):

@@ -146,7 +146,7 @@ def gradients(x, config, token_mask=None):
         y, _ = ringmoe.moe_ffn(**arrays, shared=shared, config=config, token_mask=token_mask)
         return jnp.sum(y), y
 
-    return jax.grad(layer, argnums=(0, 1), has_aux=True)({"x": x} | BIASED, shared)
+    return jax.jit(jax.grad(layer, argnums=(0, 1), has_aux=True))({"x": x} | BIASED, shared)
 
 
 def test_only_filled_slots_count_in_a_biass_gradient():
@@ -234,7 +234,8 @@ def slopes(layer, order, arrays):
 @functools.cache
 def own_oracle(order):
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, slopes(dense_own_layer, order, double({"x": X, "own": OWN})))
+        compiled = jax.jit(functools.partial(slopes, dense_own_layer, order))
+        return jax.tree.map(np.asarray, compiled(double({"x": X, "own": OWN})))
 
 
 OWN_LAYOUTS = {"tokens and experts": (P("a", "b"), P("b")), "experts elsewhere": (P("a"), P("b"))}
