@@ -12,52 +12,19 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import ringmoe
+from bench.overlap import DEEPSEEK, DEVICES, MIXTRAL, QWEN, inspected
 
-TOKENS = 4096  # a device
-TARGETS = {"v5e:2x4": 8, "v5p:2x2x2": 8, "v6e:2x4": 8, "tpu7x:2x2x2": 16, "v5p:4x4x4": 64}
+TARGETS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2", "v5p:4x4x4")
+LAYERS = (MIXTRAL, QWEN, DEEPSEEK)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    name: str
-    dim: int
-    hidden: int
-    num_experts: int
-    top_k: int
-
-
-LAYERS = (
-    Layer("Mixtral 8x7B", 4096, 14336, 8, 2),
-    Layer("Qwen3-30B-A3B", 2048, 768, 128, 8),
-    Layer("DeepSeek-V3", 7168, 2048, 256, 8),
-)
-
-
-def inspected(layer: Layer, target: str, gradient: bool):
-    """The inspector's report of the layer, or of the gradients of its outputs' sum of squares."""
-    devices, machine = TARGETS[target], ringmoe.target(target)
-    mesh = machine.mesh({"x": devices})
-    d, f, e = layer.dim, layer.hidden, layer.num_experts
-    shapes = {(1, TOKENS * devices, d): P(None, "x"), (d, e): P(), (e, d, f): P("x"), (e, f, d): P("x")}
-    x, router, w_in, w_out = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape, spec in shapes.items()
-    )
-    config = ringmoe.RouterConfig(e, layer.top_k, None)
-
-    def forward(x, router, w_in, w_out, w_gate):
-        return ringmoe.moe_ffn(x, router, w_in, w_out, w_gate=w_gate, config=config)[0]
-
+def gradients(forward, _, *arrays):
+    """Of the sum of the outputs' squares, forward and backward in one program."""
     loss = lambda *arrays: jnp.sum(forward(*arrays).astype(jnp.float32) ** 2)
-    fun = ringmoe.jit(jax.grad(loss, tuple(range(5))) if gradient else forward)
-    return ringmoe.inspect(fun, x, router, w_in, w_out, w_in, target=target)
+    return jax.grad(loss, tuple(range(len(arrays))))(*arrays)
 
 
 def _without_loops(report) -> tuple[float, float]:
@@ -77,9 +44,9 @@ def main(targets) -> None:
     print("|---|---|---|---|---|---|")
     for target in targets:
         for layer in LAYERS:
-            if layer.num_experts % TARGETS[target] == 0:
+            if layer.num_experts % DEVICES[target] == 0:
                 for gradient in (False, True):
-                    report = inspected(layer, target, gradient)
+                    report = inspected(layer, target, gradients if gradient else None, capacity_factor=None)
                     memory = f"{report.memory['temporaries'] / 2**30:.2f}" if report.memory else _too_much(report)
                     of, (run, waits) = "gradient" if gradient else "forward", _without_loops(report)
                     print(
