@@ -1,8 +1,8 @@
 """What an expert layer waits for its exchange, all at once and chosen: `python -m bench.overlap [MODEL ...]`.
 
 By the compilers and the inspector, no machines: 4096 tokens a device, capacity factor 1.25, bfloat16, one axis for tokens
-and experts; forward, and backward compiled by itself, as in a loop over layers. The wire and the experts' matmuls are those of the
-layer all at once: where the matmuls take longer, at most 5% of a run should be waiting, else at most 1.1 (wire - matmuls).
+and experts; forward, and backward compiled by itself, as in a loop over layers. The wire and the experts' matmuls are those
+of the layer all at once: where matmuls take longer, at most 5% of a run should be waiting, else at most 1.1 (wire - matmuls).
 bench/README.md has the table.
 """
 

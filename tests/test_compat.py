@@ -68,7 +68,7 @@ def test_a_lowering_rule_can_tell_the_kind_of_device():
 
 
 def test_jax_refuses_to_permute_over_axes_in_another_order_than_the_meshs():
-    """On every JAX we support it raises, rather than permute along the wrong circle: so a ring sorts its axes (plan.Ring)."""
+    """On every JAX we support it raises, rather than permute along the wrong circle: a ring sorts its axes (plan/base.py)."""
     mesh = make_mesh((2, 4), AxisType.Auto)
     turn = lambda x: jax.lax.ppermute(x, ("b", "a"), [(i, (i + 1) % 8) for i in range(8)])
     turned = jax.shard_map(turn, mesh=mesh, in_specs=P(("b", "a")), out_specs=P(("b", "a")))
