@@ -204,6 +204,7 @@ def test_the_times_by_which_rows_travel_in_pieces():
     work = 8 * 1280 * 2 * 4096 * 14336 * 3 / 918e6
     assert int(once[3]) == round(2 * wire + work)
     pieces = int(once[1])
+    assert 1280 % (16 * pieces) == 0
     half = max(work / 2 / pieces, 3 * 4096 * 14336 * 2 / 1640e3) + 5
     each = wire / pieces
     assert int(once[2]) == round(each + (pieces - 1) * 2 * max(half, each) + 2 * half + each)

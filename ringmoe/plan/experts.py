@@ -13,8 +13,8 @@ from ringmoe.plan.base import Factors, freeze
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "all_to_all", "pieces")
-PIECES = (2, 4, 8, 16)  # in how many rows may travel: two copies of the experts' matmuls each
-TILE = 16  # rows of a piece are a multiple of it: of a tile of packed bfloat16, and of two halves
+PIECES = range(2, 17)  # in how many rows may travel: two copies of the experts' matmuls each
+TILE = 16  # rows of a piece are a multiple of it, a tile of packed bfloat16
 SORTING = 1.5  # rows are sorted where there is so much more room than even routing asks for: empty rows cost more than sorting
 WINDOW = (
     1.25  # rows that a device works on at once over what comes to it, were routing even: memory against another turn
@@ -248,14 +248,14 @@ class _Load:
         )
 
     def in_pieces(self, machine: cost.Machine, pieces: int) -> float:
-        """The first piece there; of each, half of the work while the one before travels home, half while the next one travels
-        there; the last one home, beneath what matmuls there are after."""
+        """The first piece there; of each, some of the work while the one before travels home, and the rest while the next one
+        travels there; the last one home, beneath what matmuls there are after."""
         first, after = self.matmuls()
         rows = self.rows(pieces) / pieces
-        half = self.work(machine, rows / 2, first) + machine.launch
+        work = [self.work(machine, rows * n / self.exchanges, first) + machine.launch for n in (1, self.exchanges - 1)]
         home, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
         there = (self.exchanges - 1) * home
-        return there + (pieces - 1) * (max(half, home) + max(half, there)) + 2 * half + max(last, home)
+        return there + (pieces - 1) * (max(work[0], home) + max(work[1], there)) + sum(work) + max(last, home)
 
 
 def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, str]:

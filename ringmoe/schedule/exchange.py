@@ -1,8 +1,8 @@
 """Rows travel to the devices of their experts and back, and are worked on there: all at once, or in pieces.
 
 In pieces: a piece is some of the rows that each device has for each expert. While one is worked on, the results of the piece
-before travel home, and then the next one travels here: an all-to-all under each half of the work, since a TPU has one of them
-under way at a time. What nothing hides is the first piece's way here and the last one's way home.
+before travel home, and then the next one travels here, each beneath its share of the work: a TPU has one all-to-all under way
+at a time. What nothing hides is the first piece's way here and the last one's way home.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.plan.experts import ExpertPlan
+from ringmoe.plan.experts import TILE, ExpertPlan
 from ringmoe.schedule import windows
 
 
@@ -55,14 +55,14 @@ def _worked(work, rows, weights, counts):
 
 
 def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
-    """(results, what was kept of each half of a piece).
+    """(results, what was kept of both parts of each piece).
 
     The barriers keep order: XLA would send all before any work, wait for what is under way before the work that hides it, and
     make one matmul of those that share weights.
     """
     pieces, kept, home = _split(rows, plan.pieces), [], []
 
-    def half(came, after):
+    def part(came, after):
         came, now, _ = lax.optimization_barrier((came, weights, after))
         out, kept_of_it = _worked(work, came, now, None)
         kept.append(kept_of_it)
@@ -70,15 +70,15 @@ def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
 
     here, done = _to_experts(plan, pieces[0]), None
     for following in (*pieces[1:], None):
-        if done is not None:  # beneath the first half
+        if done is not None:  # beneath the first part
             here, done = lax.optimization_barrier((here, done))
             home.append(_to_tokens(plan, done))
-        first, second = _split(here, 2)
-        out = half(first, ())
+        first, second = _parts(here)
+        out = part(first, ())
         if following is not None:  # beneath the second
             following, home, second, _ = lax.optimization_barrier((following, home, second, _corner(out)))
             here = _to_experts(plan, following)
-        done = _together([out, half(second, _corner(out))])
+        done = _together([out, part(second, _corner(out))])
     return _together([*home, _to_tokens(plan, done)]), kept
 
 
@@ -111,10 +111,17 @@ def _exchanged(plan: ExpertPlan, travel: Callable, tree):
         return jax.tree.map(travel, tree)
 
 
-def _split(tree, parts: int) -> list:
-    """Every array in parts along its rows, dim 1."""
+def _parts(rows) -> list:
+    """One array of rows travels home while others, as many as these, travel here: the work is shared alike."""
+    others = sum(a.ndim == 3 for a in jax.tree.leaves(rows))
+    length = jax.tree.leaves(rows)[0].shape[1]
+    return _split(rows, [max(TILE, length // (1 + others) // TILE * TILE)])
+
+
+def _split(tree, at) -> list:
+    """Every array in parts along its rows, dim 1; `at` as in jnp.split."""
     leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten(part) for part in zip(*(jnp.split(leaf, parts, axis=1) for leaf in leaves))]
+    return [treedef.unflatten(part) for part in zip(*(jnp.split(leaf, at, axis=1) for leaf in leaves))]
 
 
 def _together(trees: list):
