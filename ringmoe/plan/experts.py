@@ -248,14 +248,14 @@ class _Load:
         )
 
     def in_pieces(self, machine: cost.Machine, pieces: int) -> float:
-        """The first piece there; of each, some of the work while the one before travels home, and the rest while the next one
-        travels there; the last one home, beneath what matmuls there are after."""
+        """The first piece there; of each, a part of the work while the one before travels home, and one while each array of the
+        next one travels there; the last one home, beneath what matmuls there are after."""
         first, after = self.matmuls()
         rows = self.rows(pieces) / pieces
-        work = [self.work(machine, rows * n / self.exchanges, first) + machine.launch for n in (1, self.exchanges - 1)]
-        home, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
-        there = (self.exchanges - 1) * home
-        return there + (pieces - 1) * (max(work[0], home) + max(work[1], there)) + sum(work) + max(last, home)
+        part = self.work(machine, rows / self.exchanges, first) + machine.launch
+        wire, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
+        ends = (self.exchanges - 1) * wire + self.exchanges * part + max(last, wire)
+        return ends + (pieces - 1) * self.exchanges * max(part, wire)
 
 
 def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, str]:

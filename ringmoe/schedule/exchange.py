@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe.plan.experts import TILE, ExpertPlan
+from ringmoe.plan.experts import ExpertPlan
 from ringmoe.schedule import windows
 
 
@@ -22,7 +22,8 @@ def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, count
         work: rows [e, R, ...] by own expert, the experts' arrays, None -> (results, kept): pytrees of which the results travel
             and what is kept stays. Of sorted rows: [n, ...], the arrays, and how many each expert has, [e].
         sums: a list of what was kept -> a pytree of arrays that are added up, over all rows.
-        rows: a pytree of [v, r, ...] by visible expert; sorted, with `counts` [v]: of [1, r, ...].
+        rows: a tuple of pytrees of [v, r, ...] by visible expert; sorted, with `counts` [v]: of [1, r, ...]. Of a piece each
+            member travels beneath a part of the work of its own.
 
     Returns:
         `(results, sums)`: the results as `rows` lie.
@@ -55,7 +56,7 @@ def _worked(work, rows, weights, counts):
 
 
 def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
-    """(results, what was kept of both parts of each piece).
+    """(results, what was kept of each part of each piece).
 
     The barriers keep order: XLA would send all before any work, wait for what is under way before the work that hides it, and
     make one matmul of those that share weights.
@@ -70,15 +71,18 @@ def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
 
     here, done = _to_experts(plan, pieces[0]), None
     for following in (*pieces[1:], None):
-        if done is not None:  # beneath the first part
+        if done is not None:
             here, done = lax.optimization_barrier((here, done))
             home.append(_to_tokens(plan, done))
-        first, second = _parts(here)
-        out = part(first, ())
-        if following is not None:  # beneath the second
-            following, home, second, _ = lax.optimization_barrier((following, home, second, _corner(out)))
-            here = _to_experts(plan, following)
-        done = _together([out, part(second, _corner(out))])
+        first, *parts = _split(here, 1 + len(rows))
+        outs, arrived = [part(first, ())], []
+        for i, came in enumerate(parts):
+            after = _corner(outs[-1])
+            if following is not None:  # once the transfer before has come
+                came, leaving, after, _ = lax.optimization_barrier((came, following[i], after, (arrived or home)[-1:]))
+                arrived.append(_to_experts(plan, leaving))
+            outs.append(part(came, after))
+        here, done = tuple(arrived), _together(outs)
     return _together([*home, _to_tokens(plan, done)]), kept
 
 
@@ -111,17 +115,10 @@ def _exchanged(plan: ExpertPlan, travel: Callable, tree):
         return jax.tree.map(travel, tree)
 
 
-def _parts(rows) -> list:
-    """One array of rows travels home while others, as many as these, travel here: the work is shared alike."""
-    others = sum(a.ndim == 3 for a in jax.tree.leaves(rows))
-    length = jax.tree.leaves(rows)[0].shape[1]
-    return _split(rows, [max(TILE, length // (1 + others) // TILE * TILE)])
-
-
-def _split(tree, at) -> list:
-    """Every array in parts along its rows, dim 1; `at` as in jnp.split."""
+def _split(tree, parts: int) -> list:
+    """Every array in parts along its rows, dim 1, which may not be equal."""
     leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten(part) for part in zip(*(jnp.split(leaf, at, axis=1) for leaf in leaves))]
+    return [treedef.unflatten(part) for part in zip(*(jnp.array_split(leaf, parts, axis=1) for leaf in leaves))]
 
 
 def _together(trees: list):
