@@ -78,8 +78,9 @@ def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
         outs, arrived = [part(first, ())], []
         for i, came in enumerate(parts):
             after = _corner(outs[-1])
-            if following is not None:  # once the transfer before has come
-                came, leaving, after, _ = lax.optimization_barrier((came, following[i], after, (arrived or home)[-1:]))
+            if following is not None:  # once the transfer before it has come; what isn't taken out, XLA leaves out
+                before = arrived or home
+                came, leaving, after, before[:] = lax.optimization_barrier((came, following[i], after, before))
                 arrived.append(_to_experts(plan, leaving))
             outs.append(part(came, after))
         here, done = tuple(arrived), _together(outs)
