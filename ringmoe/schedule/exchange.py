@@ -33,7 +33,7 @@ def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, count
     if plan.pieces > 1:
         results, kept = _in_pieces(plan, work, rows, weights)
     else:
-        results, kept = _worked(work, _to_experts(plan, rows), weights, None)
+        results, kept = _worked(work, _by_expert(plan, _to_experts(plan, rows)), weights, None)
         results, kept = _to_tokens(plan, results), [kept]
     with jax.named_scope("experts"):
         return results, sums(kept)
@@ -74,7 +74,7 @@ def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
         if done is not None:
             here, done = lax.optimization_barrier((here, done))
             home.append(_to_tokens(plan, done))
-        first, *parts = _split(here, 1 + len(rows))
+        first, *parts = _split(_by_expert(plan, here), 1 + len(rows))
         outs, arrived = [part(first, ())], []
         for i, came in enumerate(parts):
             after = _corner(outs[-1])
@@ -88,18 +88,20 @@ def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
 
 
 def _to_experts(plan: ExpertPlan, rows):
-    """Rows of this device's tokens, [v, r, ...] by visible expert -> rows of this device's experts, [e, R, ...] by own expert
-    and source after source, from all P devices."""
+    """Rows of this device's tokens, [v, r, ...] by visible expert -> rows of this device's experts, from all P devices: [P, e, r,
+    ...] by source. Where nothing travels, as they are."""
+    return _exchanged(
+        plan, lambda a: lax.all_to_all(a.reshape(plan.num_exchange, -1, *a.shape[1:]), plan.exchange_axes, 0, 0), rows
+    )
 
-    def travel(rows):
-        rows = lax.all_to_all(rows.reshape(plan.num_exchange, -1, *rows.shape[1:]), plan.exchange_axes, 0, 0)
-        return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
 
-    return _exchanged(plan, travel, rows)
+def _by_expert(plan: ExpertPlan, rows):
+    """Those rows [e, R, ...], source after source."""
+    return _exchanged(plan, lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), rows)
 
 
 def _to_tokens(plan: ExpertPlan, rows):
-    """The inverse of `_to_experts`."""
+    """The inverse of both."""
 
     def travel(rows):
         rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
