@@ -205,9 +205,9 @@ def test_the_times_by_which_rows_travel_in_pieces():
     assert int(once[3]) == round(2 * wire + work)
     pieces = int(once[1])
     assert 1280 % (16 * pieces) == 0
-    half = max(work / 2 / pieces, 3 * 4096 * 14336 * 2 / 1640e3) + 5
-    each = wire / pieces
-    assert int(once[2]) == round(each + (pieces - 1) * 2 * max(half, each) + 2 * half + each)
+    of_each = max(work / pieces, 3 * 4096 * 14336 * 2 / 1640e3) + 5
+    travel = wire / pieces
+    assert int(once[2]) == round(travel + (pieces - 1) * max(of_each, 2 * travel) + of_each + travel)
 
 
 @pytest.mark.parametrize("exchange", expert_plan.EXCHANGES[1:])

@@ -17,7 +17,7 @@ from ringmoe.inspector.chips import CHIPS
 
 DEFAULT = "TPU v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
-LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of half a piece: matmuls that start and end, a transfer
+LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that start and end, a transfer
 # Devices up to which an all-to-all can be under way during other work, where not always (libtpu 0.0.50: "Async all-to-all not
 # supported on limited ICI", an error if it is asked for).
 ASYNCHRONOUS = {"v5e": 16, "cpu": 0}

@@ -13,7 +13,7 @@ from ringmoe.plan.base import Factors, freeze
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "all_to_all", "pieces")
-PIECES = range(2, 17)  # in how many rows may travel: two copies of the experts' matmuls each
+PIECES = range(2, 17)  # in how many rows may travel: a copy of the experts' matmuls each
 TILE = 16  # rows of a piece are a multiple of it, a tile of packed bfloat16
 SORTING = 1.5  # rows are sorted where there is so much more room than even routing asks for: empty rows cost more than sorting
 WINDOW = (
@@ -248,14 +248,14 @@ class _Load:
         )
 
     def in_pieces(self, machine: cost.Machine, pieces: int) -> float:
-        """The first piece there; of each, a part of the work while the one before travels home, and one while each array of the
-        next one travels there; the last one home, beneath what matmuls there are after."""
+        """The first piece there; of each, the work while the one before travels home and the next one there; the last one home,
+        beneath what matmuls there are after."""
         first, after = self.matmuls()
         rows = self.rows(pieces) / pieces
-        part = self.work(machine, rows / self.exchanges, first) + machine.launch
+        work = self.work(machine, rows, first) + machine.launch
         wire, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
-        ends = (self.exchanges - 1) * wire + self.exchanges * part + max(last, wire)
-        return ends + (pieces - 1) * self.exchanges * max(part, wire)
+        ends = (self.exchanges - 1) * wire + work + max(last, wire)
+        return ends + (pieces - 1) * max(work, self.exchanges * wire)
 
 
 def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, str]:

@@ -1,8 +1,8 @@
 """Rows travel to the devices of their experts and back, and are worked on there: all at once, or in pieces.
 
 In pieces: a piece is some of the rows that each device has for each expert. While one is worked on, the results of the piece
-before travel home, and then the next one travels here, each beneath its share of the work: a TPU has one all-to-all under way
-at a time. What nothing hides is the first piece's way here and the last one's way home.
+before travel home and the next piece travels here, in one all-to-all: a TPU has no second one under way. What nothing hides is
+the first piece's way here and the last one's way home.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,7 @@ def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, count
         work: rows [e, R, ...] by own expert, the experts' arrays, None -> (results, kept): pytrees of which the results travel
             and what is kept stays. Of sorted rows: [n, ...], the arrays, and how many each expert has, [e].
         sums: a list of what was kept -> a pytree of arrays that are added up, over all rows.
-        rows: a tuple of pytrees of [v, r, ...] by visible expert; sorted, with `counts` [v]: of [1, r, ...]. Of a piece each
-            member travels beneath a part of the work of its own.
+        rows: a pytree of [v, r, D] and [v, r] by visible expert; sorted, with `counts` [v]: of [1, r, ...].
 
     Returns:
         `(results, sums)`: the results as `rows` lie.
@@ -33,8 +32,10 @@ def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, count
     if plan.pieces > 1:
         results, kept = _in_pieces(plan, work, rows, weights)
     else:
-        results, kept = _worked(work, _by_expert(plan, _to_experts(plan, rows)), weights, None)
-        results, kept = _to_tokens(plan, results), [kept]
+        here = jax.tree.map(lambda a: _by_expert(plan, *_travel(plan, [_by_device(plan, a)])), rows)
+        results, kept = _worked(work, here, weights, None)
+        results = jax.tree.map(lambda a: _as_sent(plan, *_travel(plan, [_by_source(plan, a)])), results)
+        kept = [kept]
     with jax.named_scope("experts"):
         return results, sums(kept)
 
@@ -56,79 +57,59 @@ def _worked(work, rows, weights, counts):
 
 
 def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
-    """(results, what was kept of each part of each piece).
+    """(results, what was kept of each piece). Numbers, one a row, travel all at once: before the first piece, after the last.
 
     The barriers keep order: XLA would send all before any work, wait for what is under way before the work that hides it, and
     make one matmul of those that share weights.
     """
-    pieces, kept, home = _split(rows, plan.pieces), [], []
+    at_once = lambda arrays: [a if a.ndim == 4 else _travel(plan, [a])[0] for a in arrays]
 
-    def part(came, after):
-        came, now, _ = lax.optimization_barrier((came, weights, after))
-        out, kept_of_it = _worked(work, came, now, None)
+    def in_turn(arrays):  # in one all-to-all
+        came = iter(_travel(plan, [a for a in arrays if a.ndim == 4]))
+        return [next(came) if a.ndim == 4 else a for a in arrays]
+
+    leaves, tree = jax.tree.flatten(rows)
+    sent = at_once([_by_device(plan, a) for a in leaves])
+    pieces = list(zip(*(jnp.split(a, plan.pieces, axis=2) for a in sent)))
+    here, home, kept, results, results_tree = in_turn(pieces[0]), [], [], [], None
+    for following in (*pieces[1:], ()):
+        under_way = in_turn([*results, *following])
+        came, now = lax.optimization_barrier((here, weights))
+        out, kept_of_it = _worked(work, tree.unflatten([_by_expert(plan, a) for a in came]), now, None)
         kept.append(kept_of_it)
-        return out
-
-    here, done = _to_experts(plan, pieces[0]), None
-    for following in (*pieces[1:], None):
-        if done is not None:
-            here, done = lax.optimization_barrier((here, done))
-            home.append(_to_tokens(plan, done))
-        first, *parts = _split(_by_expert(plan, here), 1 + len(rows))
-        outs, arrived = [part(first, ())], []
-        for i, came in enumerate(parts):
-            after = _corner(outs[-1])
-            if following is not None:  # once the transfer before it has come; what isn't taken out, XLA leaves out
-                before = arrived or home
-                came, leaving, after, before[:] = lax.optimization_barrier((came, following[i], after, before))
-                arrived.append(_to_experts(plan, leaving))
-            outs.append(part(came, after))
-        here, done = tuple(arrived), _together(outs)
-    return _together([*home, _to_tokens(plan, done)]), kept
+        out, results_tree = jax.tree.flatten(out)
+        under_way, out = lax.optimization_barrier((under_way, [_by_source(plan, a) for a in out]))
+        home.append(under_way[: len(results)])
+        here, results = under_way[len(results) :], out
+    home = zip(*home[1:], in_turn(results))
+    results = at_once([jnp.concatenate(parts, axis=2) for parts in home])
+    return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), kept
 
 
-def _to_experts(plan: ExpertPlan, rows):
-    """Rows of this device's tokens, [v, r, ...] by visible expert -> rows of this device's experts, from all P devices: [P, e, r,
-    ...] by source. Where nothing travels, as they are."""
-    return _exchanged(
-        plan, lambda a: lax.all_to_all(a.reshape(plan.num_exchange, -1, *a.shape[1:]), plan.exchange_axes, 0, 0), rows
-    )
-
-
-def _by_expert(plan: ExpertPlan, rows):
-    """Those rows [e, R, ...], source after source."""
-    return _exchanged(plan, lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), rows)
-
-
-def _to_tokens(plan: ExpertPlan, rows):
-    """The inverse of both."""
-
-    def travel(rows):
-        rows = jnp.moveaxis(rows.reshape(rows.shape[0], plan.num_exchange, -1, *rows.shape[2:]), 1, 0)
-        rows = lax.all_to_all(rows, plan.exchange_axes, 0, 0)
-        return rows.reshape(-1, *rows.shape[2:])
-
-    return _exchanged(plan, travel, rows)
-
-
-def _exchanged(plan: ExpertPlan, travel: Callable, tree):
-    if not plan.exchange_axes:
-        return tree
+def _travel(plan: ExpertPlan, arrays: list) -> list:
+    """[P, e, r, ...] by destination -> the same by source; all in one all-to-all."""
+    if not plan.exchange_axes or not arrays:
+        return arrays
     with jax.named_scope("exchange"):
-        return jax.tree.map(travel, tree)
+        together = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+        return jnp.split(lax.all_to_all(together, plan.exchange_axes, 0, 0), len(arrays), axis=1)
 
 
-def _split(tree, parts: int) -> list:
-    """Every array in parts along its rows, dim 1, which may not be equal."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten(part) for part in zip(*(jnp.array_split(leaf, parts, axis=1) for leaf in leaves))]
+def _by_device(plan: ExpertPlan, a):
+    """[v, r, ...] by visible expert -> [P, e, r, ...], by the device that holds it."""
+    return a.reshape(plan.num_exchange, -1, *a.shape[1:])
 
 
-def _together(trees: list):
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *trees)
+def _as_sent(plan: ExpertPlan, a):
+    """The inverse."""
+    return a.reshape(-1, *a.shape[2:])
 
 
-def _corner(tree):
-    """One number of its first array, to wait for."""
-    array = jax.tree.leaves(tree)[0]
-    return array[(slice(0, 1),) * array.ndim]
+def _by_expert(plan: ExpertPlan, a):
+    """[P, e, r, ...] -> [e, R, ...], source after source."""
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+
+
+def _by_source(plan: ExpertPlan, a):
+    """The inverse."""
+    return jnp.moveaxis(a.reshape(a.shape[0], plan.num_exchange, -1, *a.shape[2:]), 1, 0)

@@ -49,10 +49,10 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
         rows = dispatch_local(x, slots)
 
     def work(rows, weights, counts):
-        out = kernel.forward(*rows, weights, activation, counts)
+        out = kernel.forward(rows, weights, activation, counts)
         return (out.astype(x.dtype) if plan.exchange_axes else out), ()
 
-    out, _ = visit(plan, work, lambda _: (), (rows,), _added_once(plan, weights), counts)
+    out, _ = visit(plan, work, lambda _: (), rows, _added_once(plan, weights), counts)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -70,10 +70,10 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
     """
     with jax.named_scope("dispatch"):
         slots, counts = _rows(plan, expert, slot)
-        rows = (dispatch_local(x, slots), dispatch_scalars(weight, slots)), dispatch_local(dy.astype(x.dtype), slots)
+        rows = dispatch_local(x, slots), dispatch_scalars(weight, slots), dispatch_local(dy.astype(x.dtype), slots)
 
     def work(rows, weights, counts):
-        (x, weight), dy = rows
+        x, weight, dy = rows
         grads, kept = kernel.backward_rows(x, weight, weights, activation, dy, counts)
         return (grads._replace(drows=grads.drows.astype(x.dtype)) if plan.exchange_axes else grads), (kept, counts)
 
