@@ -91,10 +91,10 @@ def compiled(target, devices, backward, jit=ringmoe.jit):
 def test_a_machine_hides_all_but_the_first_piece_and_the_last(target, backward):
     """Before the first piece there is no work, and after the last none but, backward, that of the weights' gradients."""
     report, _ = compiled(target, 8 if target == "h200x8" else 4, backward)
-    rows = [c for c in report.collectives if c.kind == "all-to-all" and c.wire_us > 10]
-    first = 2 if backward else 1
-    assert sum(c.exposed_us for c in rows) <= (first + 1.05) * max(c.wire_us for c in rows)
-    assert sum(c.exposed_us < 0.05 * c.wire_us for c in rows) >= len(rows) - first - 1
+    wires = [c.wire_us for c in report.collectives if c.kind == "all-to-all" and c.wire_us > 10]
+    ends = (2 if backward else 1) + 1  # arrays of one piece, there and home
+    assert len(wires) > 2 and max(wires) > 1.5 * min(wires)
+    assert sum(c.exposed_us for c in report.collectives) <= 1.1 * ends * min(wires) + 10
 
 
 def test_without_its_option_a_tpu_waits_for_each_piece():
