@@ -108,9 +108,11 @@ def compiled_text(module, mesh: Mesh) -> str:
 
 
 def counts(text: str) -> collections.Counter:
-    """How many collectives of each kind and Pallas kernels the program's text holds."""
+    """How many collectives of each kind and Pallas kernels the program's text holds; integers that are gathered, how many rows
+    each device has for each expert, are no matter."""
     kinds = "all-gather|collective-permute|all-to-all"
-    found = collections.Counter(re.findall(rf"\s({kinds})(?:-start)?\(", text))
+    typed = re.findall(rf"= \(*([a-z]+\d*)\[.*?\s(?:ragged-)?({kinds})(?:-start)?\(", text)
+    found = collections.Counter(kind for dtype, kind in typed if (dtype, kind) != ("s32", "all-gather"))
     found["kernels"] = text.count('custom_call_target="tpu_custom_call"')
     return found
 

@@ -26,8 +26,8 @@ from tests.test_router import BAD_FIELDS
 from tests.test_router_variants import BAD_ARRAYS, LOGITS
 
 CHECKED = (
-    "attention", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan", "compat", "pallas",
-    "primitives.doors", "lowering.jit",
+    "attention", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention", "compat",
+    "pallas", "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4
@@ -343,6 +343,7 @@ CASES = {
         lambda: moe_own(lambda rows, _: (rows, rows)),
         "expert_fn makes .* of rows float32",
     ),
+    "unknown exchange of rows": (lambda: moe(exchange="ring"), "exchange='ring', expected one of .*all_to_all.*pieces"),
     "unknown expert implementation": (lambda: moe(implementation="tpu"), "implementation='tpu', expected None .*xla"),
     "expert axis outside a shard_map": (lambda: moe(axis_name="a"), "axis_name='a', expected axes of an enclosing"),
     "E not divisible by axis_name": (

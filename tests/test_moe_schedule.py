@@ -16,9 +16,9 @@ from ringmoe import reference_moe, rules
 from ringmoe.ffn import Weights
 from ringmoe.pallas import experts_xla
 from ringmoe.plan import experts as plan
-from ringmoe.plan.base import Ring, freeze
+from ringmoe.plan.base import freeze
 from ringmoe.router import RouterConfig, route
-from ringmoe.schedule import exchange, experts, gather, rows
+from ringmoe.schedule import experts, gather, rows
 
 B, T, D, F, E = 4, 64, 16, 24, 8
 CONFIG = RouterConfig(E, top_k=2, capacity_factor=1.0, group_size=8)
@@ -78,13 +78,12 @@ def jitted_route(logits):
 
 def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
-    size, tokens = dict(axes), (*batch, *sequence)
-    exchange = tuple(a for a in expert_axes if a in tokens)
     factors = freeze({"b0": batch, "t": sequence, "e": expert_axes, "f": hidden})
     config = dataclasses.replace(CONFIG, capacity_factor=None) if case in SORTED.values() else CONFIG
-    made = plan.make(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4)
-    assert made.sorted == (case in SORTED.values()) and made.ring.size == 1
-    return dataclasses.replace(made, ring=Ring.make(exchange, size)) if case in IN_PIECES.values() else made
+    asked = "pieces" if case in IN_PIECES.values() else "all_to_all"
+    made = plan.make(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4, exchange=asked)
+    assert made.sorted == (case in SORTED.values()) and (made.pieces > 1) == (case in IN_PIECES.values())
+    return made
 
 
 def shard(case, body, in_specs, out_specs, **options):
@@ -302,10 +301,8 @@ def keeps_its_promise(x, index, back, weight=None, dtype=None, starts=None):
 
 @pytest.mark.parametrize("case", ["tokens only", *(SORTED[name] for name in ("one device", *IN_PIECES))])
 def test_rows_lie_in_the_runs_that_a_kernel_is_promised(case, monkeypatch):
-    """Dispatched, brought together by expert where they came to, and sent back."""
     arrays, *_ = make_inputs()
     expected = make_forward(case)(*arrays)
-    for module in (rows, exchange):
-        monkeypatch.setattr(module, "sum_of_rows", keeps_its_promise)
+    monkeypatch.setattr(rows, "sum_of_rows", keeps_its_promise)
     promised = shard(case, scheduled(experts.forward, case), "TTTTIIOHHM", "T")
     np.testing.assert_array_equal(promised(*arrays), expected)
