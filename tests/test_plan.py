@@ -194,6 +194,12 @@ def test_rows_travel_in_pieces_where_the_machine_is_faster_so(model, kind, size,
     assert got.rows % (16 * got.pieces) == 0 or got.pieces == 1
 
 
+def test_on_a_gpu_rows_travel_in_pieces_forward_alone():
+    assert published(MIXTRAL, "NVIDIA H200", 8).exchange == "pieces"
+    got = published(MIXTRAL, "NVIDIA H200", 8, backward=True)
+    assert got.exchange == "all_to_all" and "copied" in got.reason
+
+
 def test_the_times_by_which_rows_travel_in_pieces():
     """By hand, Mixtral on 8 v6e chips, 2 x 4: 1280 rows of 8 KiB for each of 8 experts, and four links' width of 100 GB/s."""
     once = re.search(

@@ -275,6 +275,11 @@ def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -
     told = f"at once: {once:.0f} us on {machine.kind} by the model"
     if mesh_size > machine.asynchronous:
         return 1, f", {told}, which has no all-to-all of {mesh_size} devices during other work"
+    if load.backward and not machine.dims:
+        return (
+            1,
+            f", {told}: XLA hides some of it on GPUs, and what pieces keep for the weights' gradients is copied there",
+        )
     if in_pieces[best] >= once:
         return 1, f", {told}, in {best} pieces {in_pieces[best]:.0f}"
     return best, f", in {best} pieces: {in_pieces[best]:.0f} us; {told}"
