@@ -101,10 +101,9 @@ def _insert(values, k):
 def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
     """values[*B, T, E] at expert [*B, T, k]: [*B, T, k]. Its derivative keeps the choices alone, and scatters nothing.
 
-    A choice of -1 gives 0. Not gathered, which is fast on CPUs alone: asking for the platform fails in an eager gradient over an
-    Explicit mesh (jax 0.12.0.1), where no operand tells the devices.
+    A choice of -1 gives 0.
     """
-    return _select(values, expert)
+    return jax.jit(_select)(values, expert)
 
 
 def numbered(x: jax.Array) -> jax.Array:
@@ -125,7 +124,9 @@ def _select(values, expert):
 @at_experts.defjvp
 def _at_experts_jvp(primals, tangents):
     values, expert = primals
-    again = jax.checkpoint(_select, prevent_cse=False)  # keeps no [T, E] mask of each choice
+    # Keeps no [T, E] mask of each choice. In a jit: one by one, under an Explicit mesh that is set, operations without operands,
+    # an iota, fail for want of devices (jax 0.12.0.1).
+    again = jax.jit(jax.checkpoint(_select, prevent_cse=False))
     return at_experts(values, expert), again(tangents[0], expert)
 
 
