@@ -124,8 +124,8 @@ def _select(values, expert):
 @at_experts.defjvp
 def _at_experts_jvp(primals, tangents):
     values, expert = primals
-    # Keeps no [T, E] mask of each choice. In a jit: one by one, under an Explicit mesh that is set, operations without operands,
-    # an iota, fail for want of devices (jax 0.12.0.1).
+    # Keeps no [T, E] mask of each choice. In a jit: one by one, under an Explicit mesh, operations without operands, an iota,
+    # fail for want of devices (jax 0.12.0.1).
     again = jax.jit(jax.checkpoint(_select, prevent_cse=False))
     return at_experts(values, expert), again(tangents[0], expert)
 
