@@ -210,3 +210,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         ),
     }
 )
+
+
+def chip_of(device_kind: str) -> str | None:
+    """The name in CHIPS of what JAX calls `device_kind`, None if there is none: the longest match, as "TPU v5 lite" also
+    begins with "TPU v5"."""
+    names = [(len(k), chip) for chip, spec in CHIPS.items() for k in spec.device_kinds if device_kind.startswith(k)]
+    return max(names)[1] if names else None

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from ringmoe.inspector import topology
-from ringmoe.inspector.chips import CHIPS
+from ringmoe.inspector.chips import CHIPS, chip_of
 from ringmoe.inspector.networks import NETWORKS, Protocol
 
 
@@ -183,15 +183,13 @@ def present(devices: list[Any]) -> Target:
       ValueError: their kind is not in `CHIPS`.
     """
     kind = devices[0].device_kind
-    # The longest match: "TPU v5 lite" also begins with "TPU v5".
-    names = [(len(k), chip) for chip, spec in CHIPS.items() for k in spec.device_kinds if kind.startswith(k)]
-    if not names:
+    chip = chip_of(kind)
+    if chip is None:
         raise ValueError(
             f"device kind {kind!r}, expected one of "
             f"{[k for s in CHIPS.values() for k in s.device_kinds]}: "
             "pass target= with the name of the closest machine"
         )
-    chip = max(names)[1]
     if CHIPS[chip].kind != "tpu":
         domain = min(len(devices), NETWORKS[chip].domain or len(devices))
         name = f"{chip}x{len(devices)}" if len(devices) > 1 else chip

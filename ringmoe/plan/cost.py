@@ -4,18 +4,18 @@
     all-to-all  = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
 
 for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
-cross the cut through its middle. What it is for is the order of what it compares,
-not the time of day: a mesh axis may lie along one dim of the torus, which nothing here can know. Figures of the chips are
-those of `inspector.chips`, and the formulas those of `inspector.wire`, which knows where the devices are.
+cross the cut through its middle. It is made to tell which of two is faster: a mesh axis may lie along one dim of the torus,
+which nothing here can know. Figures of the chips are those of `inspector.chips`, and the formulas those of `inspector.wire`,
+which knows where the devices are.
 """
 
 import dataclasses
 import functools
 import math
 
-from ringmoe.inspector.chips import CHIPS
+from ringmoe.inspector.chips import CHIPS, chip_of
 
-DEFAULT = "TPU v5p"  # where a mesh doesn't tell its devices
+DEFAULT = "v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
 LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that start and end, a transfer
 # Devices up to which an all-to-all can be under way during other work, where not always (libtpu 0.0.50: "Async all-to-all not
@@ -52,11 +52,7 @@ class Machine:
 @functools.cache
 def machine(device_kind: str, itemsize: int = 2) -> Machine:
     """What JAX calls `device_kind`, for matmuls of numbers of `itemsize` bytes; unknown ones are taken for DEFAULT."""
-    kind = device_kind or DEFAULT
-    found = [(len(k), name) for name, chip in CHIPS.items() for k in chip.device_kinds if kind.startswith(k)]
-    if not found:
-        return machine(DEFAULT, itemsize)
-    name = max(found)[1]
+    name = chip_of(device_kind) or DEFAULT
     chip, per_us = CHIPS[name], 1e-6
     torus = chip.kind == "tpu"
     return Machine(

@@ -154,15 +154,16 @@ def make(
     )
     pieces, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
     rows = load.rows(pieces) if pieces > 1 else rows
-    both = f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"
-    why = [both] * bool(travelling)
+    why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
+        : len(travelling)
+    ]
     why += [f"experts are sharded over {own}, tokens are not: each device serves its own experts"] * bool(own)
     why += [f"the hidden dim is sharded over {split['f']}: partial outputs"] * bool(split["f"])
     why = why or ["experts are whole on every device: nothing moves"]
     why += [f"rows are sorted by expert: one may take {room} of {tokens} tokens"] * in_order
     why += [f"only rows travel, {window} at a time: bytes are of even routing"] * (in_order and bool(travelling))
     sent = (asked if in_order else devices * rows * here) * width * itemsize
-    summed = tokens * sizes.get("d", 1) * max(itemsize, 4)
+    summed = tokens * width * max(itemsize, 4)
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
@@ -262,13 +263,11 @@ def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -
     """In how many pieces rows travel, and why."""
     if load.devices == 1:
         return 1, ""
-    in_pieces = {n: load.in_pieces(machine, n) for n in PIECES}
-    best = min(PIECES, key=in_pieces.__getitem__)
-    if exchange != "auto":
-        return (
-            best if exchange == "pieces" else 1,
-            f", {'in pieces' if exchange == 'pieces' else 'at once'}, as asked for",
-        )
+    if exchange == "all_to_all":
+        return 1, ", at once, as asked for"
+    best = min(PIECES, key=lambda n: load.in_pieces(machine, n))
+    if exchange == "pieces":
+        return best, ", in pieces, as asked for"
     if not load.matrices:
         return 1, ""
     once = load.at_once(machine)
@@ -276,10 +275,9 @@ def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -
     if mesh_size > machine.asynchronous:
         return 1, f", {told}, which has no all-to-all of {mesh_size} devices during other work"
     if load.backward and not machine.dims:
-        return (
-            1,
-            f", {told}: XLA hides some of it on GPUs, and what pieces keep for the weights' gradients is copied there",
-        )
-    if in_pieces[best] >= once:
-        return 1, f", {told}, in {best} pieces {in_pieces[best]:.0f}"
-    return best, f", in {best} pieces: {in_pieces[best]:.0f} us; {told}"
+        kept = "what pieces keep for the weights' gradients is copied there"
+        return 1, f", {told}: XLA hides some of it on GPUs, and {kept}"
+    pieces = load.in_pieces(machine, best)
+    if pieces >= once:
+        return 1, f", {told}, in {best} pieces {pieces:.0f}"
+    return best, f", in {best} pieces: {pieces:.0f} us; {told}"

@@ -13,10 +13,8 @@ from ringmoe.schedule import gather
 
 def lower_on_tpu(ctx, *operands, mapped, dtype):
     """A kernel where it is the faster one, and XLA may not have to partition it; XLA's own gathers elsewhere."""
-    run, chip = (
-        functools.partial(gather.evaluate, mapped=mapped, dtype=dtype),
-        rows_tpu.CHIPS.get(compat.device_kind(ctx)),
-    )
+    run = functools.partial(gather.evaluate, mapped=mapped, dtype=dtype)
+    chip = rows_tpu.CHIPS.get(compat.device_kind(ctx))
     if chip and not mapped and compat.is_of_one_device(ctx):
         run = pick(dtype, chip, *ctx.avals_in) or run
     return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)

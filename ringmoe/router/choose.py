@@ -103,7 +103,7 @@ def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
 
     A choice of -1 gives 0.
     """
-    return jax.jit(_select)(values, expert)
+    return _select(values, expert)
 
 
 def numbered(x: jax.Array) -> jax.Array:
@@ -116,18 +116,19 @@ def is_chosen(values: jax.Array, chosen: jax.Array) -> jax.Array:
     return functools.reduce(jnp.logical_or, (c[..., None] == numbered(values) for c in jnp.unstack(chosen, axis=-1)))
 
 
+@jax.jit  # one by one, under an Explicit mesh, an iota, without operands, fails for want of devices (jax 0.12.0.1)
 def _select(values, expert):
     one = lambda e: jnp.sum(jnp.where(e[..., None] == numbered(values), values, 0), -1, dtype=values.dtype)
     return jnp.stack([one(e) for e in jnp.unstack(expert, axis=-1)], -1)
 
 
+_select_again = jax.jit(jax.checkpoint(_select, prevent_cse=False))  # keeps no [T, E] mask of each choice
+
+
 @at_experts.defjvp
 def _at_experts_jvp(primals, tangents):
     values, expert = primals
-    # Keeps no [T, E] mask of each choice. In a jit: one by one, under an Explicit mesh, operations without operands, an iota,
-    # fail for want of devices (jax 0.12.0.1).
-    again = jax.jit(jax.checkpoint(_select, prevent_cse=False))
-    return at_experts(values, expert), again(tangents[0], expert)
+    return at_experts(values, expert), _select_again(tangents[0], expert)
 
 
 def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:

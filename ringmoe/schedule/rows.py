@@ -23,9 +23,7 @@ class Slots(NamedTuple):
 
     assignment: jax.Array  # [E or P, R] int32: what fills each row; the number of assignments where nothing does
     place: jax.Array  # [*B, T, k] int32: where each assignment's row lies; the number of rows where it has none
-    starts: jax.Array | None = (
-        None  # [E] int32: the row from which on an expert's lie, if in the order of the assignments
-    )
+    starts: jax.Array | None = None  # [E] int32: where each expert's rows start, if in the order of the assignments
 
 
 def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int, group_size: int) -> Slots:
