@@ -31,16 +31,16 @@ from bench.specs import LAYERS, ExpertsShape
 from ringmoe.router import RouterConfig, route
 
 
-def make_inputs(spec: ExpertsShape, skew: float = 0.0):
+def make_inputs(spec: ExpertsShape, skew: float = 0.0, dtype=jnp.float32):
     """x, router_weight, w_in, w_gate, w_out. The first of x's columns is 1; there the router has its preferences."""
     keys = jax.random.split(jax.random.key(0), 5)
-    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
+    normal = functools.partial(jax.random.normal, dtype=dtype)
     num_experts, dim, hidden = spec.num_experts, spec.model_dim, spec.hidden_dim
     router_weight = normal(keys[1], (dim, num_experts)) / math.sqrt(dim)
     preference = -skew * jnp.log(jnp.arange(1, num_experts + 1, dtype=jnp.float32))
     return (
         normal(keys[0], (1, spec.num_tokens, dim)).at[..., 0].set(1),
-        router_weight.at[0].set(preference),
+        router_weight.at[0].set(preference.astype(dtype)),
         normal(keys[2], (num_experts, dim, hidden)) / math.sqrt(dim),
         normal(keys[3], (num_experts, dim, hidden)) / math.sqrt(dim),
         normal(keys[4], (num_experts, hidden, dim)) / math.sqrt(hidden),
@@ -57,13 +57,13 @@ def ours(spec, x, router_weight, w_in, w_gate, w_out):
 
 def one_hot(spec, x, router_weight, w_in, w_gate, w_out):
     """Dispatch and combine as einsums with one-hot tensors [groups, i, E, C], after GShard."""
-    routing = route(x @ router_weight, config_of(spec))
+    routing = route(logits_of(x, router_weight), config_of(spec))
     arrays = (routing.expert, routing.slot, routing.weight, x)
     expert, slot, weight, tokens = (a.reshape(-1, routing.group_size, a.shape[-1]) for a in arrays)
 
     def place(scale):
         of_expert = jax.nn.one_hot(expert, spec.num_experts) * scale[..., None]
-        return jnp.einsum("gike,gikc->giec", of_expert, jax.nn.one_hot(slot, routing.capacity))
+        return jnp.einsum("gike,gikc->giec", of_expert, jax.nn.one_hot(slot, routing.capacity)).astype(x.dtype)
 
     rows = jnp.einsum("giec,gid->egcd", place(jnp.ones_like(weight)), tokens)
     hidden = jax.nn.silu(jnp.einsum("egcd,edf->egcf", rows, w_gate)) * jnp.einsum("egcd,edf->egcf", rows, w_in)
@@ -71,16 +71,20 @@ def one_hot(spec, x, router_weight, w_in, w_gate, w_out):
     return jnp.einsum("giec,egcd->gid", place(weight), out).reshape(x.shape)
 
 
+def logits_of(x, router_weight):
+    return jnp.matmul(x, router_weight, preferred_element_type=jnp.float32)
+
+
 def chosen(spec, x, router_weight):
     """What the dropless peers share: (weight, expert), [T, k]."""
-    weight, expert = lax.top_k(jax.nn.softmax(x[0] @ router_weight), spec.top_k)
-    return weight / weight.sum(-1, keepdims=True), expert
+    weight, expert = lax.top_k(jax.nn.softmax(logits_of(x[0], router_weight)), spec.top_k)
+    return (weight / weight.sum(-1, keepdims=True)).astype(x.dtype), expert
 
 
 def every_expert(spec, x, router_weight, w_in, w_gate, w_out):
     """All experts on all tokens, one after another, each token's output times its weight for the expert, mostly 0."""
     weight, expert = chosen(spec, x, router_weight)
-    of_expert = jnp.sum(jax.nn.one_hot(expert, spec.num_experts) * weight[..., None], 1).T
+    of_expert = jnp.sum(jax.nn.one_hot(expert, spec.num_experts, dtype=x.dtype) * weight[..., None], 1).T
 
     def add(y, one):
         scale, w_in, w_gate, w_out = one
