@@ -114,9 +114,7 @@ def moved(spec: ExpertsShape) -> dict[str, tuple[float, float]]:
     slots_of = lambda expert: rows.packed(expert, spec.num_experts, 1, t * k)[0]
     dispatch = compiled(lambda x, e: rows.dispatch_local(x[0], slots_of(e)), x, expert)
     there = dispatch(x, expert)
-    combine = compiled(
-        lambda r, e, w: rows.combine_local(r, slots_of(e), w, jnp.bfloat16), there, expert, weight
-    )
+    combine = compiled(lambda r, e, w: rows.combine_local(r, slots_of(e), w, jnp.bfloat16), there, expert, weight)
     sort = compiled(lambda e: jax.tree.leaves(slots_of(e)), expert)
     found = milliseconds(
         {

@@ -33,7 +33,7 @@ class Axes:
             return self._differing([between.devices])
         attributes = instruction.attributes
         pairs = attributes.get("source_target_pairs") or attributes.get("frontend_attributes", "")
-        groups = attributes.get("replica_groups", "")
+        groups = instruction.groups
         return self._spanned(groups or pairs, bool(groups))
 
     def _spanned_uncached(self, text: str, grouped: bool) -> tuple[str, ...]:

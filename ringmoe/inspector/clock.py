@@ -23,7 +23,7 @@ from ringmoe.inspector.collectives import (
 from ringmoe.inspector.estimate import Cost, Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_counts
-from ringmoe.inspector.reader import UNKNOWN, Computation, Instruction, Module, number
+from ringmoe.inspector.reader import REMOTE_DMA, UNKNOWN, Computation, Instruction, Module, number
 from ringmoe.inspector.timeline import Choice, Collective, Operation, Span, Timeline
 from ringmoe.inspector.wire import Transfer, Wire
 
@@ -214,6 +214,9 @@ class _Walk:
             self._by_host(instruction)
         elif opcode.endswith("-done") or self._is_fused_done(instruction):
             self._finish(instruction)
+        elif flight := self._waited_for(instruction):
+            self.wait(flight)
+            self._work(instruction)
         elif opcode in ("while", "conditional", "call"):
             self._enter(instruction)
         elif not self._launch(instruction):
@@ -275,8 +278,8 @@ class _Walk:
 
     def _communicate(self, instruction: Instruction, kind: str) -> None:
         inner, home = wrapped(self.schedule.module, instruction) or (instruction, self.computation)
-        if kind == "remote-dma":
-            self._remote_dma(instruction)
+        if instruction.is_sending_kernel:
+            self._by_kernel(instruction, kind)
             return
         transfer = self.schedule.wire.transfer(inner, home, kind)
         if kind == UNKNOWN:
@@ -325,9 +328,37 @@ class _Walk:
             if exchange.key in self.flights:
                 self.wait(self.flights[exchange.key])
 
-    def _remote_dma(self, instruction: Instruction) -> None:
-        """A Pallas kernel that sends data itself: it takes as long as the slower of its compute and
-        its wire."""
+    def _by_kernel(self, instruction: Instruction, kind: str) -> None:
+        """A Pallas kernel that sends data itself. What it sends is under way until another kernel takes its semaphores; without
+        any it takes as long as the slower of its compute and its wire."""
+        transfer, source = self._of_kernel(instruction, kind), self.schedule.module.source(instruction)
+        axes = self.schedule.axes.of(instruction)
+        start, busy = self.now, self._work(instruction)
+        flight = _Flight(
+            instruction,
+            self.now,
+            0.0,
+            len(self.work),
+            self.timeline.compute_us,
+            transfer,
+            kind,
+            True,
+            instruction.op_name,
+            source=source,
+            axes=axes,
+        )
+        if not instruction.has_semaphores:  # what it computes hides what it sends
+            flight.start, flight.first = start, flight.first - (busy > 0)
+            flight.compute_at_start -= busy
+        self._depart(flight)
+        if not instruction.has_semaphores:
+            flight.end -= self.now - start
+            self.wait(flight)
+
+    def _of_kernel(self, instruction: Instruction, kind: str) -> Transfer:
+        """What a kernel puts on the wire, where nothing but its author can tell."""
+        if kind != REMOTE_DMA:
+            return self.schedule.wire.transfer(instruction, self.computation, kind)
         from_author = (cost_estimate(instruction) or {}).get("remote_bytes_transferred")
         if from_author is None:
             self.schedule.roofline.name(
@@ -335,28 +366,15 @@ class _Walk:
                 "kernel moves data between devices but its cost estimate has no remote_bytes_transferred: wire time 0",
             )
         us = self.schedule.wire.neighbour(from_author).us if from_author else 0.0
-        self.timeline.spans.append(Span("wire", instruction.name, self.now, self.now + us))
-        busy = self._work(instruction)
-        exposed = max(0.0, us - busy)
-        self._stall(instruction.name, exposed)
-        self.timeline.collectives.append(
-            Collective(
-                instruction.name,
-                "remote-dma",
-                True,
-                from_author or 0.0,
-                1,
-                (instruction.name,) if busy else (),
-                us,
-                busy,
-                exposed,
-                self.computation.name,
-                "one link, neighbours assumed",
-                instruction.op_name,
-                source=self.schedule.module.source(instruction),
-                hidden_by_ops=(instruction.op_name,) if busy else (),
-            )
-        )
+        return Transfer(from_author or 0.0, us, "", "one link, neighbours assumed")
+
+    def _waited_for(self, instruction: Instruction) -> _Flight | None:
+        """What a kernel waits for: another one gave it the semaphores."""
+        if instruction.opcode == "custom-call":
+            for operand in map(self.computation.by_name.get, instruction.operands):
+                if operand is not None and operand.has_semaphores and (flight := self._flight_of(operand.name)):
+                    return flight
+        return None
 
     def _depart(self, flight: _Flight) -> None:
         """Puts a transfer on the wire. Those that share links share their bandwidth: each delays

@@ -53,7 +53,9 @@ _CALLED = (
     "false_computation",
     "called_computations",
 )
+REMOTE_DMA = "remote-dma"  # kind of an exchange that a Pallas kernel makes in a way of its own
 UNKNOWN = "unknown"  # kind of an exchange that is known only by its looks
+_SEMAPHORES = 2  # memory space of XLA:TPU
 STARTS = ("async-start", "call-start")  # what runs a computation beside the program
 _EXCHANGE_KEYS = ("replica_groups", "source_target_pairs", "channel_id")
 _EXCHANGE_NAME = re.compile(
@@ -119,6 +121,21 @@ class Instruction:
             return {}  # Mosaic GPU prints MLIR attributes there
         return value if isinstance(value, dict) else {}
 
+    @functools.cached_property
+    def kernel_metadata(self) -> dict[str, str]:
+        """What a Pallas kernel's author says of it (`pallas_call(metadata=)`), else an empty dict."""
+        _, found, rest = self.attributes.get("frontend_attributes", "").partition("kernel_metadata=")
+        try:
+            value = _JSON.raw_decode(rest)[0] if found else {}
+        except (ValueError, RecursionError):
+            return {}
+        return {key: text for key, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
+
+    @property
+    def groups(self) -> str:
+        """Groups of devices that exchange with each other, as printed or as a kernel says; "" where none are named."""
+        return self.attributes.get("replica_groups") or self.kernel_metadata.get("replica_groups", "")
+
     @property
     def op_name(self) -> str:
         """The JAX name stack it came from ("jit(f)/while/body/ppermute"), or ""."""
@@ -133,8 +150,8 @@ class Instruction:
     @functools.cached_property
     def exchange(self) -> str:
         """Kind of the exchange between devices that it runs or starts itself: the HLO opcode without
-        -start, "remote-dma" for a Pallas kernel that moves data, `UNKNOWN` for what only looks like
-        one; "" for anything else."""
+        -start; for a Pallas kernel that moves data what its metadata calls "collective", else "remote-dma"; `UNKNOWN` for
+        what only looks like one; "" for anything else."""
         opcode = self.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             return "" if self.is_host_transfer else opcode
@@ -142,12 +159,23 @@ class Instruction:
             return ""
         looks = opcode.startswith(("all-", "collective-", "ragged-all-", "reduce-scatter-"))
         if opcode == "custom-call":
-            call = self.config.get("custom_call_config")
-            if isinstance(call, dict) and call.get("has_communication"):
-                return "remote-dma"
+            if self.is_sending_kernel:
+                told = self.kernel_metadata.get("collective", "")
+                return told if told in COLLECTIVES else REMOTE_DMA
             looks = self.target not in _BOOKKEEPING and _EXCHANGE_NAME.search(self.target) is not None
         looks = looks or any(f"{key}=" in self.tail and key in self.attributes for key in _EXCHANGE_KEYS)
         return UNKNOWN if looks and not self.is_host_transfer else ""
+
+    @functools.cached_property
+    def is_sending_kernel(self) -> bool:
+        """Whether it is a Pallas kernel that moves data between devices."""
+        call = self.config.get("custom_call_config") if self.opcode == "custom-call" else None
+        return isinstance(call, dict) and bool(call.get("has_communication"))
+
+    @property
+    def has_semaphores(self) -> bool:
+        """Whether what it gives are semaphores, or has some: what one kernel starts, another waits for."""
+        return any(leaf.memory_space == _SEMAPHORES for leaf in self.shape.leaves())
 
     @property
     def is_host_transfer(self) -> bool:
@@ -176,7 +204,7 @@ class Computation:
     @functools.cached_property
     def exchange(self) -> Instruction | None:
         """The first instruction that is an exchange between devices; Pallas kernels aside."""
-        return next((i for i in self.instructions if i.exchange not in ("", "remote-dma")), None)
+        return next((i for i in self.instructions if i.exchange and not i.is_sending_kernel), None)
 
     @functools.cached_property
     def start(self) -> Instruction | None:

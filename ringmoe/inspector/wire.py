@@ -138,7 +138,7 @@ class Wire:
             return Transfer(0.0, 0.0, "", "counted with its recv")
         if kind == "ragged-all-to-all" and instruction.operands:
             size = computation.by_name[instruction.operands[0]].shape.bytes
-        return self.exchange(kind, size, attributes.get("replica_groups", "{}"))
+        return self.exchange(kind, size, instruction.groups or "{}")
 
     def permute(self, size: float, pairs: str) -> Transfer:
         """`size` bytes from each source to its target; `pairs` as printed, "{{0,1},{1,0}}"."""

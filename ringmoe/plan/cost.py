@@ -21,6 +21,7 @@ LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that st
 # Devices up to which an all-to-all can be under way during other work, where not always (libtpu 0.0.50: "Async all-to-all not
 # supported on limited ICI", an error if it is asked for).
 ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
+SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote DMA reaches no other one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Machine:
     per_chip: int
     launch: float
     asynchronous: int
+    slice: int
 
     def work(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
@@ -64,6 +66,7 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
         chip.devices_per_chip,
         LAUNCH[chip.kind],
         ASYNCHRONOUS.get(name, 2**31),
+        SLICE.get(name, 2**31),
     )
 
 

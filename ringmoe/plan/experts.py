@@ -12,7 +12,7 @@ from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, freeze
 from ringmoe.rules import Rule
 
-EXCHANGES = ("auto", "all_to_all", "pieces")
+EXCHANGES = ("auto", "all_to_all", "pieces", "remote")
 PIECES = range(2, 17)  # in how many rows may travel: a copy of the experts' matmuls each
 TILE = 16  # rows of a piece are a multiple of it, a tile of packed bfloat16
 SORTING = 1.5  # rows are sorted where there is so much more room than even routing asks for: empty rows cost more than sorting
@@ -34,6 +34,7 @@ class ExpertPlan:
         num_experts: E, or what it is padded to.
         rows: r, room for what a device may have for one expert or, sorted, in all: no more can be asked for.
         pieces: in how many parts the rows of each expert travel, each during the work on others; 1: all at once.
+        remote: pieces travel by remote DMA of our own, not by XLA's all-to-all.
         sorted: rows lie tightly by expert, and only those are multiplied; else every expert has its own room.
         window, most: of sorted rows that travel, how many a device takes at once, and how many may come to it.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
@@ -48,6 +49,7 @@ class ExpertPlan:
     num_experts: int
     rows: int = 0
     pieces: int = 1
+    remote: bool = False
     sorted: bool = False
     window: int = 0
     most: int = 0
@@ -82,14 +84,19 @@ class ExpertPlan:
         return math.prod(size for axis, size in self.expert_axes if axis in self.exchange_axes)
 
     @property
+    def by_xla(self) -> "ExpertPlan":
+        """The plan with XLA's exchange, which JAX can differentiate."""
+        return dataclasses.replace(self, remote=False)
+
+    @property
     def at_once(self) -> "ExpertPlan":
-        """The plan with one window for all that may come: no loop, whose turns depend on the routing."""
-        return dataclasses.replace(self, window=self.most)
+        """That, with one window for all that may come: no loop, whose turns depend on the routing."""
+        return dataclasses.replace(self.by_xla, window=self.most)
 
     @property
     def exchange(self) -> str:
-        """What moves: "all_to_all" or "pieces", "sum", both, or "local"."""
-        travel = "pieces" if self.pieces > 1 else "all_to_all"
+        """What moves: "all_to_all", "pieces" or "remote", "sum", both, or "local"."""
+        travel = "remote" if self.remote else "pieces" if self.pieces > 1 else "all_to_all"
         kinds = (travel,) * bool(self.exchange_axes) + ("sum",) * bool(self.sum_axes)
         return " + ".join(kinds) or "local"
 
@@ -138,7 +145,7 @@ def make(
     tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
-    in_order = may_sort and exchange != "pieces" and sizes["e"] * room > SORTING * tokens * sizes["c"]
+    in_order = may_sort and exchange in ("auto", "all_to_all") and sizes["e"] * room > SORTING * tokens * sizes["c"]
     devices, width, hidden = splits(travelling), sizes.get("d", 1), sizes.get("f", 0) // splits(split["f"])
     asked = -(-tokens * sizes["c"] // splits(own))  # rows that a device sends, and that come to it, if routing is even
     rows, window, most = _sorted_rows(tokens, sizes["c"], here, room, devices, asked) if in_order else (room, 0, 0)
@@ -152,7 +159,7 @@ def make(
         matrices=0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands),
         backward=backward,
     )
-    pieces, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
+    pieces, remote, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
     rows = load.rows(pieces) if pieces > 1 else rows
     why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
         : len(travelling)
@@ -169,6 +176,7 @@ def make(
         num_experts=sizes["e"],
         rows=rows,
         pieces=pieces,
+        remote=remote,
         sorted=in_order,
         window=window,
         most=most,
@@ -259,25 +267,27 @@ class _Load:
         return ends + (pieces - 1) * max(work, self.exchanges * wire)
 
 
-def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, str]:
-    """In how many pieces rows travel, and why."""
+def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, bool, str]:
+    """In how many pieces rows travel, whether by remote DMA, and why."""
     if load.devices == 1:
-        return 1, ""
+        return 1, False, ""
     if exchange == "all_to_all":
-        return 1, ", at once, as asked for"
+        return 1, False, ", at once, as asked for"
     best = min(PIECES, key=lambda n: load.in_pieces(machine, n))
-    if exchange == "pieces":
-        return best, ", in pieces, as asked for"
+    remote = exchange == "remote" or (exchange == "auto" and mesh_size > machine.asynchronous)
+    way = " by remote DMA" if remote else ""
+    if exchange != "auto":
+        return best, remote, f", in pieces{way}, as asked for"
     if not load.matrices:
-        return 1, ""
+        return 1, False, ""
     once = load.at_once(machine)
     told = f"at once: {once:.0f} us on {machine.kind} by the model"
-    if mesh_size > machine.asynchronous:
-        return 1, f", {told}, which has no all-to-all of {mesh_size} devices during other work"
+    if remote and (not machine.dims or mesh_size > machine.slice):
+        return 1, False, f", {told}, which has no all-to-all during other work"
     if load.backward and not machine.dims:
         kept = "what pieces keep for the weights' gradients is copied there"
-        return 1, f", {told}: XLA hides some of it on GPUs, and {kept}"
+        return 1, False, f", {told}: XLA hides some of it on GPUs, and {kept}"
     pieces = load.in_pieces(machine, best)
     if pieces >= once:
-        return 1, f", {told}, in {best} pieces {pieces:.0f}"
-    return best, f", in {best} pieces: {pieces:.0f} us; {told}"
+        return 1, False, f", {told}, in {best} pieces {pieces:.0f}"
+    return best, remote, f", in {best} pieces{way}: {pieces:.0f} us; {told}"

@@ -11,8 +11,10 @@ from jax.interpreters import ad, mlir
 from jax.sharding import AxisType
 
 from ringmoe import meshes, pallas, rules
+from ringmoe.errors import warn_once
 from ringmoe.ffn import Weights
 from ringmoe.interface import MOE_OUTPUT
+from ringmoe.pallas import exchange_tpu
 from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.plan import experts as plan
 from ringmoe.plan.base import freeze
@@ -21,6 +23,7 @@ from ringmoe.primitives.op import Op
 from ringmoe.primitives.rows import lower_on_tpu
 from ringmoe.schedule import experts as schedule
 from ringmoe.schedule import gather
+from ringmoe.schedule.exchange import BY_XLA, Travel
 
 WEIGHTS = Weights._fields
 ROUTED = ("tokens", "expert", "slot", "weight")
@@ -154,6 +157,14 @@ def _kernel(platform: str, params, named):
     return pallas.pick("experts", platform, params["implementation"], check)
 
 
+def _travel(plan: ExpertPlan, platform: str) -> Travel:
+    if plan.remote and platform == "tpu":
+        return Travel(exchange_tpu.start, exchange_tpu.finish)
+    if plan.remote:
+        warn_once("remote DMA", f"no remote DMA between devices on {platform}: pieces travel by XLA's all-to-all")
+    return BY_XLA
+
+
 def _weights(params, named) -> Weights | tuple:
     if params["spec"].own is not None:
         return tuple(x for name, x in named.items() if rules.OWN.fullmatch(name))
@@ -180,12 +191,12 @@ def _body(run):
 
 
 def _forward_body(plan, platform, params, named):
-    return [schedule.forward(plan, _kernel(platform, params, named), *_layer(params, named))]
+    return [schedule.forward(plan, _kernel(platform, params, named), _travel(plan, platform), *_layer(params, named))]
 
 
 def _backward_body(plan, platform, params, named):
     kernel, dy = _kernel(platform, params, named), named["tokens_cotangent"]
-    return jax.tree.leaves(schedule.backward(plan, kernel, *_layer(params, named), dy=dy))
+    return jax.tree.leaves(schedule.backward(plan, kernel, _travel(plan, platform), *_layer(params, named), dy=dy))
 
 
 def _dispatch_body(plan, platform, params, named):
@@ -204,7 +215,7 @@ def _tangent_body(plan, platform, params, named):
     """The forward body pushed forward by JAX."""
     layer = {name: x for name, x in named.items() if not name.endswith("_tangent")}
     moving = {name: named[f"{name}_tangent"] for name in layer if f"{name}_tangent" in named}
-    of_moving = lambda xs: _forward_body(plan, platform, params | {"implementation": "xla"}, layer | xs)
+    of_moving = lambda xs: _forward_body(plan.by_xla, platform, params | {"implementation": "xla"}, layer | xs)
     return jax.jvp(of_moving, ({name: layer[name] for name in moving},), (moving,))[1]
 
 

@@ -6,6 +6,7 @@ the first piece's way here and the last one's way home.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,38 @@ from ringmoe.plan.experts import ExpertPlan
 from ringmoe.schedule import windows
 
 
-def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, counts=None):
+class Travel(NamedTuple):
+    """How pieces travel, an all-to-all of [P, ...] by destination to the same by source.
+
+    start(axes, arrays, others) -> (what is under way, others); `others` is there only once the arrays are on their way.
+    finish(axes, under way, after) -> (arrays, after); they are waited for only once `after` is there.
+    """
+
+    start: Callable
+    finish: Callable
+
+
+def _start(axes, arrays, others):
+    """One all-to-all for all; XLA's scheduler itself starts it before what doesn't need it."""
+    with jax.named_scope("exchange"):
+        together = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+        came = jnp.split(lax.all_to_all(together, tuple(axis for axis, _ in axes), 0, 0), len(arrays), axis=1)
+    return came, lax.optimization_barrier(others)
+
+
+def _finish(axes, under_way, after):
+    del axes
+    return lax.optimization_barrier((under_way, after))
+
+
+BY_XLA = Travel(_start, _finish)
+
+
+def visit(plan: ExpertPlan, travel: Travel, work: Callable, sums: Callable, rows, weights, counts=None):
     """`work(rows, weights)` where the experts are, of rows that are sent there, and its results sent home.
 
     Args:
+        travel: how rows in pieces travel; all else is sent by XLA.
         work: rows [e, R, ...] by own expert, the experts' arrays, None -> (results, kept): pytrees of which the results travel
             and what is kept stays. Of sorted rows: [n, ...], the arrays, and how many each expert has, [e].
         sums: a list of what was kept -> a pytree of arrays that are added up, over all rows.
@@ -30,11 +59,11 @@ def visit(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, count
     if counts is not None:
         return _of_sorted(plan, work, sums, rows, weights, counts)
     if plan.pieces > 1:
-        results, kept = _in_pieces(plan, work, rows, weights)
+        results, kept = _in_pieces(plan, travel, work, rows, weights)
     else:
-        here = jax.tree.map(lambda a: _by_expert(plan, *_travel(plan, [_by_device(plan, a)])), rows)
+        here = jax.tree.map(lambda a: _by_expert(plan, _at_once(plan, _by_device(plan, a))), rows)
         results, kept = _worked(work, here, weights, None)
-        results = jax.tree.map(lambda a: _as_sent(plan, *_travel(plan, [_by_source(plan, a)])), results)
+        results = jax.tree.map(lambda a: _as_sent(plan, _at_once(plan, _by_source(plan, a))), results)
         kept = [kept]
     with jax.named_scope("experts"):
         return results, sums(kept)
@@ -56,43 +85,49 @@ def _worked(work, rows, weights, counts):
         return work(rows, weights, counts)
 
 
-def _in_pieces(plan: ExpertPlan, work: Callable, rows, weights):
+def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, rows, weights):
     """(results, what was kept of each piece). Numbers, one a row, travel all at once: before the first piece, after the last.
 
-    The barriers keep order: XLA would send all before any work, wait for what is under way before the work that hides it, and
-    make one matmul of those that share weights.
+    Both ends of a transfer keep order: XLA would send all before any work, wait for what is under way before the work that
+    hides it, and make one matmul of those that share weights.
     """
-    at_once = lambda arrays: [a if a.ndim == 4 else _travel(plan, [a])[0] for a in arrays]
+    axes = tuple((axis, size) for axis, size in plan.expert_axes if axis in plan.exchange_axes)
+    at_once = lambda arrays: [a if a.ndim == 4 else _at_once(plan, a) for a in arrays]
 
-    def in_turn(arrays):  # in one all-to-all
-        came = iter(_travel(plan, [a for a in arrays if a.ndim == 4]))
-        return [next(came) if a.ndim == 4 else a for a in arrays]
+    def depart(arrays, others):
+        under_way, others = travel.start(axes, [a for a in arrays if a.ndim == 4], others)
+        return (under_way, arrays), others
+
+    def arrive(under_way, after):
+        under_way, arrays = under_way
+        came, after = travel.finish(axes, under_way, after)
+        came = iter(came)
+        return [next(came) if a.ndim == 4 else a for a in arrays], after
 
     leaves, tree = jax.tree.flatten(rows)
     sent = at_once([_by_device(plan, a) for a in leaves])
     pieces = list(zip(*(jnp.split(a, plan.pieces, axis=2) for a in sent)))
-    here, home, kept, results, results_tree = in_turn(pieces[0]), [], [], [], None
+    here, _ = arrive(*depart(pieces[0], ()))
+    home, kept, results, results_tree = [], [], [], None
     for following in (*pieces[1:], ()):
-        under_way = in_turn([*results, *following])
-        came, now = lax.optimization_barrier((here, weights))
+        under_way, (came, now) = depart([*results, *following], (here, weights))
         out, kept_of_it = _worked(work, tree.unflatten([_by_expert(plan, a) for a in came]), now, None)
         kept.append(kept_of_it)
         out, results_tree = jax.tree.flatten(out)
-        under_way, out = lax.optimization_barrier((under_way, [_by_source(plan, a) for a in out]))
+        under_way, out = arrive(under_way, [_by_source(plan, a) for a in out])
         home.append(under_way[: len(results)])
         here, results = under_way[len(results) :], out
-    home = zip(*home[1:], in_turn(results))
-    results = at_once([jnp.concatenate(parts, axis=2) for parts in home])
+    home.append(arrive(*depart(results, ()))[0])
+    results = at_once([jnp.concatenate(parts, axis=2) for parts in zip(*home[1:])])
     return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), kept
 
 
-def _travel(plan: ExpertPlan, arrays: list) -> list:
-    """[P, e, r, ...] by destination -> the same by source; all in one all-to-all."""
-    if not plan.exchange_axes or not arrays:
-        return arrays
+def _at_once(plan: ExpertPlan, a):
+    """[P, e, r, ...] by destination -> the same by source."""
+    if not plan.exchange_axes:
+        return a
     with jax.named_scope("exchange"):
-        together = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
-        return jnp.split(lax.all_to_all(together, plan.exchange_axes, 0, 0), len(arrays), axis=1)
+        return lax.all_to_all(a, plan.exchange_axes, 0, 0)
 
 
 def _by_device(plan: ExpertPlan, a):

@@ -17,7 +17,7 @@ from jax import lax
 
 from ringmoe.ffn import Weights
 from ringmoe.plan.experts import ExpertPlan
-from ringmoe.schedule.exchange import visit
+from ringmoe.schedule.exchange import Travel, visit
 from ringmoe.schedule.rows import (
     Slots,
     combine_local,
@@ -30,11 +30,13 @@ from ringmoe.schedule.rows import (
 from ringmoe.schedule.sums import sum_over
 
 
-def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights, activation: str) -> jax.Array:
+def forward(
+    plan: ExpertPlan, kernel, travel: Travel, x, expert, slot, weight, weights: Weights, activation: str
+) -> jax.Array:
     """y = sum_j weight_j FFN_{expert_j}(x), over the choices that were kept; like x.
 
     Args:
-        plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`.
+        plan: where the experts are; `kernel`: a module as described in `pallas/experts_xla.py`; `travel`: how pieces travel.
         x: [*b, t, D] tokens; expert, slot, weight: [*b, t, k] as in `router.Routing`, over all experts. Of the slot only
             whether there is one counts: whole groups need not be here.
         weights: this device's experts, f of their hidden dim; activation: a name in `ffn.ACTIVATIONS`. Or what the caller's
@@ -52,13 +54,13 @@ def forward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights,
         out = kernel.forward(rows, weights, activation, counts)
         return (out.astype(x.dtype) if plan.exchange_axes else out), ()
 
-    out, _ = visit(plan, work, lambda _: (), rows, _added_once(plan, weights), counts)
+    out, _ = visit(plan, travel, work, lambda _: (), rows, _added_once(plan, weights), counts)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
 
 
-def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights, activation: str, dy):
+def backward(plan: ExpertPlan, kernel, travel: Travel, x, expert, slot, weight, weights: Weights, activation: str, dy):
     """(dx, dweight, dweights), each of the dtype of what it is the gradient of.
 
     Nothing but the arguments is kept from the forward pass: rows travel again, together with rows of dy and the weights of
@@ -81,7 +83,7 @@ def backward(plan: ExpertPlan, kernel, x, expert, slot, weight, weights: Weights
         pieces, counts = zip(*kept)
         return kernel.backward_weights(pieces, weights, counts[0])
 
-    grads, dweights = visit(plan, work, sums, rows, _added_once(plan, weights), counts)
+    grads, dweights = visit(plan, travel, work, sums, rows, _added_once(plan, weights), counts)
     with jax.named_scope("combine"):
         dx = combine_local(grads.drows, slots, None, None if plan.sum_axes else x.dtype)
         dweight = combine_scalars(grads.dweight, slots)
