@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ class ExpertPlan:
         rows: r, room for what a device may have for one expert or, sorted, in all: no more can be asked for.
         pieces: in how many parts the rows of each expert travel, each during the work on others; 1: all at once.
         remote: pieces travel by remote DMA of our own, not by XLA's all-to-all.
+        sums_each: backward, the weights' gradients are added up piece by piece; else multiplied last, of all at once.
         sorted: rows lie tightly by expert, and only those are multiplied; else every expert has its own room.
         window, most: of sorted rows that travel, how many a device takes at once, and how many may come to it.
         expert_axes: (axis, size) of the axes that shard E, major to minor; the product of sizes divides E.
@@ -50,6 +52,7 @@ class ExpertPlan:
     rows: int = 0
     pieces: int = 1
     remote: bool = False
+    sums_each: bool = False
     sorted: bool = False
     window: int = 0
     most: int = 0
@@ -149,6 +152,7 @@ def make(
     devices, width, hidden = splits(travelling), sizes.get("d", 1), sizes.get("f", 0) // splits(split["f"])
     asked = -(-tokens * sizes["c"] // splits(own))  # rows that a device sends, and that come to it, if routing is even
     rows, window, most = _sorted_rows(tokens, sizes["c"], here, room, devices, asked) if in_order else (room, 0, 0)
+    matrices = 0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands)
     load = _Load(
         devices=devices,
         experts=here,
@@ -156,11 +160,12 @@ def make(
         row=width * itemsize,
         matmul=2.0 * width * hidden,
         matrix=width * hidden * itemsize,
-        matrices=0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands),
+        matrices=matrices,
+        sums=4 * matrices * here * width * hidden,
         backward=backward,
     )
-    pieces, remote, how = _pieces(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
-    rows = load.rows(pieces) if pieces > 1 else rows
+    travel, how = _travel(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
+    rows = travel.get("rows", rows)
     why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
         : len(travelling)
     ]
@@ -174,9 +179,7 @@ def make(
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
-        rows=rows,
-        pieces=pieces,
-        remote=remote,
+        **{"rows": rows} | travel,
         sorted=in_order,
         window=window,
         most=most,
@@ -228,6 +231,7 @@ class _Load:
     matmul: float  # FLOPs of a row times a matrix
     matrix: int  # bytes
     matrices: int  # 3 with a gate, else 2; 0 where the work is unknown, or none, or its rows are sorted
+    sums: int  # bytes of the weights' gradients, in float32
     backward: bool
 
     @property
@@ -256,38 +260,41 @@ class _Load:
             self.work(machine, self.room, n) for n in self.matmuls()
         )
 
-    def in_pieces(self, machine: cost.Machine, pieces: int) -> float:
+    def in_pieces(self, machine: cost.Machine, pieces: int, sums_each: bool = False) -> float:
         """The first piece there; of each, the work while the one before travels home and the next one there; the last one home,
-        beneath what matmuls there are after."""
+        beneath what matmuls there are after. With `sums_each` those are beneath all that travels, and each adds to the sums."""
         first, after = self.matmuls()
         rows = self.rows(pieces) / pieces
-        work = self.work(machine, rows, first) + machine.launch
-        wire, last = self.wire(machine, rows), self.work(machine, pieces * rows, after)
-        ends = (self.exchanges - 1) * wire + work + max(last, wire)
-        return ends + (pieces - 1) * max(work, self.exchanges * wire)
+        work, wire = self.work(machine, rows, first) + machine.launch, self.wire(machine, rows)
+        last = self.work(machine, pieces * rows, after)
+        if sums_each:
+            last = last / pieces + machine.work(0, 2 * self.sums)
+        step = max(work + sums_each * last, self.exchanges * wire)
+        return (self.exchanges - 1) * wire + work + max(last, wire) + (pieces - 1) * step
 
 
-def _pieces(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[int, bool, str]:
-    """In how many pieces rows travel, whether by remote DMA, and why."""
+def _travel(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[dict, str]:
+    """What the plan says of the way rows travel, and why."""
     if load.devices == 1:
-        return 1, False, ""
+        return {}, ""
     if exchange == "all_to_all":
-        return 1, False, ", at once, as asked for"
-    best = min(PIECES, key=lambda n: load.in_pieces(machine, n))
+        return {}, ", at once, as asked for"
+    ways = itertools.product(PIECES, (False, True)[: 1 + load.backward])
+    pieces, sums_each = best = min(ways, key=lambda way: load.in_pieces(machine, *way))
     remote = exchange == "remote" or (exchange == "auto" and mesh_size > machine.asynchronous)
     way = " by remote DMA" if remote else ""
+    found = {"pieces": pieces, "sums_each": sums_each, "remote": remote, "rows": load.rows(pieces)}
     if exchange != "auto":
-        return best, remote, f", in pieces{way}, as asked for"
+        return found, f", in pieces{way}, as asked for"
     if not load.matrices:
-        return 1, False, ""
-    once = load.at_once(machine)
+        return {}, ""
+    once, in_pieces = load.at_once(machine), load.in_pieces(machine, *best)
     told = f"at once: {once:.0f} us on {machine.kind} by the model"
     if remote and (not machine.dims or mesh_size > machine.slice):
-        return 1, False, f", {told}, which has no all-to-all during other work"
+        return {}, f", {told}, which has no all-to-all during other work"
     if load.backward and not machine.dims:
         kept = "what pieces keep for the weights' gradients is copied there"
-        return 1, False, f", {told}: XLA hides some of it on GPUs, and {kept}"
-    pieces = load.in_pieces(machine, best)
-    if pieces >= once:
-        return 1, False, f", {told}, in {best} pieces {pieces:.0f}"
-    return best, remote, f", in {best} pieces{way}: {pieces:.0f} us; {told}"
+        return {}, f", {told}: XLA hides some of it on GPUs, and {kept}"
+    if in_pieces >= once:
+        return {}, f", {told}, in {pieces} pieces {in_pieces:.0f}"
+    return found, f", in {pieces} pieces{way}: {in_pieces:.0f} us; {told}"

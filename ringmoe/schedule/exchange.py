@@ -56,48 +56,42 @@ def visit(plan: ExpertPlan, travel: Travel, work: Callable, sums: Callable, rows
     Returns:
         `(results, sums)`: the results as `rows` lie.
     """
+    work, sums = (jax.named_scope("experts")(f) for f in (work, sums))
     if counts is not None:
         return _of_sorted(plan, work, sums, rows, weights, counts)
     if plan.pieces > 1:
-        results, kept = _in_pieces(plan, travel, work, rows, weights)
-    else:
-        here = jax.tree.map(lambda a: _by_expert(plan, _at_once(plan, _by_device(plan, a))), rows)
-        results, kept = _worked(work, here, weights, None)
-        results = jax.tree.map(lambda a: _as_sent(plan, _at_once(plan, _by_source(plan, a))), results)
-        kept = [kept]
-    with jax.named_scope("experts"):
-        return results, sums(kept)
+        return _in_pieces(plan, travel, work, sums, rows, weights)
+    here = jax.tree.map(lambda a: _by_expert(plan, _at_once(plan, _by_device(plan, a))), rows)
+    results, kept = work(here, weights, None)
+    return jax.tree.map(lambda a: _as_sent(plan, _at_once(plan, _by_source(plan, a))), results), sums([kept])
 
 
 def _of_sorted(plan: ExpertPlan, work: Callable, sums: Callable, rows, weights, counts):
     def run(rows, counts):
-        results, kept = _worked(work, rows, weights, counts)
-        with jax.named_scope("experts"):
-            return results, sums([kept])
+        results, kept = work(rows, weights, counts)
+        return results, sums([kept])
 
     rows = jax.tree.map(lambda a: a[0], rows)
     results, found = windows.visit(plan, counts, run, rows) if plan.exchange_axes else run(rows, counts)
     return jax.tree.map(lambda a: a[None], results), found
 
 
-def _worked(work, rows, weights, counts):
-    with jax.named_scope("experts"):
-        return work(rows, weights, counts)
-
-
-def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, rows, weights):
-    """(results, what was kept of each piece). Numbers, one a row, travel all at once: before the first piece, after the last.
+def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, sums: Callable, rows, weights):
+    """(results, sums). Numbers, one a row, travel all at once: before the first piece, after the last.
 
     Both ends of a transfer keep order: XLA would send all before any work, wait for what is under way before the work that
-    hides it, and make one matmul of those that share weights.
+    hides it, and make one matmul of those that share weights. Sums are of all pieces together, beneath the last way home; or,
+    with `sums_each`, of each piece beneath the work on the next, and added up.
     """
     axes = tuple((axis, size) for axis, size in plan.expert_axes if axis in plan.exchange_axes)
     at_once = lambda arrays: [a if a.ndim == 4 else _at_once(plan, a) for a in arrays]
 
+    @jax.named_scope("exchange")
     def depart(arrays, others):
         under_way, others = travel.start(axes, [a for a in arrays if a.ndim == 4], others)
         return (under_way, arrays), others
 
+    @jax.named_scope("exchange")
     def arrive(under_way, after):
         under_way, arrays = under_way
         came, after = travel.finish(axes, under_way, after)
@@ -108,18 +102,26 @@ def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, rows, weights):
     sent = at_once([_by_device(plan, a) for a in leaves])
     pieces = list(zip(*(jnp.split(a, plan.pieces, axis=2) for a in sent)))
     here, _ = arrive(*depart(pieces[0], ()))
-    home, kept, results, results_tree = [], [], [], None
+    home, results, results_tree = [], [], None
+    kept, total = [], None
     for following in (*pieces[1:], ()):
-        under_way, (came, now) = depart([*results, *following], (here, weights))
-        out, kept_of_it = _worked(work, tree.unflatten([_by_expert(plan, a) for a in came]), now, None)
+        ready, kept = (kept, []) if plan.sums_each else ([], kept)
+        under_way, (here, now, ready) = depart([*results, *following], (here, weights, ready))
+        total = _added(total, sums(ready)) if ready else total
+        out, kept_of_it = work(tree.unflatten([_by_expert(plan, a) for a in here]), now, None)
         kept.append(kept_of_it)
         out, results_tree = jax.tree.flatten(out)
-        under_way, out = arrive(under_way, [_by_source(plan, a) for a in out])
-        home.append(under_way[: len(results)])
-        here, results = under_way[len(results) :], out
-    home.append(arrive(*depart(results, ()))[0])
-    results = at_once([jnp.concatenate(parts, axis=2) for parts in zip(*home[1:])])
-    return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), kept
+        came, (out, total) = arrive(under_way, ([_by_source(plan, a) for a in out], total))
+        home.append(came[: len(results)])
+        here, results = came[len(results) :], out
+    under_way, kept = depart(results, kept)
+    came, total = arrive(under_way, _added(total, sums(kept)))
+    results = at_once([jnp.concatenate(parts, axis=2) for parts in zip(*home[1:], came)])
+    return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), total
+
+
+def _added(total, more):
+    return more if total is None else jax.tree.map(jnp.add, total, more)
 
 
 def _at_once(plan: ExpertPlan, a):
