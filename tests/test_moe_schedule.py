@@ -19,6 +19,8 @@ from ringmoe.plan import experts as plan
 from ringmoe.plan.base import freeze
 from ringmoe.router import RouterConfig, route
 from ringmoe.schedule import experts, gather, rows
+from ringmoe.schedule.exchange import BY_XLA
+from tests.exchanges import INTERPRETED
 
 B, T, D, F, E = 4, 64, 16, 24, 8
 CONFIG = RouterConfig(E, top_k=2, capacity_factor=1.0, group_size=8)
@@ -43,9 +45,11 @@ CASES = {
 }
 # Wherever rows are exchanged they may also travel in pieces.
 IN_PIECES = {name: f"{name}, in pieces" for name, (_, batch, seq, e, _) in CASES.items() if {*e} & {*batch, *seq}}
+# Those by remote DMA, whose kernels are interpreted here; the weights' gradients are then added up piece by piece.
+REMOTE = {name: f"{name}, by remote DMA" for name in IN_PIECES}
 # And wherever an expert may take many more rows than it will, they lie sorted.
 SORTED = {name: f"{name}, sorted" for name in CASES}
-CASES |= {other: CASES[name] for name, other in (*IN_PIECES.items(), *SORTED.items())}
+CASES |= {other: CASES[name] for name, other in (*IN_PIECES.items(), *REMOTE.items(), *SORTED.items())}
 RULE = rules.make(
     "experts",
     (("tokens", (B, T, D)), ("expert", (B, T, 2)), ("slot", (B, T, 2)), ("w_in", (E, D, F)), ("w_out", (E, F, D))),
@@ -80,10 +84,12 @@ def make_plan(case):
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     factors = freeze({"b0": batch, "t": sequence, "e": expert_axes, "f": hidden})
     config = dataclasses.replace(CONFIG, capacity_factor=None) if case in SORTED.values() else CONFIG
-    asked = "pieces" if case in IN_PIECES.values() else "all_to_all"
+    remote = case in REMOTE.values()
+    asked = "remote" if remote else "pieces" if case in IN_PIECES.values() else "all_to_all"
     made = plan.make(RULE, factors, axes, config.capacity(config.group_size), config.group_size, 4, exchange=asked)
-    assert made.sorted == (case in SORTED.values()) and (made.pieces > 1) == (case in IN_PIECES.values())
-    return made
+    assert made.sorted == (case in SORTED.values()) and made.remote == remote
+    assert (made.pieces > 1) == (remote or case in IN_PIECES.values())
+    return dataclasses.replace(made, sums_each=remote)
 
 
 def shard(case, body, in_specs, out_specs, **options):
@@ -105,6 +111,7 @@ def shard(case, body, in_specs, out_specs, **options):
     }
     in_specs, out_specs = (tuple(spec[letter] for letter in letters) for letters in (in_specs, out_specs))
     out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+    options = {"check_vma": case not in REMOTE.values()} | options  # kernels are interpreted without the checks alone
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options))
 
 
@@ -114,7 +121,8 @@ def scheduled(run, case):
     def body(x, expert, slot, weight, *rest):
         weights, dy = Weights(*rest[: len(Weights._fields)]), rest[len(Weights._fields) :]
         kind = weights, "gelu" if weights.w_gate is None else "silu"
-        out = run(make_plan(case), experts_xla, x, expert, slot, weight, *kind, *dy)
+        travel = INTERPRETED if case in REMOTE.values() else BY_XLA
+        out = run(make_plan(case), experts_xla, travel, x, expert, slot, weight, *kind, *dy)
         return (*out[:2], *out[2]) if dy else out
 
     return body

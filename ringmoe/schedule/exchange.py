@@ -114,7 +114,7 @@ def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, sums: Callable,
         came, (out, total) = arrive(under_way, ([_by_source(plan, a) for a in out], total))
         home.append(came[: len(results)])
         here, results = came[len(results) :], out
-    under_way, kept = depart(results, kept)
+    under_way, kept[-1:] = depart(results, kept[-1:])  # the last alone: XLA would copy what it concatenates
     came, total = arrive(under_way, _added(total, sums(kept)))
     results = at_once([jnp.concatenate(parts, axis=2) for parts in zip(*home[1:], came)])
     return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), total

@@ -1,0 +1,35 @@
+"""The kernels of `pallas/exchange_tpu.py`, interpreted, with race detection."""
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ringmoe.pallas import exchange_tpu
+from ringmoe.schedule.exchange import Travel
+
+
+def all_to_all(axes, arrays):
+    """Both in one: where kernels are interpreted a semaphore can't leave its kernel."""
+    half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
+
+    def both(*refs):
+        sent, there, semaphores = refs[:half], refs[half : 2 * half], refs[2 * half :]
+        exchange_tpu._start_kernel(*sent, *sent, *there, *semaphores, axes=axes, half=half)
+        exchange_tpu._finish_kernel(*sent, *there, *semaphores, half=half)
+
+    return list(
+        pl.pallas_call(
+            both,
+            out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
+            in_specs=[hbm] * half,
+            out_specs=(hbm,) * half,
+            scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 2,
+            compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.BARRIER, has_side_effects=True),
+            interpret=pltpu.InterpretParams(detect_races=True),
+        )(*arrays)
+    )
+
+
+INTERPRETED = Travel(
+    lambda axes, arrays, others: (arrays, others), lambda axes, under_way, after: (all_to_all(axes, under_way), after)
+)

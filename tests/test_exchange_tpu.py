@@ -1,0 +1,124 @@
+"""All-to-alls by remote DMA: the same as XLA's, without races; compiled for every TPU; and hidden where XLA's is not."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe import errors
+from ringmoe.inspector.wire import replica_groups
+from ringmoe.pallas import exchange_tpu
+from tests.exchanges import all_to_all
+from tests.helpers import make_mesh
+
+TARGETS = {"v5e:4x8": 32, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("axes", [("a",), ("b", "a"), ("c", "b"), ("a", "b", "c")])
+def test_every_slice_goes_where_xla_sends_it(axes, capfd):
+    """Over one axis and over several, in an order that is not the mesh's, beside axes that don't exchange."""
+    mesh = make_mesh((2, 2, 2), AxisType.Auto)
+    peers = 2 ** len(axes)
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.normal(size=(8 * peers, *shape)), dtype)
+        for shape, dtype in (((2, 16, 8), jnp.bfloat16), ((1, 8, 4), jnp.float32))
+    ]
+    spec = P(("a", "b", "c"))
+    local = lambda f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    got = local(lambda *arrays: tuple(all_to_all(tuple((axis, 2) for axis in axes), arrays)))(*arrays)
+    want = local(lambda *arrays: tuple(lax.all_to_all(a, axes, 0, 0) for a in arrays))(*arrays)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@given(st.permutations(["a", "b", "c"]), st.integers(1, 3))
+@settings(max_examples=30)
+def test_the_groups_are_those_that_exchange(axes, count):
+    """As the inspector reads them, against the devices that `lax.all_to_all` groups: those equal on all other axes."""
+    mesh, sizes = make_mesh((2, 2, 2), AxisType.Auto), {"a": 2, "b": 2, "c": 2}
+    axes = tuple(axes[:count])
+    with jax.set_mesh(mesh):
+        found = replica_groups(exchange_tpu._groups(tuple((axis, sizes[axis]) for axis in axes)), 8)
+    number = np.arange(8).reshape(2, 2, 2)
+    others = [i for i, name in enumerate("abc") if name not in axes]
+    same = lambda d: tuple(np.argwhere(number == d)[0][others])
+    want = {frozenset(d for d in range(8) if same(d) == same(first)) for first in range(8)}
+    assert {frozenset(group) for group in found} == want and len(found) == len(want)
+
+
+def lowered(target, devices, backward, exchange):
+    mesh = ringmoe.target(target).mesh({"a": devices})
+    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    d, f, experts = 2048, 4096, devices
+    weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
+    x = of((1, 2048 * devices, d), None, "a")
+    config = ringmoe.RouterConfig(experts, group_size=2048)
+    layer = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
+        x, r, w_in, w_out, w_gate=w_gate, config=config, exchange=exchange
+    )[0]
+    fun = ringmoe.jit((lambda dy, *args: jax.vjp(layer, *args)[1](dy)) if backward else layer)
+    return fun.lower(*(x,) * backward, x, *weights)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_matmuls_of_a_piece_stand_between_start_and_finish(target, backward):
+    """On every TPU: in program order, with buffers that stay in HBM."""
+    text = lowered(target, TARGETS[target], backward, "remote").compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    lines = [line for line in entry.splitlines() if re.search(r"custom-call\(|fusion\(|convolution\(", line)]
+    starts = [line for line in lines if "all_to_all_start" in line.split(" = ")[0]]
+    finishes = [line for line in lines if "all_to_all_done" in line.split(" = ")[0]]
+    assert len(starts) == len(finishes) > 2
+    assert not any("S(1)" in line.split("custom-call(")[0] for line in (*starts, *finishes))
+    under, work = None, []
+    for line in lines:
+        if line in starts:
+            under = 0
+        elif line in finishes:
+            work, under = [*work, under], None
+        elif under is not None:
+            under += "dot_general" in line
+    # The first piece has nothing to hide behind, and forward the last one's way home neither.
+    assert sum(bool(n) for n in work) >= len(starts) - 3 + backward
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_where_xla_can_not_hide_it_the_wire_is_hidden(backward):
+    once, chosen = (
+        ringmoe.inspect(lowered("v5e:4x8", 32, backward, how), target="v5e:4x8") for how in ("all_to_all", "auto")
+    )
+    of = lambda report: [c for c in report.collectives if c.kind == "all-to-all" and c.wire_us > 20]
+    assert not any(c.asynchronous for c in of(once)) and all(c.asynchronous for c in of(chosen))
+    assert {c.axes for c in of(chosen)} == {("a",)} and len(of(chosen)) > 2
+    wire, waited_once = sum(c.wire_us for c in of(chosen)), sum(c.exposed_us for c in of(once))
+    assert wire == pytest.approx(sum(c.wire_us for c in of(once)), rel=0.05)
+    assert sum(c.exposed_us for c in of(chosen)) < 0.6 * waited_once and chosen.us < once.us
+
+
+def test_elsewhere_pieces_travel_by_xla_and_it_is_said():
+    rng = np.random.default_rng(0)
+    mesh = make_mesh((4,), AxisType.Explicit)
+    place = lambda a, *spec: jax.device_put(jnp.asarray(a, jnp.float32), NamedSharding(mesh, P(*spec)))
+    x, router = place(rng.normal(size=(1, 128, 8)), None, "a"), place(rng.normal(size=(8, 4)))
+    w_in, w_out = place(rng.normal(size=(4, 8, 16)), "a"), place(rng.normal(size=(4, 16, 8)), "a")
+    layer = functools.partial(ringmoe.moe_ffn, config=ringmoe.RouterConfig(4, group_size=32))
+    run = lambda how: jax.jit(lambda *args: layer(*args, exchange=how)[0])(x, router, w_in, w_out)
+    errors.forget_warnings()
+    with pytest.warns(
+        errors.CostWarning, match="no remote DMA between devices on cpu: pieces travel by XLA's all-to-all"
+    ):
+        got = run("remote")
+    np.testing.assert_allclose(got, run("all_to_all"), rtol=0, atol=1e-5)
