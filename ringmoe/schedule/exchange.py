@@ -29,9 +29,8 @@ class Travel(NamedTuple):
 
 def _start(axes, arrays, others):
     """One all-to-all for all; XLA's scheduler itself starts it before what doesn't need it."""
-    with jax.named_scope("exchange"):
-        together = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
-        came = jnp.split(lax.all_to_all(together, tuple(axis for axis, _ in axes), 0, 0), len(arrays), axis=1)
+    together = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+    came = jnp.split(lax.all_to_all(together, tuple(axis for axis, _ in axes), 0, 0), len(arrays), axis=1)
     return came, lax.optimization_barrier(others)
 
 
@@ -115,7 +114,9 @@ def _in_pieces(plan: ExpertPlan, travel: Travel, work: Callable, sums: Callable,
         home.append(came[: len(results)])
         here, results = came[len(results) :], out
     under_way, kept[-1:] = depart(results, kept[-1:])  # the last alone: XLA would copy what it concatenates
-    came, total = arrive(under_way, _added(total, sums(kept)))
+    total = _added(total, sums(kept))
+    # XLA waits for its own as late as it can, and what is held back it doesn't fuse with the sums' conversion.
+    came, total = arrive(under_way, total) if plan.remote else (arrive(under_way, ())[0], total)
     results = at_once([jnp.concatenate(parts, axis=2) for parts in zip(*home[1:], came)])
     return jax.tree.unflatten(results_tree, [_as_sent(plan, a) for a in results]), total
 
