@@ -82,9 +82,11 @@ def moe_ffn(
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) that shards both tokens and experts: x holds
         one device's tokens, the weights its experts, router_weight all of them; metrics are then one device's. None: found.
       exchange: how rows travel, forward and backward: "all_to_all", all at once, before and after the matmuls; "pieces", some
-        of each expert's rows at a time, hidden by the matmuls of others, with as much room for every expert; "auto", the
-        faster one by a model of the machine (`plan/cost.py`), whose times `explain` tells. On TPUs an all-to-all is only hidden
-        with the compiler's option xla_tpu_enable_async_all_to_all, which `ringmoe.jit` sets. No matter where nothing travels.
+        of each expert's rows at a time, hidden by the matmuls of others, with as much room for every expert; "remote", pieces
+        by remote DMA, for TPUs (elsewhere as "pieces", which is said), within one slice; "auto", the fastest by a model of the
+        machine (`plan/cost.py`), whose times `explain` tells: "remote" only where XLA's all-to-all can't be hidden, on v5e
+        from 32 chips on. On other TPUs that needs the compiler's option xla_tpu_enable_async_all_to_all, which `ringmoe.jit`
+        sets. No matter where nothing travels.
 
     Returns:
       `(y, metrics)`: y like x, and `MoeMetrics`. A token that was dropped by all its experts gives zeros (or what the shared

@@ -230,6 +230,54 @@ def remote_copy(axes, axis="seq", cost=True):
     return local(body, P(axis), P(axis)), spec((n * 1024, 1024), jnp.bfloat16, axes, axis)
 
 
+def started_and_awaited(axes, axis="seq", metadata=None):
+    """A kernel that starts sending its block to the next device, a matmul, and a kernel that waits for it."""
+    n, hbm = axes[axis], pl.BlockSpec(memory_space=pltpu.HBM)
+    semaphores = (pl.BlockSpec(memory_space=pltpu.SEMAPHORE),) * 2
+
+    def start(x, x_out, there, sent, received):
+        following = lax.rem(lax.axis_index(axis) + 1, n)
+        barrier = pltpu.get_barrier_semaphore()
+        pl.semaphore_signal(barrier, device_id={axis: following})
+        pl.semaphore_wait(barrier, 1)
+        pltpu.make_async_remote_copy(x, there, sent, received, device_id={axis: following}).start()
+
+    def wait(x, there, sent, received, result):
+        pltpu.make_async_copy(there, there, received).wait()
+        pltpu.make_async_copy(x, x, sent).wait()
+
+    def body(x, w):
+        moved = pltpu.HBM(x.shape, x.dtype)
+        x_out, there, *flags = pl.pallas_call(
+            start,
+            out_shape=(moved, moved, *(pltpu.SemaphoreType.DMA(()),) * 2),
+            in_specs=[hbm],
+            out_specs=(hbm, hbm, *semaphores),
+            input_output_aliases={0: 0},
+            name="send",
+            compiler_params=pltpu.CompilerParams(collective_id=0, has_side_effects=True),
+            cost_estimate=pl.CostEstimate(
+                flops=0, transcendentals=0, bytes_accessed=0, remote_bytes_transferred=x.nbytes
+            ),
+            metadata=metadata,
+        )(pltpu.with_memory_space_constraint(x, pltpu.HBM))
+        x_out, there, w = lax.optimization_barrier((x_out, there, w))
+        x_out, there, y = lax.optimization_barrier((x_out, there, w @ w))
+        result = pl.pallas_call(
+            wait,
+            out_shape=moved,
+            in_specs=[hbm, hbm, *semaphores],
+            out_specs=hbm,
+            input_output_aliases={1: 0},
+            name="await",
+            compiler_params=pltpu.CompilerParams(has_side_effects=True),
+        )(*(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (x_out, there)), *flags)
+        return result + 1, y
+
+    shapes = spec((n * 1024, 1024), jnp.bfloat16, axes, axis), spec((2048, 2048), jnp.bfloat16, axes)
+    return local(body, (P(axis), P()), (P(axis), P())), *shapes
+
+
 def corpus(axes):
     """name -> (function, *arguments) for the first axis of the mesh: every collective, loop and odd
     instruction."""

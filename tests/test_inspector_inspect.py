@@ -74,6 +74,25 @@ def test_a_kernel_that_does_not_say_what_it_moves_is_named():
     assert "no remote_bytes_transferred" in reason and report.collectives[0].wire_bytes == 0
 
 
+@pytest.mark.parametrize("metadata", [
+    None, {"collective": "all-to-all", "replica_groups": "[1,8]<=[8]T(0)"},
+    {"collective": "all-to-all", "replica_groups": "[4,2]<=[4,2]T(0,1)"}, {"collective": "teleport"},
+])  # fmt: skip
+def test_what_one_kernel_starts_is_under_way_until_another_waits(metadata):
+    """A matmul stands between; what is sent is a collective if the author says so, else goes to a neighbour."""
+    report = inspector.inspect(*programs.started_and_awaited(RING, metadata=metadata), target="v5p:2x2x2", mesh=RING)
+    (found,) = report.collectives
+    told, size = metadata is not None and "replica_groups" in metadata, 1024 * 1024 * 2
+    assert found.kind == ("all-to-all" if told else "remote-dma") and found.asynchronous
+    peers = 8 if told and "8]T" in metadata["replica_groups"] else 2
+    assert found.wire_bytes == (size * (peers - 1) / peers if told else size)
+    assert found.axes == (("seq",) if told else ())
+    assert any("dot_general" in op for op in found.hidden_by_ops) and found.compute_us > 10
+    matmul = next(o for o in report.operations if "dot_general" in o.op_name)
+    assert found.exposed_us == pytest.approx(max(0, found.wire_us - found.compute_us))
+    assert report.us > matmul.us and found.compute_us >= matmul.us
+
+
 def test_train_step_on_a_small_slice():
     axes = {"data": 2, "seq": 4}
     report = inspector.inspect(

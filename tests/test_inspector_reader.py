@@ -260,6 +260,17 @@ def test_config_that_is_not_json_is_empty():
     assert reader.parse(deep).entry.by_name["r"].config == {}
 
 
+@pytest.mark.parametrize(("written", "want"), [
+    ('{"collective":"all-to-all",\n"n":3}', {"collective": "all-to-all"}),  # what isn't a string nobody asks for
+    ("{nonsense}", {}), ("[" * 100_000, {}), ('["a"]', {}),
+])  # fmt: skip
+def test_what_a_kernels_author_says(written, want):
+    made = lambda attributes: reader.Instruction("k", reader.Shape("f32"), "custom-call", "", attributes, False)
+    kernel = made(f", frontend_attributes={{kernel_metadata={written}}}")
+    assert kernel.kernel_metadata == want
+    assert made(', frontend_attributes={a="b"}').kernel_metadata == {} == made("").kernel_metadata
+
+
 def test_time_is_linear_in_the_number_of_instructions():
     def seconds(count):
         lines = [

@@ -179,18 +179,19 @@ def published(model, kind, size, exchange="auto", backward=False):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("model", "kind", "size", "in_pieces"), [
-    (MIXTRAL, "TPU v5", 8, True), (MIXTRAL, "TPU v6 lite", 8, True), (DEEPSEEK, "TPU v5", 64, True),
-    (MIXTRAL, "TPU v5 lite", 8, True),
-    (MIXTRAL, "TPU v5 lite", 32, False), (MIXTRAL, "cpu", 8, False),  # nothing would be under way during the work
-    (MIXTRAL, "", 8, True), (MIXTRAL, "TPU v99", 8, True),  # taken for a v5p
+@pytest.mark.parametrize(("model", "kind", "size", "exchange"), [
+    (MIXTRAL, "TPU v5", 8, "pieces"), (MIXTRAL, "TPU v6 lite", 8, "pieces"), (DEEPSEEK, "TPU v5", 64, "pieces"),
+    (MIXTRAL, "TPU v5 lite", 8, "pieces"), (DEEPSEEK, "TPU v5 lite", 256, "remote"),
+    (MIXTRAL, "TPU v5 lite", 32, "remote"), (MIXTRAL, "cpu", 8, "all_to_all"),  # XLA's would not be under way during the work
+    (DEEPSEEK, "TPU v5 lite", 512, "all_to_all"),  # more than a slice
+    (MIXTRAL, "", 8, "pieces"), (MIXTRAL, "TPU v99", 8, "pieces"),  # taken for a v5p
 ])  # fmt: skip
-def test_rows_travel_in_pieces_where_the_machine_is_faster_so(model, kind, size, in_pieces, backward):
-    if size == 32:
-        model = (*model[:2], 32, 2)
-    got = published(model, kind, size, backward=backward)
-    assert got.exchange == ("pieces" if in_pieces else "all_to_all") and (got.pieces > 1) == in_pieces
-    assert ("pieces: " in got.reason) == in_pieces and "at once: " in got.reason
+def test_rows_travel_in_pieces_where_the_machine_is_faster_so(model, kind, size, exchange, backward):
+    if size in (32, 512):
+        model = (*model[:2], size, 2)
+    got, in_pieces = published(model, kind, size, backward=backward), exchange != "all_to_all"
+    assert got.exchange == exchange and (got.pieces > 1) == in_pieces and got.remote == (exchange == "remote")
+    assert bool(re.search(r"pieces( by remote DMA)?: ", got.reason)) == in_pieces and "at once: " in got.reason
     assert got.rows % (16 * got.pieces) == 0 or got.pieces == 1
 
 
@@ -214,6 +215,27 @@ def test_the_times_by_which_rows_travel_in_pieces():
     of_each = max(work / pieces, 3 * 4096 * 14336 * 2 / 1640e3) + 5
     travel = wire / pieces
     assert int(once[2]) == round(travel + (pieces - 1) * max(of_each, 2 * travel) + of_each + travel)
+
+
+@pytest.mark.parametrize(("model", "kind", "size", "each"), [
+    (DEEPSEEK, "TPU v5 lite", 256, True), (MIXTRAL, "TPU v5 lite", 8, False), (MIXTRAL, "TPU v6 lite", 8, False),
+])  # fmt: skip
+def test_weight_gradients_are_added_up_piece_by_piece_where_the_wire_is_the_longer_part(model, kind, size, each):
+    assert published(model, kind, size, backward=True).sums_each == each
+    assert not published(model, kind, size).sums_each
+
+
+def test_the_times_by_which_gradients_are_added_up_piece_by_piece():
+    """By hand, DeepSeek-V3 on 256 v5e chips, a torus of 16 x 16: one expert each, 160 rows of 14 KiB from every one."""
+    got = published(DEEPSEEK, "TPU v5 lite", 256, backward=True)
+    told = re.search(r"in (\d+) pieces by remote DMA: (\d+) us; at once: (\d+) us on v5e", got.reason)
+    assert told is not None and got.sums_each
+    pieces, matrix = int(told[1]), 7168 * 2048
+    wire = 256 * 160 * 7168 * 2 * 16 / 8 / 50e3 / pieces
+    matmul = 256 * 160 * 2 * matrix / 197e6 / pieces
+    sums = 3 * matmul + 2 * 3 * matrix * 4 / 819e3
+    step = max(5 * matmul + 5 + sums, 3 * wire)
+    assert int(told[2]) == pytest.approx(2 * wire + 5 * matmul + 5 + max(sums, wire) + (pieces - 1) * step, abs=2)
 
 
 @pytest.mark.parametrize("exchange", expert_plan.EXCHANGES[1:])
@@ -275,8 +297,9 @@ def test_no_device_has_more_rows_for_an_expert_than_it_has_room(drawn):
 def test_rows_that_are_asked_to_travel_in_pieces_are_not_sorted():
     factors = {"t": ("b",), "e": ("b",)}
     assert experts(factors, t=64, capacity=16).sorted
-    got = experts(factors, t=64, capacity=16, exchange="pieces")
-    assert got.exchange == "pieces" and not got.sorted
+    for exchange in ("pieces", "remote"):
+        got = experts(factors, t=64, capacity=16, exchange=exchange)
+        assert got.exchange == exchange and not got.sorted
 
 
 @pytest.mark.parametrize(("capacity", "e", "factors", "rows"), [
