@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each: the ring and the expert exchange cross from one to the other."""
+"""Two processes of four CPU devices each: the ring, the expert exchange and places in queues cross from one to the other."""
 
 import os
 import pathlib
@@ -17,10 +17,12 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, initialization_timeout=120)
 import functools
+import itertools
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import ringmoe
+from ringmoe.router.config import PRIORITIES, SCOPES
 assert jax.device_count() == 8 and jax.local_device_count() == 4
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -61,6 +63,29 @@ for fun, arrays, specs, collective in (
         close(f"{fun.__name__}, {door}: output", out, want[0][1], 1e-5)
         close(f"{fun.__name__}, {door}: gradient", grads, want[1], 1e-4)
         print("OK", fun.__name__, door, flush=True)
+
+def kept(logits, config):
+    routing = ringmoe.route(logits, config, key=jax.random.key(0))
+    return routing.expert, routing.slot
+
+logits = normal(2, 32, 8) + np.arange(8, dtype=np.float32) / 4
+choose = jax.jit(kept, static_argnums=1)
+place = lambda types: jax.make_array_from_callback(
+    logits.shape, NamedSharding(jax.make_mesh((2, 4), ("a", "b"), axis_types=(types,) * 2), P("a", "b")), lambda i: logits[i]
+)
+digests = set()
+for scope, priority in itertools.product(SCOPES, PRIORITIES):
+    config = ringmoe.RouterConfig(8, 2, 0.75, group_size=16 if scope == "group" else None, scope=scope, priority=priority)
+    with jax.default_device(jax.local_devices()[0]):
+        want = choose(jnp.asarray(logits), config)
+    for types in (AxisType.Explicit, AxisType.Auto):
+        for got, expected in zip(choose(place(types), config), map(np.asarray, want)):
+            for shard in got.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=f"{scope} {priority} {types}")
+    assert (want[1] < 0).any() and (want[1] >= 0).any()
+    digests.add(np.asarray(want[1]).tobytes())
+assert len(digests) > 3, "scopes and priorities keep different choices"
+print("OK kept", flush=True)
 """
 
 
@@ -100,3 +125,4 @@ def test_two_processes_agree_with_one(tmp_path):
         for op in ("attention", "experts"):
             for door in ("types", "ringmoe.jit"):
                 assert f"OK {op} {door}" in log.read_text(), shown
+        assert "OK kept" in log.read_text(), shown
