@@ -330,8 +330,12 @@ def expert_cases(draw) -> Case:
         operands.append(one)
     config = {
         "top_k": draw(st.integers(1, 2)), "capacity_factor": draw(st.sampled_from((None, 0.5, 1.0, 1.25, 2.0))),
-        "group_size": group_size(lay, operands[0], t), "renormalize": draw(st.booleans()),
+        "group_size": group_size(lay, operands[0], t), "renormalize": draw(st.booleans()), "scope": "group",
+        "exchange": draw(st.sampled_from(("auto",) * 4 + ("all_to_all", "pieces", "remote"))),
+        "activation": draw(st.sampled_from((None, None, "gelu_exact", "relu2"))),
     }  # fmt: skip
+    if not lay.manual and chance(draw, 15):
+        config |= {"scope": draw(st.sampled_from(("sequence", "global"))), "group_size": None}
     return Case("experts", operands=tuple(operands), options=tuple(config.items()), axis_name=axis_name, **common)
 
 

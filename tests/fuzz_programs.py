@@ -90,10 +90,16 @@ def dense_attention(options, x, axis_name):
 
 
 def our_experts(options, x, axis_name):
-    x, options = dict(x), dict(options)
-    config = ringmoe.RouterConfig(x["router_weight"].shape[1], **options)
-    y, metrics = ringmoe.moe_ffn(**x, config=config, axis_name=axis_name or None)
+    config, call = router_config(x, options)
+    y, metrics = ringmoe.moe_ffn(**x, **call, config=config, axis_name=axis_name or None)
     return {"y": y, "load balance loss": metrics.load_balance_loss, "z loss": metrics.z_loss}
+
+
+def router_config(x, options) -> tuple[ringmoe.RouterConfig, dict]:
+    """The router's, and what else a call of the layer takes."""
+    options = dict(options)
+    call = {"exchange": options.pop("exchange", "auto"), "activation": options.pop("activation", None)}
+    return ringmoe.RouterConfig(x["router_weight"].shape[1], **options), call
 
 
 def plain_experts(options, x, axis_name):
@@ -119,12 +125,12 @@ def plain_experts(options, x, axis_name):
 
 
 def dense_experts(options, x, axis_name):
-    options, x = dict(options), dict(x)
+    config, call = router_config(x, options)
+    x = dict(x)
     token_mask = x.pop("token_mask", None)
     logits = x["x"] @ x["router_weight"]
     *batch, num_tokens, num_experts = logits.shape
-    config = ringmoe.RouterConfig(num_experts, **options)
-    group, k = config.group(num_tokens), config.top_k
+    group, k = config.group(*batch, num_tokens), config.top_k
     choose = functools.partial(
         reference_moe.select, top_k=k, capacity=config.capacity(group), group_size=group, token_mask=None
     )
@@ -140,7 +146,8 @@ def dense_experts(options, x, axis_name):
         *jax.pure_callback(select, shapes, jax.lax.stop_gradient(logits), mask, vmap_method="sequential")
     )
     active = selection.active[..., None]
-    y = jnp.where(active, reference_moe.moe_ffn(**x, selection=selection, renormalize=config.renormalize), 0)
+    kind = {"renormalize": config.renormalize, "activation": call["activation"]}
+    y = jnp.where(active, reference_moe.moe_ffn(**x, selection=selection, **kind), 0)
     num_active = jnp.maximum(1, selection.active.sum())
     asked = jax.nn.one_hot(selection.expert, num_experts, dtype=logits.dtype) * active[..., None]
     share = asked.sum((0, 1, 2)) / (num_active * k)

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from tests.fuzz_cases import Case
 
 PLAIN = {"is_causal": False, "local_window_size": None, "return_residual": False, "exchange": "auto"}
-PLAIN |= {"top_k": 1, "capacity_factor": None, "group_size": 1, "renormalize": False}
+PLAIN |= {
+    "top_k": 1,
+    "capacity_factor": None,
+    "group_size": 1,
+    "renormalize": False,
+    "scope": "group",
+    "activation": None,
+}
 NEEDED = ("query", "key", "value", "x", "router_weight", "w_in", "w_out")
 
 
