@@ -140,14 +140,15 @@ def _lowering(run):
 
 def _lower_on_cuda(ctx, *operands, mapped, dtype, **params):
     """A kernel where there is one for the GPU, and XLA may not have to partition it; tile by tile elsewhere."""
-    run = _tiled
+    (a, b, _), run = ctx.avals_in, _tiled
     if not mapped and compat.is_of_one_device(ctx) and chip_of(compat.device_kind(ctx)) in grouped_gpu.CHIPS:
         try:
-            grouped_gpu.check(*ctx.avals_in[:2], dtype)
+            grouped_gpu.check(a, b, dtype)
             run = functools.partial(grouped_gpu.matmul, dtype=dtype)
         except NotImplementedError as refusal:
             warn_once("matmuls of sorted rows", f"one goes tile by tile instead of through a faster kernel: {refusal}")
-    return _lowering(run)(ctx, *operands, mapped=mapped, dtype=dtype, **params)
+    run = functools.partial(_evaluate, run, mapped=mapped, dtype=dtype, **params)
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
 
 
 PRIMITIVE = Primitive("ringmoe_grouped_matmul")

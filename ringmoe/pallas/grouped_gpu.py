@@ -66,7 +66,7 @@ def matmul(kind: str, a: jax.Array, b: jax.Array, counts: jax.Array, dtype) -> j
         grid_names=("block",),
         num_threads=GROUPS + 1,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        kernel_name=f"ringmoe_grouped_{kind}",
     )
     return kernel(*tables, a, b)
 
