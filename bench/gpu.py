@@ -1,17 +1,16 @@
-"""One expert layer on a GPU that is there, beside the ways to write it in plain JAX: `python -m bench.gpu [OUT.json [NAME ...]]`.
+"""One expert layer on a GPU that is there, beside ways to write it in plain JAX: `python -m bench.gpu [OUT.json [NAME ...]]`.
 
-bfloat16, SwiGLU, 8192 tokens, whole models' layers (of DeepSeek-V3 32 of its experts), even and skewed routing as in
-`bench.moe`, forward and with all gradients. First every implementation is held against all experts on all tokens in float32.
-Times are medians over rounds in which each implementation runs once, a few calls back to back; the share is of the rate of a
-large bfloat16 matmul in this same run, for the work that was asked for. Then the pieces: rows moved, beside a plain copy of as
-many bytes; sorted rows multiplied by each way there is.
+bfloat16, SwiGLU, 8192 tokens, whole models' layers (of DeepSeek-V3 32 of its experts), forward, and with all gradients where
+a way serves training; ours with skewed routing too (as in `bench.moe`). First every implementation is held against all
+experts on all tokens in float32. Times are medians over rounds in which each implementation runs once, a few calls back to
+back; the share is of the rate of a large bfloat16 matmul in this same run, for the work that was asked for. Then rows moved,
+beside a plain copy of as many bytes.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 import time
@@ -24,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.moe import ENTRIES, ExpertsShape, dropped, make_inputs, with_gradients
-from ringmoe.pallas import grouped
 from ringmoe.schedule import rows
 
 LAYERS = (
@@ -32,12 +30,21 @@ LAYERS = (
     ExpertsShape("Qwen3-30B-A3B", 8192, 2048, 768, 128, 8),
     ExpertsShape("DeepSeek-V3, 32 experts", 8192, 7168, 2048, 32, 8),
 )
+OURS = ("ours 1.25", "ours dropless")
+TRAINED = (*OURS, "one-hot", "loop")  # with gradients too
 CALLS, ROUNDS = 3, 5
 MOST_BYTES = 40 * 2**30
+RAGGED_EXPERTS = 32  # with more, ragged_dot needs over MOST_BYTES, which takes minutes to find out
 
 
-def compiled(f, *arrays, **options):
-    return jax.jit(f, compiler_options=options or None).lower(*arrays).compile()
+def compiled(f, *arrays):
+    return jax.jit(f).lower(*arrays).compile()
+
+
+def each(f, names):
+    """{name: f(name)}, at once: XLA compiles, and tries its matmuls' tiles, with one thread for a program."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(f, names)))
 
 
 def milliseconds(programs: dict) -> dict[str, float]:
@@ -70,38 +77,36 @@ def errors(spec: ExpertsShape) -> dict[str, tuple[float, float]]:
     spec = dataclasses.replace(spec, num_tokens=512, capacity_factor=factor, group_size=256)
     inputs = make_inputs(spec, skew=1, dtype=jnp.bfloat16)
 
-    def of(layer, *inputs):
-        layer = functools.partial(layer, spec)
-        run = lambda *a: (layer(*a), with_gradients(layer)(*a))
-        return [np.asarray(x, np.float32) for x in jax.tree.leaves(compiled(run, *inputs)(*inputs))]
+    def program(name, *inputs):
+        layer = functools.partial(ENTRIES[name].layer, spec)
+        return compiled(lambda *a: (layer(*a), with_gradients(layer)(*a)), *inputs)
 
+    values = lambda program, *inputs: [np.asarray(x, np.float32) for x in jax.tree.leaves(program(*inputs))]
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
     with jax.default_matmul_precision("highest"):
-        want = of(ENTRIES["every expert"].layer, *jax.tree.map(lambda x: x.astype(jnp.float32), inputs))
+        want = values(program("every expert", *exact), *exact)
     found = {}
-    for name in ENTRIES:
-        got = of(ENTRIES[name].layer, *inputs)
-        each = [float(np.linalg.norm(g - w) / np.linalg.norm(w)) for g, w in zip(got, want)]
-        found[name] = each[0], max(each[1:])
+    for name, of in each(lambda name: program(name, *inputs), TRAINED).items():
+        off = [float(np.linalg.norm(g - w) / np.linalg.norm(w)) for g, w in zip(values(of, *inputs), want)]
+        found[name] = off[0], max(off[1:])
     return found
 
 
-def layer(spec: ExpertsShape, backward: bool, ids: dict[str, float]):
-    """By the kind of ids: name -> (ms or None, temporary bytes, share of choices dropped)."""
-    inputs = {kind: make_inputs(spec, skew, jnp.bfloat16) for kind, skew in ids.items()}
+def layer(spec: ExpertsShape, backward: bool, names) -> dict[tuple[str, str], tuple[float | None, int, float]]:
+    """(ids, name) -> (ms or None, temporary bytes, share of choices dropped); skewed ids for ours alone."""
+    inputs = {ids: make_inputs(spec, skew, jnp.bfloat16) for ids, skew in (("even", 0.0), ("skewed", 1.0))}
 
-    def program(entry):
-        run = functools.partial(entry.layer, entry.of(spec))
+    def program(name):
+        run = functools.partial(ENTRIES[name].layer, ENTRIES[name].of(spec))
         return compiled(with_gradients(run) if backward else run, *inputs["even"])
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(ENTRIES, pool.map(program, ENTRIES.values())))
+    programs, found = each(program, names), {}
     memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
-    fitting = {name: program for name, program in programs.items() if memory[name] <= MOST_BYTES}
-    found = {}
-    for kind, arrays in inputs.items():
-        times = milliseconds({name: functools.partial(program, *arrays) for name, program in fitting.items()})
-        lost = {name: dropped(spec, arrays, entry.group_size) for name, entry in ENTRIES.items()}
-        found[kind] = {name: (times.get(name), memory[name], lost[name]) for name in ENTRIES}
+    for ids, among in (("even", names), ("skewed", OURS)):
+        fitting = (name for name in among if memory[name] <= MOST_BYTES)
+        times = milliseconds({name: functools.partial(programs[name], *inputs[ids]) for name in fitting})
+        for name in among:
+            found[ids, name] = times.get(name), memory[name], dropped(spec, inputs[ids], ENTRIES[name].group_size)
     return found
 
 
@@ -127,46 +132,6 @@ def moved(spec: ExpertsShape) -> dict[str, tuple[float, float]]:
     return {name: (ms, 0 if name == "places" else size) for name, ms in found.items()}
 
 
-def multiplied(spec: ExpertsShape) -> dict[str, tuple[float, float, str]]:
-    """name -> (ms, FLOPs, "" or why not) of sorted rows [T k, D] times their experts' [D, F]."""
-    n, d, f, e = spec.num_tokens * spec.top_k, spec.model_dim, spec.hidden_dim, spec.num_experts
-    x = jax.random.normal(jax.random.key(0), (n, d), jnp.bfloat16)
-    w = jax.random.normal(jax.random.key(1), (e, d, f), jnp.bfloat16) / math.sqrt(d)
-    counts = jnp.bincount(jax.random.randint(jax.random.key(2), (n,), 0, e), length=e).astype(jnp.int32)
-    half = lambda x, w, counts: lax.ragged_dot(x, w, counts)
-    ways = {
-        "batched, even": (lambda x, w, _: jnp.einsum("erd,edf->erf", x.reshape(e, -1, d), w), {}),
-        "ours": (lambda x, w, c: grouped.times(x, w, c).astype(x.dtype), {}),
-        "ragged_dot": (half, {}),
-        "ragged_dot, fusion": (half, {"xla_gpu_experimental_use_ragged_dot_fusion": True}),
-        "ragged_dot, grouped GEMM": (half, {"xla_gpu_experimental_use_ragged_dot_grouped_gemm": True}),
-        "mgpu": (mosaic, {}),
-    }
-    want, programs, failed = None, {}, {}
-    for name, (run, options) in ways.items():
-        try:
-            program = compiled(run, x, w, counts, **options)
-            if name != "batched, even":
-                got = np.asarray(program(x, w, counts)[:4096:7], np.float32)
-                want = got if want is None else want
-                failed_by = np.linalg.norm(got - want) / np.linalg.norm(want)
-                if not failed_by < 1e-2:
-                    raise ValueError(f"off by {failed_by:.1e}")
-            programs[name] = functools.partial(program, x, w, counts)
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"[:160]
-    times = milliseconds(programs)
-    return {name: (times.get(name, math.nan), 2.0 * n * d * f, failed.get(name, "")) for name in ways}
-
-
-def mosaic(x, w, counts):
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
-
-    return ragged_dot_mgpu.ragged_dot(
-        x, w, group_sizes=counts, block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=4
-    )
-
-
 def main(out: str | None = None, *names: str) -> None:
     began = time.perf_counter()
     console, record = Console(width=120), {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -175,25 +140,21 @@ def main(out: str | None = None, *names: str) -> None:
     title = f"{record['device']}, jax {jax.__version__}: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s"
     console.print(title)
     table = Table("layer", "ids", "pass", "implementation", "ms", "of limit", "temp GiB", "dropped")
-    parts = Table("layer", "piece", "ms", "of limit", "")
+    parts = Table("layer", "piece", "ms", "of limit")
     for spec in (s for s in LAYERS if not names or any(name in s.name for name in names)):
-        record[spec.name] = found = {"moved": moved(spec), "multiplied": multiplied(spec)}
-        for name, (ms, size) in found["moved"].items():
-            parts.add_row(spec.name, name, f"{ms:.3f}", f"{size / bandwidth / ms * 1e3:.0%}", "")
-        for name, (ms, work, why) in found["multiplied"].items():
-            parts.add_row(spec.name, name, f"{ms:.3f}", f"{work / flops / ms * 1e3:.0%}", why)
-        work = 6 * spec.num_tokens * spec.top_k * spec.model_dim * spec.hidden_dim
-        for backward in (False, True):
-            found["both" if backward else "forward"] = measured = layer(spec, backward, {"even": 0.0, "skewed": 1.0})
-            for ids, by_name in measured.items():
-                for name, (ms, memory, lost) in by_name.items():
-                    share = "" if ms is None else f"{(3 if backward else 1) * work / flops / ms * 1e3:.0%}"
-                    time_of = "not run" if ms is None else f"{ms:.2f}"
-                    cells = time_of, share, f"{memory / 2**30:.2f}", f"{lost:.1%}"
-                    table.add_row(spec.name, ids, "both" if backward else "forward", name, *cells)
-        found["errors"] = errors(spec)
+        record[spec.name] = found = {"errors": errors(spec), "moved": moved(spec)}
         console.print(spec.name, {n: f"{a:.1e} {b:.1e}" for n, (a, b) in found["errors"].items()})
-        console.print(f"{time.perf_counter() - began:.0f} s")
+        for name, (ms, size) in found["moved"].items():
+            parts.add_row(spec.name, name, f"{ms:.3f}", f"{size / bandwidth / ms * 1e3:.0%}")
+        forward = [n for n in ENTRIES if n != "ragged_dot" or spec.num_experts <= RAGGED_EXPERTS]
+        for part, matmuls, among in (("forward", 3, forward), ("both", 9, TRAINED)):
+            work = 2 * matmuls * spec.num_tokens * spec.top_k * spec.model_dim * spec.hidden_dim
+            for (ids, name), (ms, memory, lost) in layer(spec, part == "both", among).items():
+                found[f"{part}, {ids}, {name}"] = ms, memory, lost
+                share = "" if ms is None else f"{work / flops / ms * 1e3:.0%}"
+                time_of = "not run" if ms is None else f"{ms:.2f}"
+                table.add_row(spec.name, ids, part, name, time_of, share, f"{memory / 2**30:.2f}", f"{lost:.1%}")
+            console.print(f"{part}: {time.perf_counter() - began:.0f} s")
         if out:
             with open(out, "w") as file:
                 json.dump(record, file, indent=1, default=str)

@@ -1,4 +1,4 @@
-"""Sorted rows multiplied with their experts' matrices on a Hopper GPU that is there, by tiles: `python -m bench.gpu_grouped`.
+"""Sorted rows multiplied with their experts' matrices on a Hopper GPU that is there: `python -m bench.gpu_grouped`.
 
 Every way is held against `grouped._tiled`, with uneven counts, an expert without rows, and NaN in the rows past the last
 expert's. The batched matmul has as many rows of every expert. The share is of the rate of an 8192^3 bfloat16 matmul.
@@ -16,21 +16,12 @@ import numpy as np
 
 from bench.gpu import milliseconds
 from ringmoe.pallas import grouped, grouped_gpu
-from ringmoe.pallas.grouped_gpu import Tiles
 
 SHAPES = {  # rows, D, F, experts
     "Mixtral": (16384, 4096, 14336, 8),
     "Qwen3-30B": (65536, 2048, 768, 128),
     "DeepSeek-V3, 32": (65536, 7168, 2048, 32),
 }
-TILES = (
-    Tiles(),
-    Tiles(together=8),
-    Tiles(together=32),
-    Tiles(stages=3),
-    Tiles(columns=128, stages=6),
-    Tiles(256, 128, 64, 3),
-)
 PAST = 100  # rows past the last expert's
 
 
@@ -66,10 +57,8 @@ def ways(kind, e):
     found = {"batched": functools.partial(batched, kind), "tiled": functools.partial(grouped._tiled, kind)}
     if e <= 32:  # it unrolls a loop over the experts
         found["shipped, bf16"] = functools.partial(shipped, kind)
-    for tiles in TILES:
-        of = f"{tiles.rows}x{tiles.columns}x{tiles.depth} {tiles.stages} stages {tiles.together} together"
-        found[of] = lambda *arrays, tiles=tiles: grouped_gpu.matmul(kind, *arrays, jnp.float32, tiles)
-    found["the first, bf16"] = lambda *arrays: grouped_gpu.matmul(kind, *arrays, jnp.bfloat16)
+    for name, dtype in (("ours", jnp.float32), ("ours, bf16", jnp.bfloat16)):
+        found[name] = lambda *arrays, dtype=dtype: grouped_gpu.matmul(kind, *arrays, dtype)
     return found
 
 
@@ -111,7 +100,7 @@ def measure(name, kind, peak, programs, arrays):
         ms = times.get(way, math.nan)
         rate = 2 * n * d * f / ms / 1e9
         print(
-            f"{name:16} {kind:6} {way:32} {ms:8.3f} ms {rate:6.0f} TFLOP/s {rate / peak:5.0%} {wrong.get(way, '')}",
+            f"{name:16} {kind:6} {way:14} {ms:8.3f} ms {rate:6.0f} TFLOP/s {rate / peak:5.0%} {wrong.get(way, '')}",
             flush=True,
         )
 

@@ -19,6 +19,9 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
 from ringmoe import compat
+from ringmoe.errors import warn_once
+from ringmoe.inspector.chips import chip_of
+from ringmoe.pallas import grouped_gpu
 
 TILE = 256  # rows that are multiplied at once, where they go tile by tile; as often are the weights read
 
@@ -135,11 +138,25 @@ def _lowering(run):
     return mlir.lower_fun(functools.partial(_evaluate, run), multiple_results=False)
 
 
+def _lower_on_cuda(ctx, *operands, mapped, dtype, **params):
+    """A kernel where there is one for the GPU, and XLA may not have to partition it; tile by tile elsewhere."""
+    (a, b, _), run = ctx.avals_in, _tiled
+    if not mapped and compat.is_of_one_device(ctx) and chip_of(compat.device_kind(ctx)) in grouped_gpu.CHIPS:
+        try:
+            grouped_gpu.check(a, b, dtype)
+            run = functools.partial(grouped_gpu.matmul, dtype=dtype)
+        except NotImplementedError as refusal:
+            warn_once("matmuls of sorted rows", f"one goes tile by tile instead of through a faster kernel: {refusal}")
+    run = functools.partial(_evaluate, run, mapped=mapped, dtype=dtype, **params)
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+
+
 PRIMITIVE = Primitive("ringmoe_grouped_matmul")
 PRIMITIVE.def_impl(lambda *arrays, **params: jax.jit(functools.partial(PRIMITIVE.bind, **params))(*arrays))
 PRIMITIVE.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(PRIMITIVE, _lowering(_tiled))
 mlir.register_lowering(PRIMITIVE, _lowering(_ragged), platform="tpu")
+mlir.register_lowering(PRIMITIVE, _lower_on_cuda, platform="cuda")
 ad.primitive_jvps[PRIMITIVE] = _jvp
 ad.primitive_transposes[PRIMITIVE] = _transpose
 batching.primitive_batchers[PRIMITIVE] = functools.partial(compat.batch_in_front, PRIMITIVE)

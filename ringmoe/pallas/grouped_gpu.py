@@ -1,13 +1,12 @@
 """`grouped`'s matmuls of sorted rows on Hopper GPUs: one persistent kernel of Mosaic GPU, for all three kinds.
 
-A block a multiprocessor walks tiles of the result. One warpgroup brings the operands' tiles by TMA into a ring of `stages`
+A block a multiprocessor walks tiles of the result. One warpgroup brings the operands' tiles by TMA into a ring of STAGES
 in shared memory, and runs on into the next tile; two multiply them by wgmma, each half of a tile's rows, and send the result
 out by TMA. Which rows a tile has is in tables that XLA makes: a tile begins with an expert's row, and where it reaches past
 the expert's last one, only own rows are sent, by copies of 1, 2, 4, ... rows. `outer` sums over rows instead: of its expert's
 last ones it makes those zero, in shared memory, that are others'.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,58 +15,66 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+CHIPS = ("h100", "h200")  # names of inspector/chips.py: wgmma is Hopper's alone
 MULTIPROCESSORS = 132  # of an H100 (SXM) and an H200
 GROUPS = 2  # warpgroups that multiply
+ROWS, COLUMNS = 128, 256  # of the result, at once
+DEPTH, STAGES = 64, 4  # summed over so many at once, so many of these on their way
+TOGETHER = 8  # tiles of rows for every step to the next columns, so that the L2 cache still has their operands
 ALIGNED = 8  # rows: a copy of swizzled tiles begins at a multiple of these
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """rows x columns of the result at once, summed over `depth` at a time; `stages` of these in flight; so many tiles of
-    rows for every step to the next columns, that their operands stay in the L2 cache."""
+def check(a, b, dtype) -> None:
+    """Raises NotImplementedError where this kernel can't run; arguments are arrays or their types."""
+    halves = jnp.bfloat16, jnp.float16
+    if a.dtype != b.dtype or a.dtype not in halves or dtype not in (*halves, jnp.float32):
+        raise NotImplementedError(f"{a.dtype} with {b.dtype} to {dtype}, supported: both bfloat16, or float16")
+    n, *widths = *a.shape, *b.shape[1:]
+    if n % ALIGNED or any(width % DEPTH for width in widths):
+        shapes = f"{list(a.shape)} with {list(b.shape)}"
+        raise NotImplementedError(f"{shapes}, supported: multiples of {ALIGNED} rows, and of {DEPTH} in a row")
 
-    rows: int = 128
-    columns: int = 256
-    depth: int = 64
-    stages: int = 4
-    together: int = 16
 
+def matmul(kind: str, a: jax.Array, b: jax.Array, counts: jax.Array, dtype) -> jax.Array:
+    """`grouped`'s `kind` of a and b in float32, rounded to `dtype`. Rows past the last expert's are not written.
 
-def matmul(kind: str, a: jax.Array, b: jax.Array, counts: jax.Array, dtype, tiles: Tiles = Tiles()) -> jax.Array:
-    """`grouped`'s `kind` of a and b in float32, rounded to `dtype`. Rows past the last expert's are not written."""
+    Cost: 2 D F FLOPs a row; an expert's matrix is read once for TOGETHER tiles of its rows, if L2 holds as much.
+    """
+    check(a, b, dtype)
     e, outer = counts.size, kind == "outer"
     if outer:
         shape = (e, a.shape[1], b.shape[1])
         tables = _tables(counts, None, e)
     else:
         shape = (a.shape[0], b.shape[2 if kind == "times" else 1])
-        tables = _tables(counts, tiles.rows, pl.cdiv(a.shape[0], tiles.rows) + e)
-    half, piece = tiles.rows // GROUPS, 128 // jnp.dtype(dtype).itemsize
-    ring = lambda *block: plgpu.SMEM((tiles.stages, *block), a.dtype, transforms=_swizzled(a.dtype))
+        tables = _tables(counts, ROWS, pl.cdiv(a.shape[0], ROWS) + e)
+    half, piece = ROWS // GROUPS, 128 // jnp.dtype(dtype).itemsize
+    ring = lambda *block: plgpu.SMEM((STAGES, *block), a.dtype, transforms=_swizzled(a.dtype))
     out = lambda **layout: plgpu.SMEM((GROUPS, 2, half, piece), dtype, **layout)
     kernel = plgpu.kernel(
-        functools.partial(_body, kind, tiles),
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        functools.partial(_body, kind),
+        out_type=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(a).mat),
         scratch_types=[
-            ring(*(tiles.depth, tiles.rows) if outer else (tiles.rows, tiles.depth)),
-            ring(*(tiles.columns, tiles.depth) if kind == "back" else (tiles.depth, tiles.columns)),
+            ring(*(DEPTH, ROWS) if outer else (ROWS, DEPTH)),
+            ring(*(COLUMNS, DEPTH) if kind == "back" else (DEPTH, COLUMNS)),
             plgpu.RefUnion(out(transforms=_swizzled(dtype)), out()),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=GROUPS),
         ],
         grid=(MULTIPROCESSORS,),
         grid_names=("block",),
         num_threads=GROUPS + 1,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        kernel_name=f"ringmoe_grouped_{kind}",
     )
     return kernel(*tables, a, b)
 
 
 def _swizzled(dtype):
     """Rows of 128 bytes, as the tensor cores and bank-conflict-free stores want them."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
 
 def _tables(counts, rows, most):
@@ -88,21 +95,21 @@ def _tables(counts, rows, most):
     return expert, starts[expert] + done, jnp.maximum(low[expert] - done, 0), high[expert] - done, ends[-1:]
 
 
-def _body(kind, tiles, experts, starts, lows, highs, number, a, b, out, a_ring, b_ring, out_pieces, full, free, edge):
+def _body(kind, experts, starts, lows, highs, number, a, b, out, a_ring, b_ring, out_pieces, full, free, edge):
     group = lax.axis_index("group")
     outer = kind == "outer"
-    wide = pl.cdiv(out.shape[-1], tiles.columns)
-    tall = pl.cdiv(out.shape[1], tiles.rows) if outer else number[0]
+    wide = pl.cdiv(out.shape[-1], COLUMNS)
+    tall = pl.cdiv(out.shape[1], ROWS) if outer else number[0]
 
     def walk(of_tile):
         """of_tile(its expert, first row, own rows from and to, its tile of rows and of columns, steps before it, its own)."""
 
         @plgpu.nd_loop((number[0], tall * wide) if outer else (1, tall * wide), collective_axes="block", init_carry=0)
         def steps_done(loop, carry):
-            i, j = plgpu.planar_snake(loop.index[1], (tall, wide), 0, tiles.together)
+            i, j = plgpu.planar_snake(loop.index[1], (tall, wide), 0, TOGETHER)
             at = loop.index[0] if outer else i
             high = highs[at]
-            steps = lax.div(high + tiles.depth - 1, tiles.depth) if outer else a.shape[1] // tiles.depth
+            steps = lax.div(high + DEPTH - 1, DEPTH) if outer else a.shape[1] // DEPTH
             of_tile(experts[at], pl.multiple_of(starts[at], ALIGNED), lows[at], high, i, j, carry, steps)
             return carry + steps
 
@@ -114,52 +121,52 @@ def _body(kind, tiles, experts, starts, lows, highs, number, a, b, out, a_ring, 
 
         @walk
         def brought(expert, first, _low, _high, i, j, before, steps):
-            columns = pl.ds(j * tiles.columns, tiles.columns)
+            columns = pl.ds(j * COLUMNS, COLUMNS)
 
             @pl.loop(0, steps)
             def _(k):
-                slot = lax.rem(before + k, tiles.stages)
-                depth = pl.ds(k * tiles.depth, tiles.depth)
+                slot = lax.rem(before + k, STAGES)
+                depth = pl.ds(k * DEPTH, DEPTH)
                 if outer:
-                    rows = pl.ds(first + k * tiles.depth, tiles.depth)
-                    cut_a, cut_b = a.at[rows, pl.ds(i * tiles.rows, tiles.rows)], b.at[rows, columns]
+                    rows = pl.ds(first + k * DEPTH, DEPTH)
+                    cut_a, cut_b = a.at[rows, pl.ds(i * ROWS, ROWS)], b.at[rows, columns]
                 else:
-                    cut_a = a.at[pl.ds(first, tiles.rows), depth]
+                    cut_a = a.at[pl.ds(first, ROWS), depth]
                     cut_b = b.at[expert, columns, depth] if kind == "back" else b.at[expert, depth, columns]
 
-                @pl.when(before + k >= tiles.stages)
+                @pl.when(before + k >= STAGES)
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
                 plgpu.copy_gmem_to_smem(cut_a, a_ring.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(cut_b, b_ring.at[slot], full.at[slot])
 
-        @pl.loop(jnp.maximum(brought - tiles.stages, 0), brought)
+        @pl.loop(jnp.maximum(brought - STAGES, 0), brought)
         def _(k):
-            plgpu.barrier_wait(free.at[lax.rem(k, tiles.stages)])
+            plgpu.barrier_wait(free.at[lax.rem(k, STAGES)])
 
     @pl.when(group < GROUPS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
-        half, third = tiles.rows // GROUPS, tiles.columns // GROUPS
+        half = ROWS // GROUPS
         part = lambda size: pl.ds(pl.multiple_of(group * size, size), size)
-        rows, part_of_b = part(half), part(third)
+        rows, columns = part(half), part(COLUMNS // GROUPS)
 
         @walk
         def _(expert, first, low, high, i, j, before, steps):
             def summed(acc):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot = lax.rem(before + k, tiles.stages)
+                    slot = lax.rem(before + k, STAGES)
                     plgpu.barrier_wait(full.at[slot])
                     left, right = a_ring.at[slot], b_ring.at[slot]
                     if outer:
 
-                        @pl.when(((k == 0) & (low > 0)) | ((k == steps - 1) & (high < steps * tiles.depth)))
+                        @pl.when(((k == 0) & (low > 0)) | ((k == steps - 1) & (high < steps * DEPTH)))
                         def _():
-                            for ref in (left.at[:, rows], right.at[:, part_of_b]):
+                            for ref in (left.at[:, rows], right.at[:, columns]):
                                 row = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA)
-                                mine = (low <= row + k * tiles.depth) & (row + k * tiles.depth < high)
+                                mine = (low <= row + k * DEPTH) & (row + k * DEPTH < high)
                                 ref[...] = jnp.where(mine, ref[...], 0).astype(ref.dtype)
                             plgpu.commit_smem()
                             plgpu.barrier_arrive(edge)
@@ -173,19 +180,19 @@ def _body(kind, tiles, experts, starts, lows, highs, number, a, b, out, a_ring, 
 
                     @pl.when(k > 0)
                     def _():
-                        plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, tiles.stages)])
+                        plgpu.barrier_arrive(free.at[lax.rem(before + k - 1, STAGES)])
 
                 return acc[...]
 
-            acc = pl.run_scoped(summed, plgpu.ACC((half, tiles.columns), jnp.float32))
+            acc = pl.run_scoped(summed, plgpu.ACC((half, COLUMNS), jnp.float32))
 
             @pl.when(steps > 0)
             def _():
-                plgpu.barrier_arrive(free.at[lax.rem(before + steps - 1, tiles.stages)])
+                plgpu.barrier_arrive(free.at[lax.rem(before + steps - 1, STAGES)])
 
-            send = functools.partial(_send, acc, group=group, column=pl.multiple_of(j * tiles.columns, tiles.columns))
+            send = functools.partial(_send, acc, group=group, column=pl.multiple_of(j * COLUMNS, COLUMNS))
             if outer:
-                send(out_pieces[0], out.at[expert], pl.multiple_of(i * tiles.rows + group * half, half))
+                send(out_pieces[0], out.at[expert], pl.multiple_of(i * ROWS + group * half, half))
                 return
             row = pl.multiple_of(first + group * half, ALIGNED)
             low, high = (jnp.clip(x - group * half, 0, half) for x in (low, high))
