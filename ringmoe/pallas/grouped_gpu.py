@@ -29,25 +29,34 @@ def check(a, b, dtype) -> None:
     halves = jnp.bfloat16, jnp.float16
     if a.dtype != b.dtype or a.dtype not in halves or dtype not in (*halves, jnp.float32):
         raise NotImplementedError(f"{a.dtype} with {b.dtype} to {dtype}, supported: both bfloat16, or float16")
-    n, *widths = *a.shape, *b.shape[1:]
-    if n % ALIGNED or any(width % DEPTH for width in widths):
-        shapes = f"{list(a.shape)} with {list(b.shape)}"
-        raise NotImplementedError(f"{shapes}, supported: multiples of {ALIGNED} rows, and of {DEPTH} in a row")
 
 
 def matmul(kind: str, a: jax.Array, b: jax.Array, counts: jax.Array, dtype) -> jax.Array:
     """`grouped`'s `kind` of a and b in float32, rounded to `dtype`. Rows past the last expert's are not written.
 
-    Cost: 2 D F FLOPs a row; an expert's matrix is read once for TOGETHER tiles of its rows, if L2 holds as much.
+    Cost: 2 D F FLOPs a row; an expert's matrix is read once for TOGETHER tiles of its rows, if L2 holds as much. Rows that
+    ALIGNED doesn't divide, and widths that DEPTH doesn't (a bias's is 1), are padded: copies.
     """
     check(a, b, dtype)
-    e, outer = counts.size, kind == "outer"
-    if outer:
-        shape = (e, a.shape[1], b.shape[1])
-        tables = _tables(counts, None, e)
-    else:
-        shape = (a.shape[0], b.shape[2 if kind == "times" else 1])
-        tables = _tables(counts, ROWS, pl.cdiv(a.shape[0], ROWS) + e)
+    shape, (a, b) = _shape(kind, a, b, counts.size), map(_padded, (a, b))
+    found = _matmul(kind, a, b, counts, dtype)
+    return found if found.shape == shape else lax.slice(found, [0] * len(shape), shape)
+
+
+def _shape(kind, a, b, e):
+    return (e, a.shape[1], b.shape[1]) if kind == "outer" else (a.shape[0], b.shape[2 if kind == "times" else 1])
+
+
+def _padded(x):
+    """Rows [n, A], or matrices [e, D, F]."""
+    steps = (ALIGNED, DEPTH) if x.ndim == 2 else (1, DEPTH, DEPTH)
+    more = [(0, -size % step) for size, step in zip(x.shape, steps)]
+    return jnp.pad(x, more) if any(after for _, after in more) else x
+
+
+def _matmul(kind, a, b, counts, dtype):
+    e, outer, shape = counts.size, kind == "outer", _shape(kind, a, b, counts.size)
+    tables = _tables(counts, None, e) if outer else _tables(counts, ROWS, pl.cdiv(a.shape[0], ROWS) + e)
     half, piece = ROWS // GROUPS, 128 // jnp.dtype(dtype).itemsize
     ring = lambda *block: plgpu.SMEM((STAGES, *block), a.dtype, transforms=_swizzled(a.dtype))
     out = lambda **layout: plgpu.SMEM((GROUPS, 2, half, piece), dtype, **layout)
