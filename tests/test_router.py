@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference_moe
-from ringmoe.router import RouterConfig, metrics, route
+from ringmoe.router import RouterConfig, choose, metrics, route
 
 # (config, batch): few shapes, so that each compiles once; hypothesis draws the values
 LAYOUTS = (
@@ -203,6 +205,20 @@ def test_the_share_in_the_balance_loss_is_a_constant_to_gradients():
     np.testing.assert_allclose(got, want, atol=1e-7)
 
 
+def test_log_sum_exp_and_its_derivatives():
+    """Of two orders; nothing reaches a row whose softmax is not finite."""
+    logits = 30 * jax.random.normal(jax.random.key(0), (5, 7)).at[2, 3].set(-jnp.inf)
+    bad = logits.at[1, 4].set(jnp.nan).at[3, 0].set(jnp.inf)
+    total = lambda logits: jnp.sum(jnp.nan_to_num(sum(choose.log_sum_exp(logits)), posinf=0) ** 2)
+    want_total = lambda logits: jnp.sum(jax.nn.logsumexp(logits[::2], -1) ** 2)
+    moved = jax.random.normal(jax.random.key(1), logits.shape)
+    for of in (lambda f: f, jax.grad, lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (moved,))[1]):
+        got, want = of(total)(bad), of(want_total)(logits)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got[1::2] if got.ndim else 0, 0)
+        np.testing.assert_allclose(got[::2] if got.ndim else got, want[::2] if got.ndim else want, rtol=1e-5, atol=1e-4)
+
+
 def test_float64_stays():
     with jax.enable_x64(True):
         routing, measured = routed(jnp.zeros((4, 4), jnp.float64), RouterConfig(4))
@@ -244,6 +260,47 @@ def test_sharded_tokens_route_alike_and_locally(mode):
     text = compiled.as_text()
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "scatter", " sort"):
         assert f"{word}(" not in text, word
+
+
+@pytest.mark.parametrize("mode", ["explicit", "auto", "manual", "partly manual"])
+def test_the_chosen_numbers_are_where_their_tokens_are(mode):
+    """Of many experts, under vmap, with gradients of two orders; nobody sends or scatters anything."""
+    axis_type = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    k, mesh = 3, jax.make_mesh((2, 4), ("data", "seq"), axis_types=(axis_type,) * 2)
+    values, scale = jax.random.normal(jax.random.key(0), (2, 4, 32, 128)), jnp.arange(3.0).reshape(1, 1, 3)
+
+    def found(values):
+        expert = jax.vmap(lambda x: choose.top_k(x, k))(lax.stop_gradient(values))
+        one = lambda values: jax.vmap(choose.at_experts)(values, expert)
+        gradient = lambda values: jax.grad(lambda v: jnp.sum(scale * one(v) ** 3))(values)
+        return expert, one(values), gradient(values), jax.jvp(gradient, (values,), (values,))[1]
+
+    largest, expert = lax.top_k(values, k)
+    hot = scale[..., None] * jax.nn.one_hot(expert, 128)
+    want = (
+        expert,
+        largest,
+        jnp.sum(3 * largest[..., None] ** 2 * hot, -2),
+        jnp.sum(6 * largest[..., None] ** 2 * hot, -2),
+    )
+    spec = P(None, "data", "seq")
+    with jax.set_mesh(mesh):
+        if "manual" in mode:
+            inside = P(None, "data") if "partly" in mode else spec
+            found = jax.shard_map(
+                found, in_specs=inside, out_specs=inside, axis_names=set(mesh.axis_names[: len(inside) - 1])
+            )
+        compiled = jax.jit(found).lower(jax.device_put(values, NamedSharding(mesh, spec))).compile()
+        got = compiled(jax.device_put(values, NamedSharding(mesh, spec)))
+    np.testing.assert_array_equal(got[0], want[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got[1:], want[1:])
+    assert not re.search(r" (all-\w+|collective-permute|scatter)\(", compiled.as_text())
+
+
+def test_a_cpu_alone_gathers_the_chosen_numbers():
+    traced = jax.jit(choose.at_experts).trace(jnp.zeros((4, 8)), jnp.zeros((4, 2), jnp.int32))
+    gathers = {p: "gather" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    assert gathers == {"cpu": True, "tpu": False, "cuda": False}
 
 
 def test_capacity_formula():

@@ -95,13 +95,13 @@ def test_one_digest_of_the_kept_set(name, layout, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_devices_that_share_a_group_exchange_counts_alone(mode):
-    """A sequence over 8 devices: one all-gather, of 8 blocks' counts of 2 choices of 8 experts."""
+    """A sequence over 8 devices: one all-gather, of each 8 blocks' counts of 2 choices of 8 experts."""
     mesh = make_mesh((8,), AxisType.Explicit if mode == "explicit" else AxisType.Auto)
     body = functools.partial(route, config=CONFIGS["sequence"], axis_name="a" if mode == "manual" else None)
     if mode == "manual":
         body = jax.shard_map(body, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))
     with jax.set_mesh(mesh):
-        logits = jax.device_put(np.tile(inputs()[0], (1, 8, 1)), NamedSharding(mesh, P(None, "a")))
+        logits = jax.device_put(np.tile(inputs()[0], (1, 32, 1)), NamedSharding(mesh, P(None, "a")))
         text = jax.jit(body).lower(logits).compile().as_text()
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"s32\[([\d,]+)\]\S* all-gather\(", text)]
     others = re.findall(r" (all-to-all|all-reduce|reduce-scatter|scatter)\(", text)

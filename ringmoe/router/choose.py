@@ -11,8 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import AxisType
 
+from ringmoe import compat
 from ringmoe.meshes import Axes
 from ringmoe.router.config import RouterConfig
 
@@ -50,13 +53,32 @@ def drawn(sample: Callable, key, like: jax.Array, dim: int, axes: Axes) -> jax.A
     return lax.dynamic_slice_in_dim(whole, lax.axis_index(axes) * mine, mine, dim) if axes else whole
 
 
-def scores_of(logits: jax.Array, config: RouterConfig) -> jax.Array:
-    """Scores over all experts, in the logits' dtype."""
+@jax.custom_jvp
+def log_sum_exp(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(m, log sum_e exp(logits_e - m)), [*B, T, 1], m the largest of [*B, T, E]: their sum is the log of the sum of exp.
+
+    NaN or infinite where the token's softmax is not finite; no gradient goes there.
+    """
+    largest = jnp.max(logits, -1, keepdims=True)
+    return largest, jnp.log(jnp.sum(jnp.exp(logits - largest), -1, keepdims=True))
+
+
+@log_sum_exp.defjvp
+def _log_sum_exp_jvp(primals, tangents):
+    (logits,), (moved,) = primals, tangents
+    largest, rest = log_sum_exp(logits)
+    share = jnp.exp(jnp.where(jnp.isfinite(rest), logits - largest - rest, -jnp.inf))
+    return (largest, rest), (jnp.zeros_like(largest), jnp.sum(share * moved, -1, keepdims=True))
+
+
+def scoring(logits: jax.Array, config: RouterConfig) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """What makes scores of some of each token's logits [*B, T, any], and whether all of a token's are finite, [*B, T]."""
     if config.score == "softmax":
-        return jax.nn.softmax(logits, axis=-1)
-    if config.score == "sigmoid":
-        return jax.nn.sigmoid(logits)
-    return jnp.sqrt(jax.nn.softplus(logits))
+        largest, rest = log_sum_exp(logits)
+        total = largest + rest  # one number, whose last digit is worth as much as a logit's own
+        return lambda some: jnp.exp(some - total), jnp.isfinite(rest[..., 0])
+    score = jax.nn.sigmoid if config.score == "sigmoid" else lambda some: jnp.sqrt(jax.nn.softplus(some))
+    return score, jnp.isfinite(jnp.sum(score(logits), -1))
 
 
 def top_k(values: jax.Array, k: int) -> jax.Array:
@@ -70,7 +92,9 @@ def top_k(values: jax.Array, k: int) -> jax.Array:
         return _insert(values, k)
     chunks = values.reshape(*values.shape[:-1], -1, chunk)
     best = jnp.sort(_insert(jnp.max(chunks, -1), k), -1)  # in their order, for equal values
-    candidates = jnp.take_along_axis(chunks, best[..., None], -2).reshape(*best.shape[:-1], k * chunk)
+    candidates = jnp.take_along_axis(chunks, best[..., None], -2, mode="promise_in_bounds").reshape(
+        *best.shape[:-1], k * chunk
+    )
     found = _insert(candidates, k)
     return at_experts(best, lax.div(found, jnp.int32(chunk))) * chunk + lax.rem(found, jnp.int32(chunk))
 
@@ -78,22 +102,21 @@ def top_k(values: jax.Array, k: int) -> jax.Array:
 def _insert(values, k):
     """Expert after expert, the last first, into each token's k largest so far: a token is a lane of the vector unit.
 
-    What comes later has a lower index than all that is held, and what is pushed out one than all behind it: both go before
-    their equals.
+    What comes later has a lower index than all that is held, so it goes before its equals.
     """
     by_expert = jnp.moveaxis(values, -1, 0)
     nothing = jnp.full_like(by_expert[0], -jnp.inf), jnp.full_like(by_expert[0], -1, jnp.int32)
 
     def step(best, new):
-        (value, index), kept = new, []
-        for held, at in best:
-            before = value >= held
-            kept.append((jnp.where(before, value, held), jnp.where(before, index, at)))
-            value, index = jnp.where(before, held, value), jnp.where(before, at, index)
+        before = [new[0] >= value for value, _ in best]
+        kept = [jax.tree.map(functools.partial(jnp.where, before[0]), new, best[0])]
+        for j in range(1, k):  # a place's next holder depends on two of before alone, and not on all places above
+            moved = jax.tree.map(functools.partial(jnp.where, before[j - 1]), best[j - 1], new)
+            kept.append(jax.tree.map(functools.partial(jnp.where, before[j]), moved, best[j]))
         return tuple(kept), None
 
     index = lax.iota(jnp.int32, by_expert.shape[0])
-    best, _ = lax.scan(step, (nothing,) * k, (by_expert, index), reverse=True, unroll=min(4, index.size))
+    best, _ = lax.scan(step, (nothing,) * k, (by_expert, index), reverse=True, unroll=min(2, index.size))
     return jnp.stack([index for _, index in best], axis=-1)
 
 
@@ -101,9 +124,9 @@ def _insert(values, k):
 def at_experts(values: jax.Array, expert: jax.Array) -> jax.Array:
     """values[*B, T, E] at expert [*B, T, k]: [*B, T, k]. Its derivative keeps the choices alone, and scatters nothing.
 
-    A choice of -1 gives 0.
+    A choice of -1 gives some number.
     """
-    return _select(values, expert)
+    return AT_EXPERTS.bind(*compat.vary_alike((values, expert)))
 
 
 def numbered(x: jax.Array) -> jax.Array:
@@ -129,6 +152,23 @@ _select_again = jax.jit(jax.checkpoint(_select, prevent_cse=False))  # keeps no 
 def _at_experts_jvp(primals, tangents):
     values, expert = primals
     return at_experts(values, expert), _select_again(tangents[0], expert)
+
+
+def _gather(values, expert):
+    return jnp.take_along_axis(values, jnp.maximum(expert, 0), -1, mode="promise_in_bounds")
+
+
+def _batch(arrays, dims):
+    (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
+    return AT_EXPERTS.bind(*(batching.bdim_at_front(x, dim, length) for x, dim in zip(arrays, dims))), 0
+
+
+AT_EXPERTS = Primitive("ringmoe_at_experts")  # lax.platform_dependent fails in an eager gradient over an Explicit mesh
+AT_EXPERTS.def_impl(jax.jit(AT_EXPERTS.bind))
+AT_EXPERTS.def_abstract_eval(lambda values, expert: expert.update(dtype=values.dtype, weak_type=False))
+mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_select, multiple_results=False))
+mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_gather, multiple_results=False), platform="cpu")
+batching.primitive_batchers[AT_EXPERTS] = _batch
 
 
 def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.errors import check
-from ringmoe.router.choose import is_chosen, noise_std
+from ringmoe.router.choose import is_chosen, log_sum_exp, noise_std
 from ringmoe.router.config import RouterConfig
 from ringmoe.router.places import histogram, in_blocks
 from ringmoe.router.route import Routing
+
+BLOCK = 256  # tokens whose choices are counted by one matmul
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,7 @@ def metrics(
     https://arxiv.org/abs/2101.03961 (balance); ST-MoE, https://arxiv.org/abs/2202.08906 (z).
     """
     num_experts, active = routing.num_experts, routing.active
-    asked_of = _by_expert(routing)
+    asked_of, weights_of = _by_expert(routing)
     over_sequences = lambda x: jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=x.dtype)
     load = over_sequences(asked_of)
     lost = active[..., None] & (routing.slot < 0) if routing.capacity < routing.group_size else jnp.zeros((), bool)
@@ -78,8 +80,9 @@ def metrics(
     k = routing.expert.shape[-1]
     scores = routing.scores.astype(jnp.float32)
     score_sums = jnp.sum(scores, axis=-2)
-    logits = jnp.where(active[..., None], logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 0)
-    z = jnp.where(active, jax.nn.logsumexp(logits, axis=-1), 0).astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    largest, rest = log_sum_exp(logits)
+    z = jnp.where(active, (largest + rest)[..., 0], 0).astype(jnp.float32)
     nonfinite = jnp.sum(jnp.isnan(routing.weight).any(axis=-1), dtype=jnp.int32)
     balance = num_experts * jnp.sum(
         lax.stop_gradient(load / (num_active * k)) * over_sequences(score_sums) / num_active
@@ -94,10 +97,10 @@ def metrics(
         masked=jnp.asarray(active.size, jnp.int32) - jnp.sum(active, dtype=jnp.int32) - nonfinite,
         nonfinite=nonfinite,
         unused_experts=jnp.sum(load == 0, dtype=jnp.int32),
-        entropy=jnp.sum(jax.scipy.special.entr(lax.stop_gradient(scores))) / num_active,
+        entropy=jnp.sum(_entropy(lax.stop_gradient(scores))) / num_active,
         load_balance_loss=balance,
         sequence_balance_loss=jnp.mean(by_sequence),
-        importance_loss=_variation(over_sequences(_by_expert(routing, routing.weight))),
+        importance_loss=_variation(over_sequences(weights_of)),
         load_loss=_load_loss(routing, logits, config, noise_logits),
         z_loss=jnp.sum(z * z) / num_active,
     )
@@ -126,24 +129,31 @@ def update_selection_bias(bias: jax.Array, expert_load: jax.Array, rate: float =
     return bias + rate * jnp.sign(jnp.mean(load) - load)
 
 
-def _by_expert(routing: Routing, weight=None):
-    """[*B, E]: how many choices each sequence asks of each expert, int32, or the float32 sum of their weights."""
+def _by_expert(routing: Routing):
+    """Of each sequence, how many choices it asks of each expert, [*B, E] int32, and the float32 sum of their weights."""
     active = routing.active[..., None]
 
     def flat(x):
-        *blocks, n, k = (x := in_blocks(x, x.shape[-2])).shape
+        *blocks, n, k = (x := in_blocks(x, x.shape[-2], BLOCK)).shape
         return x.reshape(*blocks, n * k)
 
     expert = flat(jnp.where(active, routing.expert, -1))
-    weight = None if weight is None else flat(jnp.where(active, weight, 0).astype(jnp.float32))
-    found = histogram(expert, routing.num_experts, weight)
-    return jnp.sum(found, axis=-2, dtype=found.dtype)
+    weight = flat(jnp.where(active, routing.weight, 0).astype(jnp.float32))
+    found = histogram(expert, routing.num_experts, jnp.stack([jnp.ones_like(weight), weight], -2))
+    asked = jnp.sum(found[..., 0, :].astype(jnp.int32), axis=-2, dtype=jnp.int32)
+    return asked, jnp.sum(found[..., 1, :], axis=-2)
+
+
+def _entropy(scores):
+    """[*B, T] of [*B, T, E]. 0 log 0 is 0; without a case for it, which XLA's vector loops on CPUs lack."""
+    return -jnp.sum(scores * jnp.log(jnp.maximum(scores, jnp.finfo(scores.dtype).tiny)), -1)
 
 
 def _load_loss(routing: Routing, logits, config, noise_logits):
     """Of P(t, e), the chance that e is among the token's k largest when its noise is drawn again."""
     if routing.threshold is None or config is None:
         return jnp.zeros((), jnp.float32)
+    logits = jnp.where(routing.active[..., None], logits, 0)
     std = noise_std(logits, config, noise_logits)
     least, following = routing.threshold[..., :1], routing.threshold[..., 1:]
     beaten = jnp.where(is_chosen(logits, routing.expert), following, least)

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -18,16 +19,22 @@ from ringmoe import rules
 from ringmoe.meshes import Axes
 from ringmoe.router.choose import at_experts
 
-MOST_TOKENS = 64  # of a block: m^2 comparisons each, against E counts
+MOST_TOKENS = 32  # of a block: m^2 comparisons each, against E counts
+FEW = 8  # blocks, each of which adds up those before it
 
 
-def histogram(expert: jax.Array, num_experts: int, weight: jax.Array | None = None) -> jax.Array:
-    """[*, m] int32 -> [*, E]: how often each expert occurs, int32, or the sum of its weights; anything else counts nowhere."""
+def histogram(expert: jax.Array, num_experts: int, weights: jax.Array | None = None) -> jax.Array:
+    """[*, m] int32 -> [*, E]: how often each expert occurs, int32; anything else counts nowhere.
+
+    Of weights [*, s, m] their sums, float32 [*, s, E].
+    """
     high, low = _digits(expert, num_experts)
-    high, precision = (high, None) if weight is None else (high * weight[..., None], lax.Precision.HIGHEST)
-    counts = jnp.einsum("...mh,...ml->...hl", high, low, precision=precision)
-    counts = counts.reshape(*counts.shape[:-2], high.shape[-1] ** 2)[..., :num_experts]
-    return counts.astype(jnp.int32) if weight is None else counts
+    if weights is None:
+        counts = jnp.einsum("...mh,...ml->...hl", high, low).astype(jnp.int32)
+    else:
+        high = high[..., None, :, :] * weights[..., None]
+        counts = jnp.einsum("...smh,...ml->...shl", high, low, precision=lax.Precision.HIGHEST)
+    return counts.reshape(*counts.shape[:-2], high.shape[-1] ** 2)[..., :num_experts]
 
 
 def _digits(expert, num_experts):
@@ -46,19 +53,17 @@ def places(expert: jax.Array, num_experts: int, group_size: int, by_choice: bool
         by_choice: all first choices of a group come before all second ones; else a token's choices follow each other.
         axes: mesh axes over which the caller's shard_map splits the sequence.
     """
-    *batch, num_tokens, k = expert.shape
     if expert.size == 0:
         return expert
     blocks = in_blocks(expert, group_size)
-    n = blocks.shape[-2]
-    blocks = jnp.swapaxes(blocks, -1, -2) if by_choice else blocks.reshape(*batch, num_tokens // n, 1, n * k)
+    shape, n, k = blocks.shape, *blocks.shape[-2:]
+    blocks = jnp.swapaxes(blocks, -1, -2) if by_choice else blocks.reshape(*shape[:-2], 1, n * k)
     before = _before(histogram(blocks, num_experts), group_size // n, axes)
     m = blocks.shape[-1]
     earlier = lax.broadcast_to_rank(jnp.tri(m, k=-1, dtype=bool), blocks.ndim + 1)
     same = (blocks[..., :, None] == blocks[..., None, :]) & earlier
     place = jnp.sum(same, -1, dtype=jnp.int32) + at_experts(before, blocks)
-    place = jnp.swapaxes(place, -1, -2) if by_choice else place.reshape(*batch, num_tokens // n, n, k)
-    return place.reshape(*batch, num_tokens, k)
+    return (jnp.swapaxes(place, -1, -2) if by_choice else place.reshape(shape)).reshape(expert.shape)
 
 
 def places_by_value(
@@ -82,10 +87,13 @@ def held(x: jax.Array) -> tuple[int, ...]:
     return tuple(n // k for n, k in zip(x.shape, parts))
 
 
-def in_blocks(x: jax.Array, group_size: int) -> jax.Array:
-    """[*B, T, k] -> [*B, blocks, n, k]: n is the largest divisor of the group and of a device's tokens up to MOST_TOKENS."""
-    common = math.gcd(held(x)[-2], group_size) or 1  # of no tokens
-    n = max(n for n in range(1, min(common, MOST_TOKENS) + 1) if common % n == 0)
+def largest_divisor(of: int, most: int) -> int:
+    return max(n for n in range(1, min(of, most) + 1) if of % n == 0)
+
+
+def in_blocks(x: jax.Array, group_size: int, most: int = MOST_TOKENS) -> jax.Array:
+    """[*B, T, k] -> [*B, blocks, n, k]: n is the largest divisor of the group and of a device's tokens up to `most`."""
+    n = largest_divisor(math.gcd(held(x)[-2], group_size) or 1, most)  # 0 tokens are divided by all
     return x.reshape(*x.shape[:-2], x.shape[-2] // n, n, x.shape[-1])
 
 
@@ -96,12 +104,20 @@ def _sortable(value):
 
 
 def _before(counts, per_group, axes):
-    """Counts [*B, blocks, c, E] of the blocks' choices -> how many of their group come before, c-major within a group."""
-    together, put_back = _together(counts, -3, per_group, axes)
-    order = jnp.swapaxes(_grouped(together, -3, per_group), -2, -3)
+    """Counts [*B, blocks, c, E] of the blocks' choices -> how many of their group come before, c-major within a group.
+
+    Within a few blocks by as many sums; of the few, whose totals are what devices exchange, by one prefix sum.
+    """
+    few = largest_divisor(math.gcd(held(counts)[-3], per_group), FEW)
+    fews = counts.reshape(*counts.shape[:-3], -1, few, *counts.shape[-2:])
+    earlier = lax.broadcast_to_rank(np.tri(few, k=-1, dtype=bool)[..., None, None], fews.ndim + 1)
+    inside = jnp.sum(jnp.where(earlier, fews[..., None, :, :, :], 0), -3, dtype=jnp.int32)
+    totals, put_back = _together(jnp.sum(fews, -3, dtype=jnp.int32), -3, per_group // few, axes)
+    order = jnp.swapaxes(_grouped(totals, -3, per_group // few), -2, -3)
     flat = order.reshape(*order.shape[:-3], -1, order.shape[-1])
     prefix = (jnp.cumsum(flat, -2, dtype=jnp.int32) - flat).reshape(order.shape)
-    return put_back(jnp.swapaxes(prefix, -2, -3).reshape(together.shape))
+    outside = put_back(jnp.swapaxes(prefix, -2, -3).reshape(totals.shape))
+    return (inside + outside[..., None, :, :]).reshape(counts.shape)
 
 
 def _grouped(x, dim, per_group):

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -96,7 +97,7 @@ def route(
             dtype, a missing key or noise.
 
     Cost: O(T E k) elementwise, O(T k sqrt(E)) on the matrix unit; no bytes on the wire if groups are whole on their devices,
-    else T k E / 64 counts are gathered (by "probability", "batch" and "random" T k experts); a few [*B, T, E] temporaries.
+    else T k E / 256 counts are gathered (by "probability", "batch" and "random" T k experts); a few [*B, T, E] temporaries.
     Source: top-k gating with capacity and choice-major priority, GShard, https://arxiv.org/abs/2006.16668.
     """
     axes = compat.check_axis_name(axis_name)
@@ -112,30 +113,31 @@ def route(
         logits = choose.noisy(logits, config, noise_logits, noise_key, axes)
     if token_mask is not None:
         logits = jnp.where(token_mask[..., None], logits, 0)
-    scores = choose.scores_of(logits, config)
-    finite = lax.stop_gradient(jnp.isfinite(scores).all(axis=-1))
+    score, finite = choose.scoring(logits, config)
     active = finite if token_mask is None else finite & token_mask
 
-    calm = lax.stop_gradient(jnp.where(finite[..., None], logits, 0))
     chosen = expert
     if chosen is None:
-        calm_scores = lax.stop_gradient(jnp.where(finite[..., None], scores, 0))
-        chosen = _chosen(calm, calm_scores, active, config, selection_bias, train, axes)
-    weight = _weights(logits, scores, chosen, config, expert_scale)
+        chosen = _chosen(lax.stop_gradient(logits), score, active, config, selection_bias, train, axes)
+        anything = np.arange(chosen.shape[-1], dtype=np.int32).reshape(*(1,) * (chosen.ndim - 1), -1)
+        chosen = jnp.where(finite[..., None], chosen, anything)
+    chosen = lax.optimization_barrier(chosen)  # made once: XLA would, for every use, and one number at a time
+    weight = _weights(logits, score, chosen, config, expert_scale)
+    scores = score(logits)
     slot = _slots(chosen, active, lax.stop_gradient(weight), scores, config, group_size, capacity, order_key, axes)
     if config.renormalize == "after_drops":
         weight = _over_sum(jnp.where(slot >= 0, weight, 0))
     weight = jnp.where(finite[..., None], weight, jnp.nan)
     if token_mask is not None:
         weight = jnp.where(token_mask[..., None], weight, 0)
-    threshold = _threshold(logits, calm, config) if noisy else None
+    threshold = _threshold(logits, config) if noisy else None
     if config.score != "softmax":
         scores = _over_sum(scores)
     scores = jnp.where(active[..., None], scores, 0)
     return Routing(chosen, slot, weight, scores, active, threshold, config.num_experts, capacity, group_size)
 
 
-def _chosen(logits, scores, active, config: RouterConfig, bias, train, axes: Axes):
+def _chosen(logits, score, active, config: RouterConfig, bias, train, axes: Axes):
     """The experts of each token, [*B, T, k] int32."""
     if config.method == "expert_choice":
         return jnp.zeros_like(logits, jnp.int32) + choose.numbered(logits)
@@ -143,18 +145,16 @@ def _chosen(logits, scores, active, config: RouterConfig, bias, train, axes: Axe
     if config.method == "sinkhorn" and train:
         values = jnp.where(active[..., None], choose.sinkhorn(logits, active, config, axes), logits)
     elif bias is not None or config.expert_groups > 1:
-        values = scores
+        values = lax.stop_gradient(score(logits))
         if bias is not None:
-            values = scores + lax.broadcast_to_rank(lax.stop_gradient(bias.astype(values.dtype)), values.ndim)
+            values += lax.broadcast_to_rank(lax.stop_gradient(bias.astype(values.dtype)), values.ndim)
         values = choose.without_poor_groups(values, config)
     return choose.top_k(values, config.top_k)
 
 
-def _weights(logits, scores, expert, config: RouterConfig, expert_scale):
-    if config.select_first:
-        weight = jax.nn.softmax(choose.at_experts(logits, expert), axis=-1)
-    else:
-        weight = choose.at_experts(scores, expert) if config.method != "expert_choice" else scores
+def _weights(logits, score, expert, config: RouterConfig, expert_scale):
+    some = logits if config.method == "expert_choice" else choose.at_experts(logits, expert)
+    weight = jax.nn.softmax(some, axis=-1) if config.select_first else score(some)
     if config.renormalize is True and config.method != "expert_choice":
         weight = _over_sum(weight)
     if expert_scale is not None:
@@ -188,10 +188,10 @@ def _slots(expert, active, weight, scores, config: RouterConfig, group_size, cap
     return jnp.where((expert >= 0) & (place < capacity), place, -1)
 
 
-def _threshold(logits, calm, config: RouterConfig):
+def _threshold(logits, config: RouterConfig):
     """The k-th and the (k + 1)-th largest logit of each token: [*B, T, 2]; -inf where there are only k."""
     k = config.top_k
-    both = choose.top_k(calm, min(k + 1, config.num_experts))[..., k - 1 :]
+    both = choose.top_k(lax.stop_gradient(logits), min(k + 1, config.num_experts))[..., k - 1 :]
     found = choose.at_experts(logits, both)
     return jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, 2 - found.shape[-1])], constant_values=-jnp.inf)
 
