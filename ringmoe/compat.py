@@ -92,6 +92,12 @@ def is_of_one_device(ctx) -> bool:
     return axes.manual_axes | set(axes.mesh.manual_axes) == set(axes.mesh.axis_names)
 
 
+def num_devices(ctx) -> int:
+    """Of the program that is lowered; 1 where JAX doesn't tell."""
+    axes = ctx.module_context.axis_context
+    return axes.mesh.size if hasattr(axes, "mesh") else getattr(axes, "num_devices", None) or 1
+
+
 def device_kind(ctx) -> str:
     """What kind of device is lowered for, real or one that only compiles; empty where JAX doesn't tell.
 

@@ -10,23 +10,25 @@ from ringmoe.schedule.exchange import Travel
 
 def all_to_all(axes, arrays):
     """Both in one: where kernels are interpreted a semaphore can't leave its kernel."""
+    names = jax.sharding.get_abstract_mesh().axis_names
     half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
 
     def both(*refs):
+        places, *refs = refs
         sent, there, semaphores = refs[:half], refs[half : 2 * half], refs[2 * half :]
-        exchange_tpu._start_kernel(*sent, *sent, *there, *semaphores, axes=axes, half=half)
+        exchange_tpu._start_kernel(places, *sent, *sent, *there, *semaphores, half=half, names=names)
         exchange_tpu._finish_kernel(*sent, *there, *semaphores, half=half)
 
     return list(
         pl.pallas_call(
             both,
             out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
-            in_specs=[hbm] * half,
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
             out_specs=(hbm,) * half,
             scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 2,
             compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.BARRIER, has_side_effects=True),
             interpret=pltpu.InterpretParams(detect_races=True),
-        )(*arrays)
+        )(exchange_tpu.devices(axes), *arrays)
     )
 
 

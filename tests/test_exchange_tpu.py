@@ -18,7 +18,7 @@ from ringmoe import errors
 from ringmoe.inspector.wire import replica_groups
 from ringmoe.pallas import exchange_tpu
 from tests.exchanges import all_to_all
-from tests.helpers import make_mesh
+from tests.helpers import collectives, make_mesh
 
 TARGETS = {"v5e:4x8": 32, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
 
@@ -145,6 +145,34 @@ def test_where_xla_can_not_hide_it_the_wire_is_hidden(backward):
     )
     assert bytes_of(chosen) == pytest.approx(bytes_of(once))
     assert waited(chosen) < 0.6 * waited(once) and chosen.us < once.us
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_a_users_shard_map_beside_another_axis(check_vma):
+    mesh = ringmoe.target("v5e:4x8").mesh({"b": 2, "a": 16})
+    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    config = ringmoe.RouterConfig(16, group_size=2048)
+    layer = lambda x, r, w_in, w_out: ringmoe.moe_ffn(x, r, w_in, w_out, config=config, axis_name="a")[0]
+    specs = P("b", "a"), P(), P("a"), P("a")
+    run = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
+    types = (2, 2048 * 16, 1024), (1024, 16), (16, 1024, 4096), (16, 4096, 1024)
+    report = ringmoe.inspect(jax.jit(run), *(of(shape, *spec) for shape, spec in zip(types, specs)), target="v5e:4x8")
+    travels = [c for c in report.collectives if c.name.startswith("all_to_all_start")]
+    assert len(travels) > 2 and {c.axes for c in travels} == {("a",)}
+
+
+def test_without_a_ragged_all_to_all_a_dropless_layer_compiles():
+    """libtpu has none for v5e from 32 chips on."""
+    mesh = ringmoe.target("v5e:4x8").mesh({"a": 32})
+    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    config = ringmoe.RouterConfig(
+        128, capacity_factor=None
+    )  # rows are sorted: of four experts a device few tokens choose two
+    layer = ringmoe.jit(lambda x, r, w_in, w_out: ringmoe.moe_ffn(x, r, w_in, w_out, config=config)[0])
+    types = of((1, 32 * 64, 128), None, "a"), of((128, 128)), of((128, 128, 256), "a"), of((128, 256, 128), "a")
+    assert "sorted" in ringmoe.explain(layer, *types).rows[0].reason
+    text = layer.lower(*types).compile().as_text()
+    assert "all-to-all" in collectives(text) and "ragged-all-to-all" not in text
 
 
 def test_elsewhere_pieces_travel_by_xla_and_it_is_said():

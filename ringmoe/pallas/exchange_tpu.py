@@ -9,9 +9,12 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from ringmoe import compat
 
 BARRIER = 7  # number of the semaphore by which devices wait for each other; that of this library's kernels alone
 
@@ -23,19 +26,21 @@ def start(axes: Axes, arrays: list[jax.Array], others):
     half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
     semaphore = pl.BlockSpec(memory_space=pltpu.SEMAPHORE)
     peers, total = arrays[0].shape[0], sum(a.size * a.dtype.itemsize for a in arrays)
+    places, *arrays = compat.vary_alike((devices(axes), *arrays))
+    names = jax.sharding.get_abstract_mesh().axis_names
     *buffers, sent, came = pl.pallas_call(
-        functools.partial(_start_kernel, axes=axes, half=half),
+        functools.partial(_start_kernel, half=half, names=names),
         out_shape=(*map(_pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
-        in_specs=[hbm] * half,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
         out_specs=(*(hbm,) * (2 * half), semaphore, semaphore),
-        input_output_aliases={i: i for i in range(half)},
+        input_output_aliases={1 + i: i for i in range(half)},
         compiler_params=pltpu.CompilerParams(collective_id=BARRIER, has_side_effects=True),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=0, remote_bytes_transferred=total * (peers - 1) // peers
         ),
         metadata={"collective": "all-to-all", "replica_groups": _groups(axes)},
         name="all_to_all_start",
-    )(*(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays))
+    )(places, *(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays))
     buffers, others = lax.optimization_barrier((buffers, others))
     return (buffers, sent, came), others
 
@@ -59,27 +64,40 @@ def finish(axes: Axes, under_way, after):
     return list(arrays), after
 
 
-def _start_kernel(*refs, axes: Axes, half: int):
-    """Arrays [P, ...]; the same, as results; where those of the others go; semaphores of what went and of what came."""
-    arrays, buffers, (sent, came) = refs[:half], refs[2 * half : 3 * half], refs[3 * half :]
-    peers, me = math.prod(size for _, size in axes), lax.axis_index(tuple(name for name, _ in axes))
+def devices(axes: Axes) -> jax.Array:
+    """[mesh axes, P + 1] int32: where on the mesh the P devices along `axes` are; last which of them this one is, in every row.
 
-    def along(number):
-        """Coordinates of the device with that number among the P."""
-        coordinates = {}
-        for name, size in reversed(axes):
-            coordinates[name] = lax.rem(number, size)
-            number = lax.div(number, size)
-        return coordinates
+    Found outside of the kernels: inside, JAX (0.12) can't add what the other axes have to it, in a shard_map that checks what
+    varies.
+    """
+    names, found = jax.sharding.get_abstract_mesh().axis_names, {}
+    place = lax.iota(jnp.int32, math.prod(size for _, size in axes))
+    for name, size in reversed(axes):
+        found[name], place = lax.rem(place, jnp.int32(size)), lax.div(place, jnp.int32(size))
+    me = lax.axis_index(tuple(name for name, _ in axes))
+    rows = [found[name] if name in found else jnp.full_like(place, lax.axis_index(name)) for name in names]
+    return jnp.stack(compat.vary_alike([jnp.append(row, me) for row in rows]))
+
+
+def _start_kernel(*refs, half: int, names: tuple[str, ...]):
+    """`devices`, of a mesh with these axes; arrays [P, ...]; the same, as results; where those of the others go; semaphores of
+    what went and of what came."""
+    places, *refs = refs
+    arrays, buffers, (sent, came) = refs[:half], refs[2 * half : 3 * half], refs[3 * half :]
+    peers = arrays[0].shape[0]
+    me = places[0, peers]
+
+    def device(number):
+        return {name: places[i, number] for i, name in enumerate(names)}
 
     def greet(step, barrier):
-        pl.semaphore_signal(barrier, 1, device_id=along(lax.rem(me + step, peers)))
+        pl.semaphore_signal(barrier, 1, device_id=device(lax.rem(me + step, peers)))
         return barrier
 
     def send(step, _):
         to = lax.rem(me + step, peers)
         for array, buffer in zip(arrays, buffers):
-            pltpu.make_async_remote_copy(array.at[to], buffer.at[me], sent, came, device_id=along(to)).start()
+            pltpu.make_async_remote_copy(array.at[to], buffer.at[me], sent, came, device_id=device(to)).start()
         return _
 
     barrier = pltpu.get_barrier_semaphore()

@@ -18,8 +18,8 @@ from ringmoe.inspector.chips import CHIPS, chip_of
 DEFAULT = "v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
 LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that start and end, a transfer
-# Devices up to which an all-to-all can be under way during other work, where not always (libtpu 0.0.50: "Async all-to-all not
-# supported on limited ICI", an error if it is asked for).
+# Devices up to which an all-to-all can be under way during other work, and up to which a TPU has a ragged one, where not always
+# (libtpu 0.0.50: "Async all-to-all not supported on limited ICI", and so the ragged one: errors if they are asked for).
 ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
 SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote DMA reaches no other one
 
@@ -38,6 +38,10 @@ class Machine:
     launch: float
     asynchronous: int
     slice: int
+
+    def is_limited(self, devices: int) -> bool:
+        """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""
+        return self.dims > 0 and devices > self.asynchronous
 
     def work(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)

@@ -148,9 +148,13 @@ def make(
     tokens = math.prod(n for f, n in sizes.items() if _of_tokens(f)) // splits(token_axes)
     consecutive, here = sizes.get("t", 1) // splits(split.get("t", ())), sizes["e"] // splits(expert_axes)
     room = _most_rows(given, tokens, consecutive, capacity, group_size) if "t" in sizes else 0
-    in_order = may_sort and exchange in ("auto", "all_to_all") and sizes["e"] * room > SORTING * tokens * sizes["c"]
     devices, width, hidden = splits(travelling), sizes.get("d", 1), sizes.get("f", 0) // splits(split["f"])
     asked = -(-tokens * sizes["c"] // splits(own))  # rows that a device sends, and that come to it, if routing is even
+    machine, mesh_size = cost.machine(device_kind, itemsize), math.prod(length.values())
+    most_room = SORTING * tokens * sizes["c"]
+    if devices > 1 and machine.is_limited(mesh_size):  # sorted rows then travel with a window's room for every device
+        most_room = max(most_room, devices * WINDOW * asked * splits(own))
+    in_order = may_sort and exchange in ("auto", "all_to_all") and sizes["e"] * room > most_room
     rows, window, most = _sorted_rows(tokens, sizes["c"], here, room, devices, asked) if in_order else (room, 0, 0)
     matrices = 0 if in_order else sum(("d",) in dims and ("f",) in dims for dims in rule.operands)
     load = _Load(
@@ -164,7 +168,7 @@ def make(
         sums=4 * matrices * here * width * hidden,
         backward=backward,
     )
-    travel, how = _travel(load, cost.machine(device_kind, itemsize), exchange, math.prod(length.values()))
+    travel, how = _travel(load, machine, exchange, mesh_size)
     rows = travel.get("rows", rows)
     why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
         : len(travelling)

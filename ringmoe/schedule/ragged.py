@@ -1,8 +1,9 @@
 """Slices of rows from every device to every other, as many of each as there are: nothing but rows is on the wire.
 
-XLA has that as one operation on TPUs and GPUs (jaxlib 0.12: asynchronous on TPUs, on tpu7x by the SparseCore). Elsewhere, and
-where XLA partitions what is left, an all-to-all with the same room for every device stands for it. One primitive holds both,
-so that its lowering is the one place that knows, and its transpose is the way back: JAX's own would scatter.
+XLA has that as one operation on TPUs and GPUs (jaxlib 0.12: asynchronous on TPUs, on tpu7x by the SparseCore; none on v5e from
+32 chips on). Elsewhere, and where XLA partitions what is left, an all-to-all with the same room for every device stands for it.
+One primitive holds both, so that its lowering is the one place that knows, and its transpose is the way back: JAX's own would
+scatter.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ringmoe import compat
+from ringmoe.plan.cost import machine
 from ringmoe.schedule.gather import take
 
 
@@ -94,8 +96,9 @@ def _transpose(cotangent, rows, *slices, mapped, length, axes):
 
 
 def _lower_ragged(ctx, *operands, **params):
-    """XLA's own, where no axes are left to XLA: it can't partition that."""
-    run = _ragged if compat.is_of_one_device(ctx) else _padded
+    """XLA's own, where there is one and no axes are left to XLA: it can't partition that."""
+    limited = machine(compat.device_kind(ctx)).is_limited(compat.num_devices(ctx))
+    run = _ragged if compat.is_of_one_device(ctx) and not limited else _padded
     return mlir.lower_fun(functools.partial(_evaluate, run), multiple_results=False)(ctx, *operands, **params)
 
 
