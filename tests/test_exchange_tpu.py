@@ -58,13 +58,13 @@ def test_the_groups_are_those_that_exchange(axes, count):
     assert {frozenset(group) for group in found} == want and len(found) == len(want)
 
 
-def lowered(target, devices, backward, exchange):
+def lowered(target, devices, backward, exchange, tokens=2048):
     mesh = ringmoe.target(target).mesh({"a": devices})
     of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
     d, f, experts = 2048, 4096, devices
     weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
-    x = of((1, 2048 * devices, d), None, "a")
-    config = ringmoe.RouterConfig(experts, group_size=2048)
+    x = of((1, tokens * devices, d), None, "a")
+    config = ringmoe.RouterConfig(experts, group_size=tokens)
     layer = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
         x, r, w_in, w_out, w_gate=w_gate, config=config, exchange=exchange
     )[0]
@@ -123,7 +123,7 @@ def test_nothing_is_sent_before_all_have_come():
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tpu_works_on_one_piece_while_others_travel(target, backward):
     """Between start and finish are matmuls."""
-    report = ringmoe.inspect(lowered(target, TARGETS[target], backward, "remote"), target=target)
+    report = ringmoe.inspect(lowered(target, TARGETS[target], backward, "remote", tokens=512), target=target)
     travels = [c for c in report.collectives if c.name.startswith("all_to_all_start")]
     assert len(travels) > 2
     hidden = [any("dot_general" in op for op in c.hidden_by_ops) for c in travels]
