@@ -356,16 +356,19 @@ class _Walk:
             self.wait(flight)
 
     def _of_kernel(self, instruction: Instruction, kind: str) -> Transfer:
-        """What a kernel puts on the wire, where nothing but its author can tell."""
+        """What a kernel puts on the wire: as many bytes as its author says, else, of a collective, its operands'."""
+        wire, from_author = self.schedule.wire, (cost_estimate(instruction) or {}).get("remote_bytes_transferred")
         if kind != REMOTE_DMA:
-            return self.schedule.wire.transfer(instruction, self.computation, kind)
-        from_author = (cost_estimate(instruction) or {}).get("remote_bytes_transferred")
+            sent = wire.exchange(kind, 1.0, instruction.groups).wire_bytes  # of a byte of the operands
+            if from_author and sent:
+                return wire.exchange(kind, from_author / sent, instruction.groups)
+            return wire.transfer(instruction, self.computation, kind)
         if from_author is None:
             self.schedule.roofline.name(
                 instruction.name,
                 "kernel moves data between devices but its cost estimate has no remote_bytes_transferred: wire time 0",
             )
-        us = self.schedule.wire.neighbour(from_author).us if from_author else 0.0
+        us = wire.neighbour(from_author).us if from_author else 0.0
         return Transfer(from_author or 0.0, us, "", "one link, neighbours assumed")
 
     def _waited_for(self, instruction: Instruction) -> _Flight | None:
