@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.gpu import milliseconds
+from bench.gpu import milliseconds, peaks
 from ringmoe.pallas import grouped, grouped_gpu
 
 SHAPES = {  # rows, D, F, experts
@@ -107,9 +107,7 @@ def measure(name, kind, peak, programs, arrays):
 
 def main(*names: str) -> None:
     began = time.perf_counter()
-    square = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product = jax.jit(jnp.matmul)
-    peak = 2 * 8192**3 / milliseconds({"peak": lambda: product(square, square)})["peak"] / 1e9
+    peak = peaks()[0] / 1e12
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {peak:.0f} TFLOP/s", flush=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for name in names or SHAPES:

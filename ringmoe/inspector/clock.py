@@ -295,7 +295,16 @@ class _Walk:
             if self.schedule.roofline.work(instruction, self.computation).flops:
                 self._work(instruction)
         asynchronous &= not (isinstance(queue, dict) and queue.get("is_sync"))
-        flight = _Flight(
+        flight = self._flight(instruction, inner, kind, transfer, asynchronous)
+        self._depart(flight)
+        if not asynchronous:
+            self.wait(flight)
+
+    def _flight(
+        self, instruction: Instruction, inner: Instruction, kind: str, transfer: Transfer, asynchronous: bool
+    ) -> _Flight:
+        """What this instruction, or the `inner` one that it wraps, has put on its way by now."""
+        return _Flight(
             instruction,
             self.now,
             0.0,
@@ -308,9 +317,6 @@ class _Walk:
             source=self.schedule.module.source(instruction) or self.schedule.module.source(inner),
             axes=self.schedule.axes.of(inner),
         )
-        self._depart(flight)
-        if not asynchronous:
-            self.wait(flight)
 
     def _by_host(self, instruction: Instruction) -> None:
         """A transfer with the host. Exchanges between slices go that way, under way from their send to their
@@ -331,22 +337,8 @@ class _Walk:
     def _by_kernel(self, instruction: Instruction, kind: str) -> None:
         """A Pallas kernel that sends data itself. What it sends is under way until another kernel takes its semaphores; without
         any it takes as long as the slower of its compute and its wire."""
-        transfer, source = self._of_kernel(instruction, kind), self.schedule.module.source(instruction)
-        axes = self.schedule.axes.of(instruction)
-        start, busy = self.now, self._work(instruction)
-        flight = _Flight(
-            instruction,
-            self.now,
-            0.0,
-            len(self.work),
-            self.timeline.compute_us,
-            transfer,
-            kind,
-            True,
-            instruction.op_name,
-            source=source,
-            axes=axes,
-        )
+        transfer, start, busy = self._of_kernel(instruction, kind), self.now, self._work(instruction)
+        flight = self._flight(instruction, instruction, kind, transfer, True)
         if not instruction.has_semaphores:  # what it computes hides what it sends
             flight.start, flight.first = start, flight.first - (busy > 0)
             flight.compute_at_start -= busy

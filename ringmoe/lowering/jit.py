@@ -160,7 +160,7 @@ def jit(fun: Callable | None = None, **options) -> Any:
 def _overlap(mesh: AbstractMesh, jaxpr, options) -> dict[str, Any]:
     """The option that lets a TPU's compiler hide an all-to-all, where it can and there may be one; the caller's go first."""
     device = mesh.abstract_device
-    if device is None or device.platform != "tpu" or mesh.size > cost.machine(device.device_kind).asynchronous:
+    if device is None or device.platform != "tpu" or cost.machine(device.device_kind).is_limited(mesh.size):
         return {}
     if not any(OPS[eqn.primitive].family == "experts" for eqn in walk.ops(jaxpr)):
         return {}

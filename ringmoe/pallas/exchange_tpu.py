@@ -17,22 +17,22 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe import compat
 
 BARRIER = 7  # number of the semaphore by which devices wait for each other; that of this library's kernels alone
+HBM, SEMAPHORE = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SEMAPHORE))
 
 type Axes = tuple[tuple[str, int], ...]  # of the mesh, manual here, and their sizes, major to minor
 
 
 def start(axes: Axes, arrays: list[jax.Array], others):
     """(what is under way, `others` held back until it is): slice d of every [P, ...] goes to device d of the P along `axes`."""
-    half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
-    semaphore = pl.BlockSpec(memory_space=pltpu.SEMAPHORE)
+    half = len(arrays)
     peers, total = arrays[0].shape[0], sum(a.size * a.dtype.itemsize for a in arrays)
     places, *arrays = compat.vary_alike((devices(axes), *arrays))
     names = jax.sharding.get_abstract_mesh().axis_names
     *buffers, sent, came = pl.pallas_call(
         functools.partial(_start_kernel, half=half, names=names),
         out_shape=(*map(_pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
-        out_specs=(*(hbm,) * (2 * half), semaphore, semaphore),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [HBM] * half,
+        out_specs=(*(HBM,) * (2 * half), SEMAPHORE, SEMAPHORE),
         input_output_aliases={1 + i: i for i in range(half)},
         compiler_params=pltpu.CompilerParams(collective_id=BARRIER, has_side_effects=True),
         cost_estimate=pl.CostEstimate(
@@ -50,13 +50,12 @@ def finish(axes: Axes, under_way, after):
     del axes
     buffers, sent, came = under_way
     buffers, after = lax.optimization_barrier((buffers, after))
-    half, hbm = len(buffers) // 2, pl.BlockSpec(memory_space=pltpu.HBM)
-    semaphore = pl.BlockSpec(memory_space=pltpu.SEMAPHORE)
+    half = len(buffers) // 2
     arrays = pl.pallas_call(
         functools.partial(_finish_kernel, half=half),
         out_shape=tuple(map(_pinned, buffers[half:])),
-        in_specs=[hbm] * (2 * half) + [semaphore] * 2,
-        out_specs=(hbm,) * half,
+        in_specs=[HBM] * (2 * half) + [SEMAPHORE] * 2,
+        out_specs=(HBM,) * half,
         input_output_aliases={half + i: i for i in range(half)},
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
         name="all_to_all_done",

@@ -169,7 +169,7 @@ def make(
         backward=backward,
     )
     travel, how = _travel(load, machine, exchange, mesh_size)
-    rows = travel.get("rows", rows)
+    rows = travel.pop("rows", rows)
     why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
         : len(travelling)
     ]
@@ -183,7 +183,8 @@ def make(
     parts = splits((*own, *split["f"]))
     return ExpertPlan(
         num_experts=sizes["e"],
-        **{"rows": rows} | travel,
+        rows=rows,
+        **travel,
         sorted=in_order,
         window=window,
         most=most,
