@@ -29,6 +29,9 @@ def moe_ffn(
     b_in: ArrayLike | None = None,
     b_gate: ArrayLike | None = None,
     b_out: ArrayLike | None = None,
+    s_in: ArrayLike | None = None,
+    s_gate: ArrayLike | None = None,
+    s_out: ArrayLike | None = None,
     activation: str | None = None,
     expert_fn: Callable | None = None,
     expert_weights: Any = None,
@@ -64,6 +67,10 @@ def moe_ffn(
       router_weight: [D, E]; logits are computed in fp32 at highest precision, whatever the dtypes.
       w_in, w_gate: [E, D, F]; w_out: [E, F, D], of x's dtype. w_gate None: no gate.
       b_in, b_gate: [E, F]; b_out: [E, D], of x's dtype, sharded as the weights are; each may be None. b_gate needs w_gate.
+      s_in, s_gate: [E, F]; s_out: [E, D], floating, for weights in float8: w_in then stands for w_in * s_in[:, None], and so
+        on. Eight bits are kept, and travel where weights do; a device widens its own, in fp32, rounded once to x's dtype.
+        The scales have gradients; those of the weights are rounded to float8. One scale an expert: broadcast it. Scales of
+        blocks of D: `expert_fn`.
       activation: act. "silu" (SwiGLU with a gate), "gelu" (tanh form; GeGLU), "gelu_exact" (of erf), "relu" (ReGLU), "relu2"
         (ReLU squared), or "clamped_silu", gpt-oss's: hidden = g sigmoid(1.702 g) (clip(u, -7, 7) + 1), g = min(v, 7), which
         needs a gate. None: "silu" with a gate, "gelu" without. With `expert_fn` it is that of `shared` alone.
@@ -102,7 +109,7 @@ def moe_ffn(
     https://arxiv.org/abs/2002.05202; ReLU squared, https://arxiv.org/abs/2109.08668; gpt-oss, https://arxiv.org/abs/2508.10925.
     """
     x, router_weight = jnp.asarray(x), jnp.asarray(router_weight)
-    weights = Weights(*map(_asarray, (w_in, w_gate, w_out, b_in, b_gate, b_out)))
+    weights = Weights(*map(_asarray, (w_in, w_gate, w_out, b_in, b_gate, b_out, s_in, s_gate, s_out)))
     routers = tuple(map(_asarray, (router_bias, selection_bias, expert_scale, noise_weight, expert)))
     shared, mask = None if shared is None else SharedExpert(*map(_asarray, shared)), _asarray(token_mask)
     if activation is None:
@@ -311,17 +318,32 @@ def _check_layer(x, router_weight, config: RouterConfig, axes) -> int:
 
 def _check_weights(weights: Weights, x, e: int):
     d, f = x.shape[-1], weights.w_in.shape[-1] if weights.w_in.ndim else 0
-    shapes = Weights((e, d, f), (e, d, f), (e, f, d), (e, f), (e, f), (e, d))
+    by_hidden, by_model = (e, f), (e, d)
+    shapes = Weights((e, d, f), (e, d, f), (e, f, d), *(by_hidden, by_hidden, by_model) * 2)
     for name, w, shape in zip(Weights._fields, weights, shapes):
         check(
             w is None or w.shape == shape,
             f"{name} has shape {None if w is None else w.shape}, expected {shape} ([E, D, F]; w_out [E, F, D]; b_in, b_gate "
-            f"[E, F]; b_out [E, D]): E={e} experts, inside a shard_map one device's, D={d} of x, F={f} of w_in",
+            f"[E, F]; b_out [E, D]; s_ as b_): E={e} experts, inside a shard_map one device's, D={d} of x, F={f} of w_in",
         )
+        if w is not None:
+            _check_dtype(name, w, x, weights)
+
+
+def _check_dtype(name: str, w, x, weights: Weights):
+    kind, side = name.split("_")
+    scale = getattr(weights, f"s_{side}")
+    if kind == "s":
         check(
-            w is None or w.dtype == x.dtype,
-            f"{name} has dtype {None if w is None else w.dtype}, expected x's {x.dtype}: cast one",
+            jnp.issubdtype(w.dtype, jnp.floating) and getattr(weights, f"w_{side}") is not None,
+            f"{name} has dtype {w.dtype}, w_{side} is {getattr(weights, f'w_{side}')}, expected floating scales of a w_{side}",
         )
+    elif kind == "w" and jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize == 1:
+        check(
+            scale is not None, f"{name} has dtype {w.dtype} and no scale, expected s_{side}: pass it; ones, if need be"
+        )
+    else:
+        check(w.dtype == x.dtype, f"{name} has dtype {w.dtype}, expected x's {x.dtype}: cast one")
 
 
 def _check_activation(activation: str, weights: Weights):

@@ -51,6 +51,9 @@ EXPERTS = {
     "b_in": "e f",
     "b_gate": "e f",
     "b_out": "e d",
+    "s_in": "e f",
+    "s_gate": "e f",
+    "s_out": "e d",
 }
 """t tokens, d model dim, c choices of a token, e experts, f hidden dim."""
 

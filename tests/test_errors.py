@@ -274,6 +274,22 @@ CASES = {
         lambda: moe(b_in=jnp.zeros((E, F), jnp.bfloat16)),
         "b_in has dtype bfloat16, expected x's float32: cast",
     ),
+    "float8 without scales": (
+        lambda: moe(w_in=jnp.zeros((E, D, F), jnp.float8_e4m3fn)),
+        "w_in has dtype float8_e4m3fn and no scale, expected s_in: pass it",
+    ),
+    "scales of no matrix": (
+        lambda: moe(s_gate=jnp.zeros((E, F))),
+        "s_gate has dtype float32, w_gate is None, expected floating scales of a w_gate",
+    ),
+    "scales of integers": (
+        lambda: moe(s_out=jnp.zeros((E, D), int)),
+        "s_out has dtype int32, .*expected floating scales",
+    ),
+    "a scale of another F": (
+        lambda: moe(s_in=jnp.zeros((E, 5))),
+        r"s_in has shape \(8, 5\), expected \(8, 6\).*s_ as b_",
+    ),
     "b_gate without w_gate": (
         lambda: moe(b_gate=jnp.zeros((E, F))),
         "b_gate without w_gate, expected both: .*pass w_gate, or leave b_gate out",

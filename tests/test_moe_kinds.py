@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from tests.helpers import (
     double,
     make_mesh,
     put,
+    tpu_mesh,
 )  # fmt: skip
 from tests.test_moe_doors import SHARED, Case, check
 
@@ -32,6 +34,8 @@ EVERY_ARRAY = " ".join(SHARED)
 KINDS = {
     "gpt-oss": Case(activation="clamped_silu", biases=True, capacity_factor=0.5),
     "a shared expert": Case(mesh=(2, 4), roles=("batch", "sequence experts"), shared=EVERY_ARRAY, token_mask=True),
+    "eight bits": Case(mesh=(2, 2, 2), roles=("sequence experts", "model", "hidden"), scaled=True, biases=True),
+    "eight bits, sorted": Case(mesh=(2, 2), roles=("sequence experts", "batch"), scaled=True, capacity_factor=None, experts=8),
     "hidden": Case(
         mesh=(2, 2, 2), roles=("sequence experts", "hidden", "hidden"), biases=True, shared=EVERY_ARRAY,
         capacity_factor=0.5,
@@ -266,8 +270,20 @@ def test_own_experts(door, place, order):
         assert_close(np.asarray(got) / scale, expected / scale, 1e-4)
 
 
+def test_weights_of_eight_bits_are_gathered_in_eight_bits():
+    """On a v6e, by its compiler: weights sharded along D are gathered before they are widened."""
+    mesh = tpu_mesh("v6e:2x4", (2, 4), RINGMOE_JIT.axis_type)
+    case = Case(RINGMOE_JIT, (2, 4), ("model", "sequence experts"), scaled=True, d=128, f=256, groups=4, group_size=32)
+    arrays = {name: x for name, x in case.arrays()[0].items() if x is not None}
+    shaped = lambda name, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, case.specs[name]))
+    layer = ringmoe.jit(lambda arrays: ringmoe.moe_ffn(**arrays, config=case.config)[0])
+    text = layer.lower({name: shaped(name, x) for name, x in arrays.items()}).compile().as_text()
+    gathered = re.findall(r"= \(?(\w+)\[[\d,]+\]\S* (?:\S+ )?all-gather(?:-start)?\(", text)
+    assert gathered.count("f8e4m3fn") == 3, gathered
+
+
 def test_weights_of_eight_bits_are_a_kind_of_own_experts():
-    """Scaled float8 weights, widened where they are used: what is sharded and travels, if anything does, is eight bits wide."""
+    """The same by the caller's own function."""
     w_in, w_out = (BIASED[name].astype(jnp.float8_e4m3fn) for name in ("w_in", "w_out"))
     scales = 1 + draw(2, E) ** 2
 

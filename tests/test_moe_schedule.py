@@ -58,7 +58,7 @@ RULE = rules.make(
 
 
 def make_inputs(gated=True, dtype=jnp.float32):
-    """(x, expert, slot, weight, w_in, w_gate, w_out, b_in, b_gate, b_out), dy; and the logits."""
+    """(x, expert, slot, weight, w_in, ... as in `Weights`), dy; and the logits."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -95,7 +95,7 @@ def make_plan(case):
 def shard(case, body, in_specs, out_specs, **options):
     """jit of shard_map of `body` on the case's mesh.
 
-    In the specs T stands for tokens; I for w_in and w_gate; O for w_out; H for b_in and b_gate; M for b_out.
+    In the specs T stands for tokens; I for w_in and w_gate; O for w_out; H for b_ and s_ of the two; M for b_out and s_out.
     """
     axes, batch, sequence, expert_axes, hidden = CASES[case]
     names, sizes = zip(*axes, strict=True)
@@ -130,12 +130,12 @@ def scheduled(run, case):
 
 @functools.cache
 def make_forward(case, **options):
-    return shard(case, scheduled(experts.forward, case), "TTTTIIOHHM", "T", **options)
+    return shard(case, scheduled(experts.forward, case), "TTTTIIOHHMHHM", "T", **options)
 
 
 @functools.cache
 def make_backward(case, **options):
-    return shard(case, scheduled(experts.backward, case), "TTTTIIOHHMT", "TTIIOHHM", **options)
+    return shard(case, scheduled(experts.backward, case), "TTTTIIOHHMHHMT", "TTIIOHHMHHM", **options)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def test_float64():
         arrays = (*arrays[:3], arrays[3].astype(jnp.float64), *arrays[4:])
         case = "exchange, own, exchange"
         y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
-    assert {a.dtype for a in (y, *grads)} == {jnp.dtype("float64")}
+    assert {a.dtype for a in jax.tree.leaves((y, *grads))} == {jnp.dtype("float64")}
     assert_equals_oracle(y, grads, atol=(1e-13, 1e-12))
 
 
@@ -226,9 +226,10 @@ def test_bfloat16():
     arrays, dy, _ = make_inputs(dtype=jnp.bfloat16)
     case = "exchange, own, exchange"
     y, grads = make_forward(case)(*arrays), make_backward(case)(*arrays, dy)
-    assert y.dtype == jnp.bfloat16 and [g.dtype for g in grads] == [a.dtype for a in (arrays[0], *arrays[3:])]
+    assert y.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda g: g.dtype, [*grads]) == jax.tree.map(lambda a: a.dtype, [arrays[0], *arrays[3:]])
     want, want_grads = oracle(True)
-    for got, expected in zip((y, *grads), (want, *want_grads), strict=True):
+    for got, expected in zip(*map(jax.tree.leaves, ((y, *grads), (want, *want_grads))), strict=True):
         assert np.abs(np.asarray(got, np.float32) - expected).max() < 0.02 * np.abs(expected).max()
 
 
@@ -250,7 +251,7 @@ def test_the_same_choices_are_dropped_on_every_mesh(case):
         routing = route(logits, CONFIG)
         return scheduled(experts.forward, case)(x, routing.expert, routing.slot, routing.weight, *weights), routing.slot
 
-    y, slot = shard(case, layer, "TTIIOHHM", "TT")(arrays[0], logits, *arrays[4:])
+    y, slot = shard(case, layer, "TTIIOHHMHHM", "TT")(arrays[0], logits, *arrays[4:])
     np.testing.assert_array_equal(slot, arrays[2])
     np.testing.assert_allclose(y, oracle(True)[0], rtol=0, atol=1e-5)
 
@@ -312,5 +313,5 @@ def test_rows_lie_in_the_runs_that_a_kernel_is_promised(case, monkeypatch):
     arrays, *_ = make_inputs()
     expected = make_forward(case)(*arrays)
     monkeypatch.setattr(rows, "sum_of_rows", keeps_its_promise)
-    promised = shard(case, scheduled(experts.forward, case), "TTTTIIOHHM", "T")
+    promised = shard(case, scheduled(experts.forward, case), "TTTTIIOHHMHHM", "T")
     np.testing.assert_array_equal(promised(*arrays), expected)

@@ -139,7 +139,9 @@ def _by_expert(routing: Routing):
 
     expert = flat(jnp.where(active, routing.expert, -1))
     weight = flat(jnp.where(active, routing.weight, 0).astype(jnp.float32))
-    one = (expert >= 0).astype(jnp.float32)  # not a constant: under vmap it is to be sharded as the weights that it joins
+    one = (expert >= 0).astype(
+        jnp.float32
+    )  # not a constant: under vmap it is to be sharded as the weights that it joins
     found = histogram(expert, routing.num_experts, jnp.stack([one, weight], -2))
     asked = jnp.sum(found[..., 0, :].astype(jnp.int32), axis=-2, dtype=jnp.int32)
     return asked, jnp.sum(found[..., 1, :], axis=-2)

@@ -54,7 +54,7 @@ def forward(
         out = kernel.forward(rows, weights, activation, counts)
         return (out.astype(x.dtype) if plan.exchange_axes else out), ()
 
-    out, _ = visit(plan, travel, work, lambda _: (), rows, _added_once(plan, weights), counts)
+    out, _ = visit(plan, travel, work, lambda _: (), rows, _ready(plan, weights, x.dtype), counts)
     with jax.named_scope("combine"):
         y = combine_local(out, slots, weight, None if plan.sum_axes else x.dtype)
         return sum_over(y, plan.sum_axes).astype(x.dtype)
@@ -81,14 +81,15 @@ def backward(plan: ExpertPlan, kernel, travel: Travel, x, expert, slot, weight, 
 
     def sums(kept):
         pieces, counts = zip(*kept)
-        return kernel.backward_weights(pieces, weights, counts[0])
+        return kernel.backward_weights(pieces, ready, counts[0])
 
-    grads, dweights = visit(plan, travel, work, sums, rows, _added_once(plan, weights), counts)
+    ready = _ready(plan, weights, x.dtype)
+    grads, dweights = visit(plan, travel, work, sums, rows, ready, counts)
     with jax.named_scope("combine"):
         dx = combine_local(grads.drows, slots, None, None if plan.sum_axes else x.dtype)
         dweight = combine_scalars(grads.dweight, slots)
         dx, dweight = sum_over((dx, dweight), plan.sum_axes)
-        dweights = sum_over(dweights, plan.weight_sum_axes)
+        dweights = _narrowed(plan, weights, sum_over(dweights, plan.weight_sum_axes))
     absent = lambda d: d is None
     dweights = jax.tree.map(lambda d, w: None if d is None else d.astype(w.dtype), dweights, weights, is_leaf=absent)
     return dx.astype(x.dtype), dweight.astype(weight.dtype), dweights
@@ -111,14 +112,27 @@ def combine(plan: ExpertPlan, capacity: int, group_size: int, rows, expert, slot
     return sum_over(y, plan.sum_axes).astype(rows.dtype)
 
 
-def _added_once(plan, weights: Weights) -> Weights:
-    """Of the devices that hold parts of a hidden dim, whose outputs are summed, one adds the outputs' bias.
+def _ready(plan, weights: Weights | tuple, dtype) -> Weights | tuple:
+    """As a kernel takes them: widened; and of the devices that hold parts of a hidden dim one has the outputs' bias.
 
-    Its gradient comes from dy alone, which those devices share: it needs no such care.
+    The bias's gradient comes from dy alone, which those devices share: it needs no such care.
     """
+    if not isinstance(weights, Weights):
+        return weights
+    weights = weights.widened(dtype)
     if not plan.hidden_axes or weights.b_out is None:
         return weights
     return weights._replace(b_out=jnp.where(lax.axis_index(plan.hidden_axes) == 0, weights.b_out, 0))
+
+
+def _narrowed(plan, weights: Weights | tuple, dweights):
+    """The gradients of the weights, of those of what `_ready` made of them; s_out's is a sum over the whole hidden dim."""
+    if not isinstance(weights, Weights):
+        return dweights
+    dweights = weights.narrowed(dweights)
+    if dweights.s_out is None:
+        return dweights
+    return dweights._replace(s_out=sum_over(dweights.s_out, plan.hidden_axes))
 
 
 def _rows(plan, expert, slot) -> tuple[Slots, jax.Array | None]:
