@@ -1,9 +1,13 @@
-"""The kernels of `pallas/exchange_tpu.py`, interpreted, with race detection."""
+"""A layer that exchanges rows, for a machine; and the kernels of `pallas/exchange_tpu.py`, interpreted, with race detection."""
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import ringmoe
 from ringmoe.pallas import exchange_tpu
 from ringmoe.schedule.exchange import Travel
 
@@ -35,3 +39,18 @@ def all_to_all(axes, arrays):
 INTERPRETED = Travel(
     lambda axes, arrays, others: (arrays, others), lambda axes, under_way, after: (all_to_all(axes, under_way), after)
 )
+
+
+def lowered(target, devices, backward, exchange, tokens=1024, jit=ringmoe.jit):
+    """A layer wide enough that its matmuls outlast the wire of a few chips, forward or backward."""
+    mesh = ringmoe.target(target).mesh({"a": devices})
+    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    d, f, experts = 2048, 4096, devices
+    weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
+    x = of((1, tokens * devices, d), None, "a")
+    config = ringmoe.RouterConfig(experts, group_size=tokens)
+    layer = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
+        x, r, w_in, w_out, w_gate=w_gate, config=config, exchange=exchange
+    )[0]
+    fun = jit((lambda dy, *args: jax.vjp(layer, *args)[1](dy)) if backward else layer)
+    return fun.lower(*(x,) * backward, x, *weights)

@@ -191,7 +191,7 @@ def test_ranks_are_never_promoted_in_silence(door):
     arrays = put(mesh, arrays, specs)
     floats = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     rest = {name: x for name, x in arrays.items() if name not in floats}
-    want = door.jit(both)(floats, rest)
     with jax.numpy_rank_promotion("raise"):
-        got = door.jit(lambda floats, rest: both(floats, rest))(floats, rest)
-    assert_all_close(got, want, 1e-6)
+        lowered = door.jit(both).lower(floats, rest)
+        if door is PARTITIONER:  # asks for the program of one device when XLA compiles
+            lowered.compile()

@@ -17,7 +17,7 @@ import ringmoe
 from ringmoe import errors
 from ringmoe.inspector.wire import replica_groups
 from ringmoe.pallas import exchange_tpu
-from tests.exchanges import all_to_all
+from tests.exchanges import all_to_all, lowered
 from tests.helpers import collectives, make_mesh
 
 TARGETS = {"v5e:4x8": 32, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
@@ -56,20 +56,6 @@ def test_the_groups_are_those_that_exchange(axes, count):
     same = lambda d: tuple(np.argwhere(number == d)[0][others])
     want = {frozenset(d for d in range(8) if same(d) == same(first)) for first in range(8)}
     assert {frozenset(group) for group in found} == want and len(found) == len(want)
-
-
-def lowered(target, devices, backward, exchange, tokens=2048):
-    mesh = ringmoe.target(target).mesh({"a": devices})
-    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-    d, f, experts = 2048, 4096, devices
-    weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
-    x = of((1, tokens * devices, d), None, "a")
-    config = ringmoe.RouterConfig(experts, group_size=tokens)
-    layer = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
-        x, r, w_in, w_out, w_gate=w_gate, config=config, exchange=exchange
-    )[0]
-    fun = ringmoe.jit((lambda dy, *args: jax.vjp(layer, *args)[1](dy)) if backward else layer)
-    return fun.lower(*(x,) * backward, x, *weights)
 
 
 def there_and_back(target):
@@ -119,8 +105,9 @@ def test_nothing_is_sent_before_all_have_come():
     assert steps == ["semaphore_signal", "semaphore_wait 3", "dma_start", "dma_start"]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "backward"), [("v5p:2x2x1", True), ("v6e:2x2", False), ("tpu7x:2x2x1", False), ("v5e:4x8", False)]
+)
 def test_every_tpu_works_on_one_piece_while_others_travel(target, backward):
     """Between start and finish are matmuls."""
     report = ringmoe.inspect(lowered(target, TARGETS[target], backward, "remote", tokens=512), target=target)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import reference_moe
+from tests.exchanges import lowered
 from tests.helpers import collectives, make_mesh, put
 
 T, D, F, E = 64, 8, 24, 4
@@ -70,26 +71,12 @@ def test_through_every_door_it_is_the_dense_layer(door, size):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def lowered(target, devices, backward, jit=ringmoe.jit):
-    """A layer wide enough that matmuls outlast the wire."""
-    mesh = ringmoe.target(target).mesh({"a": devices})
-    of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-    d, f, experts = 2048, 4096, devices
-    weights = of((d, experts)), *(of((experts, *shape), "a") for shape in ((d, f), (d, f), (f, d)))
-    x = of((1, 2048 * devices, d), None, "a")
-    config = ringmoe.RouterConfig(experts, group_size=2048)
-    wide = lambda x, r, w_in, w_gate, w_out: ringmoe.moe_ffn(
-        x, r, w_in, w_out, w_gate=w_gate, config=config, exchange="pieces"
-    )[0]
-    fun = jit((lambda dy, *args: jax.vjp(wide, *args)[1](dy)) if backward else wide)
-    return fun.lower(*(x,) * backward, x, *weights)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "h200x8"])
+@pytest.mark.parametrize(
+    ("target", "backward"), [("v5p:2x2x1", False), ("v5p:2x2x1", True), ("v6e:2x2", False), ("h200x8", True)]
+)
 def test_a_machine_hides_all_but_the_first_piece_and_the_last(target, backward):
     """Before the first piece there is no work, and after the last none but, backward, that of the weights' gradients."""
-    report = ringmoe.inspect(lowered(target, 8 if target == "h200x8" else 4, backward), target=target)
+    report = ringmoe.inspect(lowered(target, 8 if target == "h200x8" else 4, backward, "pieces"), target=target)
     wires = [c.wire_us for c in report.collectives if c.kind == "all-to-all" and c.wire_us > 10]
     ends = (2 if backward else 1) + 1  # arrays of one piece, there and home
     assert len(wires) > 2 and max(wires) > 1.5 * min(wires)
@@ -99,11 +86,11 @@ def test_a_machine_hides_all_but_the_first_piece_and_the_last(target, backward):
 def test_without_its_option_a_tpu_waits_for_each_piece():
     """So `ringmoe.jit` gives it, unless the caller does."""
     off = functools.partial(ringmoe.jit, compiler_options={"xla_tpu_enable_async_all_to_all": "false"})
-    text = lowered("v6e:2x2", 4, False, off).compile().as_text()
+    text = lowered("v6e:2x2", 4, False, "pieces", jit=off).compile().as_text()
     assert "all-to-all-start" not in text and "all-to-all" in collectives(text)
 
 
 def test_of_more_chips_than_it_can_the_option_is_not_given():
     """On v5e from 32 chips on it is an error: "Async all-to-all not supported on limited ICI"."""
-    text = lowered("v5e:4x8", 32, False).compile().as_text()
+    text = lowered("v5e:4x8", 32, False, "pieces").compile().as_text()
     assert "all-to-all-start" not in text and "all-to-all" in collectives(text)
