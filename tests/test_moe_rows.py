@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringmoe.router import RouterConfig, route
@@ -161,6 +161,7 @@ def test_they_are_transposes(drawn):
 
 
 @given(routings())
+@settings(max_examples=12)
 def test_derivatives_equal_those_of_the_loops_matrix(drawn):
     x, routing = drawn
     assignment = loop_table(routing).reshape(-1)

@@ -159,7 +159,7 @@ def test_key_heads_are_repeated_until_every_device_holds_those_of_its_queries(k,
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.integers(2, 8), st.integers(2, 8))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_arrays_grow_and_shrink_back(k, g, t, b, heads, tokens):
     """Shrinking undoes growing; a repeated key head comes back as the sum; queries stay with their own key head."""
     query, key = (
