@@ -134,8 +134,8 @@ def test_every_preset_routes():
         config = RouterConfig.preset(name)
         logits = jax.random.normal(jax.random.key(0), (1, 16, fields["num_experts"]))
         noise = jnp.zeros_like(logits) if config.noise == "learned" else None
-        key = jax.random.key(1)
-        routing = jax.eval_shape(lambda *a: route(a[0], config, noise_logits=a[1], key=key, train=True), logits, noise)
+        routed = functools.partial(route, config=config, key=jax.random.key(1), train=True)
+        routing = jax.eval_shape(lambda *a, routed=routed: routed(a[0], noise_logits=a[1]), logits, noise)
         assert routing.expert.shape == (1, 16, config.top_k)
     with pytest.raises(ValueError, match="no preset 'mixtrel', expected one of"):
         RouterConfig.preset("mixtrel")
