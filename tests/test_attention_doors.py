@@ -191,7 +191,7 @@ def cases(draw):
         door=door, mesh=mesh, roles=roles,
         exchange=draw(st.sampled_from(("auto", "auto", "all_gather"))),
         dtype=draw(st.sampled_from(("float32", "float32", "bfloat16", "float64"))),
-        b=draw(st.integers(1, 2)), t=draw(st.sampled_from((1, 3, 4))), s=draw(st.sampled_from((None, None, 2, 5))),
+        b=draw(st.integers(1, 2)), t=draw(st.sampled_from((1, 3, 4, 16))), s=draw(st.sampled_from((None, None, 2, 5))),
         k=draw(st.integers(1, 2)), g=draw(st.sampled_from((1, 3))), h=draw(st.sampled_from((1, 4))),
         is_causal=causal_like, window=draw(st.sampled_from((None, None, 0, 2, (5, 0), (1, 7)))),
         bias=draw(st.none() | dims), mask=draw(st.none() | dims),
@@ -210,6 +210,11 @@ NO_ONES = (False,) * 4
 LAYOUTS = {
     "sequence over one axis": Case(is_causal=True, bias=NO_ONES),
     "sequence over two axes at once": Case(mesh=(2, 4), roles=("sequence", "sequence"), is_causal=True, mask=NO_ONES),
+    "both ways round": Case(mesh=(4,), t=16, bias=(True, False, True, False)),
+    "both ways round, all extras": Case(
+        mesh=(2, 4), roles=("batch", "sequence"), t=16, is_causal=True, segments=True, lengths=(True, True), bias=NO_ONES,
+        mask=(False, True, False, False),
+    ),
     "batch, sequence, heads": Case(
         mesh=(2, 2, 2), roles=("batch", "sequence", "heads"), bias=(True, False, False, False)
     ),

@@ -7,10 +7,12 @@ import math
 from ringmoe.errors import check
 from ringmoe.masks import Band
 from ringmoe.meshes import Axes
+from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, Ring, freeze
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather")
+LEAST = 8  # keys that a kernel works on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class AttentionPlan:
     ring: Ring  # one device where nothing travels
     size: int  # devices on those axes
     hops: int  # key blocks that a device meets, its own included
+    ways: int  # parts of a block, each of which goes its own way round the ring
     query_axes: Axes  # mesh axes that split the queries
     key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
@@ -41,6 +44,7 @@ def make(
     itemsize: int,
     bias: int | None = None,
     owed_itemsize: int = 0,
+    device_kind: str = "",
 ) -> AttentionPlan:
     """Chooses the exchange.
 
@@ -48,7 +52,7 @@ def make(
       rule: query, key and value are its first operands; `bias` is the index of the bias among them, or None.
       factors: the axes a door found for each factor. mesh_shape: every axis and its size.
       exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
-        dK and dV on their way to their owner, in a backward pass.
+        dK and dV on their way to their owner, in a backward pass. device_kind: as JAX names it.
 
     Raises ValueError where the caller asked for a ring that these shardings can't have.
     """
@@ -89,6 +93,7 @@ def make(
         ring=Ring.make(key_axes, length) if kind == "ring" else Ring(),
         size=size,
         hops=hops,
+        ways=_ways(device_kind, hops, size, padded["s"] // size) if kind == "ring" else 1,
         query_axes=split.get("t", ()),
         key_sum_axes=tuple(a for a in query if a not in shared),
         bias_sum_axes=() if bias is None else tuple(a for a in query if a not in axes(rule.operands[bias])),
@@ -105,6 +110,15 @@ def _ring_or_gather(rule: Rule, split, key_axes: Axes) -> tuple[str, str]:
     if not query_axes and not busy & set(key_axes):
         return "ring", "keys are sharded; queries are cut alike, which moves nothing"
     return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
+
+
+def _ways(device_kind: str, hops: int, size: int, keys: int) -> int:
+    """Two where a device has a link to either neighbour, of whom there are two, and every block is met.
+
+    To a switch all links carry what goes to one neighbour. Blocks that a window cuts short come from one side alone.
+    """
+    links = cost.machine(device_kind).dims > 0
+    return 2 if links and hops == size > 2 and keys % (2 * LEAST) == 0 else 1
 
 
 def _hops(band: Band, size: int, queries: int, keys: int) -> int:

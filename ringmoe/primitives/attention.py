@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from ringmoe import pallas
+from ringmoe import meshes, pallas
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.plan import attention as plan
 from ringmoe.plan.attention import AttentionPlan
@@ -98,6 +98,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         avals[1].dtype.itemsize,
         bias,
         owed,
+        meshes.device_kind(mesh),
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
@@ -116,7 +117,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
         (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype
     )
     q = head_major(query, query.shape[-3])
-    k = head_major(key, key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1))
+    k = head_major(key, key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.ways)
     return pallas.pick(
         "attention", platform, params["implementation"], lambda kernel: kernel.check(spec, q, k, extras)
     ), spec

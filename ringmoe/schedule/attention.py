@@ -22,11 +22,12 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
     q, k, v = (_head_major(x) for x in (query, key, value))
     blocks = _Blocks(plan, query, q, k, extras)
 
-    def step(state, block, owner):
-        k, v = block
-        return kernel.forward(spec, state, q, k, v, blocks.extras(owner), blocks.offsets(owner)), ()
+    def step(state, part, owner, n):
+        k, v = part
+        first = blocks.first_key(owner, n)
+        return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
 
-    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.gather((k, v)))
+    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.cut(blocks.gather((k, v))))
     output, lse, tail = kernel.finish(spec, state)
     per_row = lambda x: x.swapaxes(1, 2).reshape(*query.shape[:-1])
     return _public(output, query), per_row(lse), per_row(tail)
@@ -56,19 +57,21 @@ def backward(
     lse_, delta_ = (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta))
     blocks = _Blocks(plan, query, q, k, extras)
     acc = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-    k, v = blocks.gather((k, v))
+    parts = blocks.cut(blocks.gather((k, v)))
 
-    def step(state, block, owner):
+    def step(state, part, owner, n):
         dq, dbias = state
-        k, v = block
-        here = blocks.extras(owner)
+        k, v = part
+        first = blocks.first_key(owner, n)
+        here = blocks.extras(first)
         zero = Grads(dq, acc(k), acc(v), None if here.bias is None else acc(here.bias))
-        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(owner))
-        return (grads.dq, blocks.add_columns(dbias, grads.dbias, owner)), (grads.dk, grads.dv)
+        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(first))
+        return (grads.dq, blocks.add_columns(dbias, grads.dbias, first)), (grads.dk, grads.dv)
 
     dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
-    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), (k, v), (acc(k), acc(v)))
-    dk, dv = blocks.reduce(dkv)
+    owed = [jax.tree.map(acc, part) for part in parts]
+    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed)
+    dk, dv = blocks.reduce(jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), *dkv))
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     return _public(dq, query), _public(dk, key), _public(dv, value), dbias
 
@@ -80,12 +83,22 @@ class _Blocks:
         self.plan = plan
         self.gathered = plan.exchange == "all_gather"
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
+        self.part = self.keys // plan.ways
         self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else np.int32(0)
         self.batch = query.shape[:-3]
         self.whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
 
-    def offsets(self, owner) -> Offsets:
-        return Offsets(self.query_offset, owner * self.keys)
+    def first_key(self, owner, n: int):
+        """Where part n of `owner`'s block begins."""
+        return owner * self.keys + n * self.part
+
+    def offsets(self, first) -> Offsets:
+        return Offsets(self.query_offset, first)
+
+    def cut(self, kv) -> list:
+        """One block's parts, which travel in opposite directions."""
+        starts = range(0, self.keys, self.part)
+        return [jax.tree.map(lambda x, i=i: jax.lax.slice_in_dim(x, i, i + self.part, axis=2), kv) for i in starts]
 
     def gather(self, kv):
         """K and V whole along the keys where the plan gathers them; as they are where they travel."""
@@ -108,9 +121,9 @@ class _Blocks:
             dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
         return sum_over(dkv, sum_axes)
 
-    def extras(self, owner) -> Extras:
-        """The extras cut to the columns of `owner`'s keys."""
-        return _along_keys(functools.partial(self._columns, owner), self.whole)
+    def extras(self, first) -> Extras:
+        """The extras cut to the columns of the keys from `first` on."""
+        return _along_keys(functools.partial(self._columns, first), self.whole)
 
     def _padded(self, x):
         """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
@@ -119,18 +132,17 @@ class _Blocks:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
-    def _columns(self, owner, x):
-        if x.shape[-1] in (1, self.keys):
+    def _columns(self, first, x):
+        if x.shape[-1] in (1, self.part):
             return x
-        return jax.lax.dynamic_slice_in_dim(x, owner * self.keys, self.keys, axis=-1)
+        return jax.lax.dynamic_slice_in_dim(x, first, self.part, axis=-1)
 
-    def add_columns(self, total, part, owner):
-        """`total` plus `part` at the columns of `owner`'s keys: the transpose of cutting them."""
+    def add_columns(self, total, part, first):
+        """`total` plus `part` at the columns of the keys from `first` on: the transpose of cutting them."""
         if total is None or total.shape == part.shape:
             return None if total is None else total + part
-        start = owner * self.keys
-        here = jax.lax.dynamic_slice_in_dim(total, start, self.keys, axis=-1)
-        return jax.lax.dynamic_update_slice_in_dim(total, here + part, start, axis=-1)
+        here = jax.lax.dynamic_slice_in_dim(total, first, self.part, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(total, here + part, first, axis=-1)
 
     def _flat(self, x):
         """Batch dims made one; the bias and the mask may have 1 in place of all of them, or of some."""

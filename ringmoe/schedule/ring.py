@@ -1,17 +1,23 @@
 """The ring: arrays travel from neighbour to neighbour while each device works on what it holds.
 
-Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing.
+Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing. Where
+a block is cut in two, its second part goes the other way round: the one of device i + h is here in hop h, and goes to i - 1, so
+that both links of a device carry, and a hop takes half the time.
 What a device owes the owner of a block (its gradients) travels one hop behind the block, so that its transfer too goes on
 during the work: what arrived is added to this device's share and sent on at the start of the next hop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ringmoe.plan.base import Ring
+
+WAYS = (1, -1)
+"""Places that the first and the second part of a block move on in a hop."""
 
 
 def send(ring: Ring, tree, distance: int = 1):
@@ -21,40 +27,57 @@ def send(ring: Ring, tree, distance: int = 1):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
 
 
-def walk(step: Callable, ring: Ring, hops: int, state, block, owed=()):
+class _Train(NamedTuple):
+    """What goes one way: the part of a block that is here, what is owed its owner so far, and this device's last share of it."""
+
+    block: Any
+    owed: Any
+    share: Any
+
+
+def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Sequence = ((), ())):
     """Walks `hops` blocks past every device.
 
     Args:
-      step: `(state, block, owner) -> (state, share)`: the work on one block; `owner` is the int32 index of the device whose
-        block it is, `share` a pytree like `owed` that is summed at the owner.
+      step: `(state, part, owner, n) -> (state, share)`: the work on part n of the block of the device whose int32 index is
+        `owner`; `share` is a pytree like `owed[n]` that is summed at the owner.
       ring: the devices in the order in which blocks pass them.
-      hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors.
-      state: stays on its device. block: this device's own block, a pytree. owed: zeros, a pytree; () when nothing is owed.
+      hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; where there
+        are two parts all of them, the second one's of its successors.
+      state: stays on its device. parts: this device's own block in one or two parts, pytrees that travel in opposite
+        directions. owed: zeros, a pytree for each part; () when nothing is owed.
 
     Returns:
-      `(state, owed)`: the last state, and what all devices owed this one.
+      `(state, owed)`: the last state, and for each part what all devices owed this one.
 
-    Per hop and device, `block` goes over the wire once, `owed` once from the second hop on and once at the end.
+    Per hop and device, `parts` go over the wire once, `owed` once from the second hop on and once at the end.
     """
     size = ring.size
+    assert len(parts) == 1 or hops == size, (len(parts), hops, size)
     me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
 
     def hop(carry, h, first=False, last=False):
-        state, block, owed, share = carry
+        state, trains = carry
         # Sends start before the work and nothing but the work follows them: schedulers hide them behind it.
         with jax.named_scope("ring_send"):
-            owed = owed if first else send(ring, jax.tree.map(jnp.add, owed, share))
-            arrived = block if last else send(ring, block)
+            sent = [
+                train if first else train._replace(owed=send(ring, jax.tree.map(jnp.add, train.owed, train.share), way))
+                for way, train in zip(WAYS, trains)
+            ]
+            arrived = [train.block if last else send(ring, train.block, way) for way, train in zip(WAYS, trains)]
         with jax.named_scope("ring_work"):
-            state, share = step(state, block, (me - h) % size)
-        return state, arrived, owed, share
+            shares = []
+            for n, train in enumerate(trains):
+                state, share = step(state, train.block, (me - WAYS[n] * h) % size, n)
+                shares.append(share)
+        return state, [_Train(block, train.owed, share) for block, train, share in zip(arrived, sent, shares)]
 
-    carry = (state, block, owed, owed)
+    carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
     if hops > 1:
         start = 0
         if jax.tree.leaves(owed):  # nothing is owed yet in the first hop: taken out of the loop, it sends no zeros
             carry, start = hop(carry, 0, first=True), 1
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
-    state, _, owed, share = hop(carry, hops - 1, first=hops == 1, last=True)
-    total = jax.tree.map(jnp.add, owed, share)
-    return state, send(ring, total, -(hops - 1)) if hops > 1 else total
+    state, trains = hop(carry, hops - 1, first=hops == 1, last=True)
+    total = [jax.tree.map(jnp.add, train.owed, train.share) for train in trains]
+    return state, [send(ring, x, -way * (hops - 1)) if hops > 1 else x for way, x in zip(WAYS, total)]
