@@ -56,6 +56,8 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
     assert len(parts) == 1 or hops == size, (len(parts), hops, size)
     me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
 
+    owes = bool(jax.tree.leaves(owed))
+
     def hop(carry, h, first=False, last=False):
         state, trains = carry
         # Sends start before the work and nothing but the work follows them: schedulers hide them behind it.
@@ -68,6 +70,8 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
         with jax.named_scope("ring_work"):
             shares = []
             for n, train in enumerate(trains):
+                if n and owes and not last:  # else XLA starts half of the sends late, and waits for them: blocks first
+                    state, arrived = jax.lax.optimization_barrier((state, arrived))
                 state, share = step(state, train.block, (me - WAYS[n] * h) % size, n)
                 shares.append(share)
         return state, [_Train(block, train.owed, share) for block, train, share in zip(arrived, sent, shares)]
