@@ -1,6 +1,6 @@
 """What a ring waits for its keys and values: `python -m bench.ring [TARGET ...]`.
 
-By the compilers and the inspector, no machines: one axis over all devices for the sequence, bfloat16, head dim 128; forward, and
+By the compilers and the inspector, no machines: one axis over all devices for the sequence, bf16, head dim 128; forward, and
 the gradient compiled by itself, as in a loop over layers. Beside it the longer one of two limits: the matmuls at the chip's
 peak, of the pairs that are seen, and the wire over both links of the ring. bench/README.md has the table.
 """
@@ -50,7 +50,7 @@ def main(targets: list[str]) -> None:
         found = inspected(target, mask, backward)
         direction = "gradient" if backward else "forward"
         figures = f"{found.us / 1e3:.2f}", f"{found.exposed_us / 1e3:.2f}", f"{found.exposed_us / found.us:.0%}"
-        table.add_row(target, mask, direction, *figures, f"{found.memory["temporaries"] / 2**20:.0f}")
+        table.add_row(target, mask, direction, *figures, f"{found.memory['temporaries'] / 2**20:.0f}")
     console.print(table)
 
 

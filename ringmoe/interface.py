@@ -3,7 +3,7 @@
 A kernel is a module with the four functions below, on one device's arrays, head-major:
 q, do [B, N, T, H]; k, v [B, K, S, H] with N a multiple of K (query head n reads key head n // (N // K));
 lse, delta [B, N, T]. `acc` is float32, or float64 for float64 inputs. No kernel communicates and none knows the mesh:
-a schedule calls it once a hop and tells it by two offsets where in the sequence the local rows and keys stand.
+a schedule calls it once or twice a hop and tells it where in the sequence the local rows and keys stand.
 
     check(spec, q, k, extras)                       raises NotImplementedError with what it lacks; nothing else
     init(spec, q) -> state                          no key seen yet; an opaque pytree
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ringmoe.masks import Band
+from ringmoe.masks import Band, Places
 
 ATTENTION_OUTPUT, ATTENTION_LSE, MOE_OUTPUT = "ringmoe_attention_output", "ringmoe_attention_lse", "ringmoe_moe_output"
 
@@ -41,13 +41,19 @@ class AttentionSpec:
     # No loop or branch depends on where a device stands: hidden blocks are masked instead of skipped. So JAX can transpose
     # the loops, and XLA's partitioner can insert collectives in them, which every device then meets.
     uniform: bool = False
+    # The local rows are so many equal pieces, which stand apart in the sequence, in ascending order; and so the keys.
+    pieces: int = 1
 
 
 class Offsets(NamedTuple):
-    """Global position of the first local query and of the first local key: int32 scalars, may be traced."""
+    """Global position of the first query of each piece, and of the first key: int32 scalars, may be traced."""
 
-    query: jax.Array | np.integer | int
-    key: jax.Array | np.integer | int
+    query: tuple[jax.Array | np.integer | int, ...]
+    key: tuple[jax.Array | np.integer | int, ...]
+
+    def places(self, num_queries: int, num_keys: int) -> tuple[Places, Places]:
+        """Where so many queries and keys stand."""
+        return Places(self.query, num_queries // len(self.query)), Places(self.key, num_keys // len(self.key))
 
 
 class Extras(NamedTuple):

@@ -5,12 +5,38 @@ A mask that is a rule rather than an array costs no memory, and whole blocks of 
 """
 
 import dataclasses
+import functools
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ringmoe.errors import check
+
+
+class Places(NamedTuple):
+    """Where the elements of a local array stand in the whole sequence: equal pieces, each of consecutive places, one after
+    another in ascending order.
+
+    starts: of each piece, Python ints or traced int32. length: of a piece.
+    """
+
+    starts: tuple
+    length: int
+
+    def of(self, index):
+        """The place of an element, or of each of an array of them."""
+        place = self.starts[0] + index
+        for n in range(1, len(self.starts)):
+            jump = self.starts[n] - self.starts[n - 1] - self.length
+            place = place + jnp.where(index < n * self.length, 0, jump)
+        return place
+
+    def before(self, place):
+        """How many elements stand before a place."""
+        return functools.reduce(operator.add, (jnp.clip(place - start, 0, self.length) for start in self.starts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,35 +87,36 @@ class Band:
         """The same mask with the roles swapped: which queries see a key."""
         return Band(self.right, self.left, self.keys, self.queries)
 
-    def blocks(self, start, stop, other_offset, block: int, num_blocks: int):
+    def blocks(self, start, stop, other: Places, block: int):
         """The blocks of the other side that rows `start .. stop` can meet: `(first, last)`, last exclusive.
 
         Args:
           start, stop: positions of the rows, python ints or traced int32.
-          other_offset: position of the other side's first element.
-          block, num_blocks: the other side's block length and count.
+          other: where the other side stands. block: its block length, which divides a piece.
         """
-        first, last = 0, num_blocks
+        first, last = 0, -(-len(other.starts) * other.length // block)
         # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform;
         # of one dtype, which with 64-bit types a Python int would not be.
         div = lambda x: jax.lax.div(x, x.dtype.type(block))
         if self.left is not None:
-            first = div(jnp.clip(start - self.left - other_offset, 0, num_blocks * block))
+            first = div(other.before(start - self.left))
         if self.right is not None:
-            reach = stop + self.right - other_offset  # the other side is seen up to here, exclusive
-            last = div(jnp.clip(reach, 0, num_blocks * block) + block - 1)
+            last = div(other.before(stop + self.right) + block - 1)
         if self.keys is not None:
-            last = jnp.minimum(last, div(jnp.clip(self.keys - other_offset, 0, num_blocks * block) + block - 1))
+            last = jnp.minimum(last, div(other.before(self.keys) + block - 1))
         if self.queries is not None:
             last = jnp.where(start < self.queries, jnp.asarray(last, jnp.int32), 0)
         return first, last
 
-    def met(self, queries: int, keys: int, block_q: int, block_k: int, apart: int | None) -> int:
+    def met(self, queries: int, keys: int, block_q: int, block_k: int, apart: int | None, pieces: int = 1) -> int:
         """Pairs in the blocks that have a seen pair, of so many queries and keys.
 
         Args:
           apart: position of the first query less that of the first key; None where only the run knows, for the most there are.
+          pieces: 2 where queries and keys are two each, and one's lie about the other's (`schedule/balance.py`) or are its own.
         """
+        if pieces == 2 and self.left is None and self.right == 0:
+            return queries // 2 * (keys + block_k // 2)
         if apart is None:
             if self.left is None or self.right is None:
                 return queries * keys

@@ -211,8 +211,17 @@ LAYOUTS = {
     "sequence over one axis": Case(is_causal=True, bias=NO_ONES),
     "sequence over two axes at once": Case(mesh=(2, 4), roles=("sequence", "sequence"), is_causal=True, mask=NO_ONES),
     "both ways round": Case(mesh=(4,), t=16, bias=(True, False, True, False)),
+    "balanced": Case(mesh=(4,), t=16, is_causal=True, segments=True, lengths=(True, True), k=2),
+    "balanced, both ways round": Case(mesh=(2, 4), roles=("batch", "sequence"), t=32, is_causal=True),
+    "balanced, three devices": Case(mesh=(3,), t=32, is_causal=True),
     "both ways round, all extras": Case(
-        mesh=(2, 4), roles=("batch", "sequence"), t=16, is_causal=True, segments=True, lengths=(True, True), bias=NO_ONES,
+        mesh=(2, 4),
+        roles=("batch", "sequence"),
+        t=16,
+        is_causal=True,
+        segments=True,
+        lengths=(True, True),
+        bias=NO_ONES,
         mask=(False, True, False, False),
     ),
     "batch, sequence, heads": Case(
@@ -258,6 +267,11 @@ def test_every_uneven_layout_through_every_door_that_finds_it(layout, door):
 def test_the_tpu_kernel_in_the_interpreter(door):
     mesh, roles = ((), ()) if door is ONE_DEVICE else ((2,), ("sequence",))
     check(Case(door=door, mesh=mesh, roles=roles, implementation="tpu", is_causal=True, t=8, g=2, h=8))
+
+
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
+def test_the_tpu_kernel_at_balanced_places_and_both_ways_round(door):
+    check(Case(door=door, mesh=(3,), implementation="tpu", is_causal=True, t=512, g=1, h=8))
 
 
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)

@@ -75,7 +75,7 @@ def hops(k, v, num_hops, key_offset):
 def forward(spec, q, k, v, at=(0, 0), num_hops=1, config=TILES):
     state = attention_tpu.init(spec, q)
     for k_hop, v_hop, _, key_offset in hops(k, v, num_hops, at[1]):
-        state = attention_tpu.forward(spec, state, q, k_hop, v_hop, Extras(), Offsets(at[0], key_offset), config)
+        state = attention_tpu.forward(spec, state, q, k_hop, v_hop, Extras(), Offsets((at[0],), (key_offset,)), config)
     return attention_tpu.finish(spec, state)[:2]
 
 
@@ -86,7 +86,7 @@ def backward(spec, q, k, v, do, o, lse, at=(0, 0), num_hops=1, config=TILES):
     dq, dk, dv = zeros(q), zeros(k), zeros(v)
     for k_hop, v_hop, piece, key_offset in hops(k, v, num_hops, at[1]):
         grads = Grads(dq, dk[:, :, piece], dv[:, :, piece])
-        offsets = Offsets(at[0], key_offset)
+        offsets = Offsets((at[0],), (key_offset,))
         grads = attention_tpu.backward(spec, grads, q, k_hop, v_hop, do, lse, delta, Extras(), offsets, config)
         dq, dk, dv = grads.dq, dk.at[:, :, piece].set(grads.dk), dv.at[:, :, piece].set(grads.dv)
     return dq, dk, dv
@@ -220,7 +220,7 @@ def ring_forward(spec, n, q, k, v):
     def hop(carry, i):
         state, k, v = carry
         following = jax.lax.ppermute((k, v), "sp", to_next)
-        at = Offsets(me * q.shape[2], (me - i) % n * k.shape[2])
+        at = Offsets((me * q.shape[2],), ((me - i) % n * k.shape[2],))
         return (attention_tpu.forward(spec, state, q, k, v, Extras(), at), *following), None
 
     state = jax.lax.scan(hop, (attention_tpu.init(spec, q), k, v), jnp.arange(n))[0][0]
@@ -240,7 +240,7 @@ def ring_backward(spec, n, q, k, v, do, lse, delta):
     def hop(carry, i):
         dq, share, sums, k, v = carry
         following, sums = jax.lax.ppermute(((k, v), add(sums, share)), "sp", to_next)
-        at = Offsets(me * q.shape[2], (me - i) % n * k.shape[2])
+        at = Offsets((me * q.shape[2],), ((me - i) % n * k.shape[2],))
         grads = Grads(dq, zeros(k), zeros(v))
         grads = attention_tpu.backward(spec, grads, q, k, v, do, lse, delta, Extras(), at)
         return (grads.dq, (grads.dk, grads.dv), sums, *following), None

@@ -118,7 +118,7 @@ def local(case: Case, args, hop: int):
         has("query_segment_ids", np.s_[:, rows]), has("key_value_segment_ids", np.s_[:, keys]),
     )  # fmt: skip
     k, v = (jnp.swapaxes(args[n][:, keys], 1, 2) for n in ("key", "value"))
-    return k, v, extras, Offsets(jnp.int32(rows.start), jnp.int32(keys.start)), keys
+    return k, v, extras, Offsets((jnp.int32(rows.start),), (jnp.int32(keys.start),)), keys
 
 
 def run(case: Case, args, do, dlse, dtype):
@@ -202,7 +202,9 @@ def test_only_blocks_that_meet_are_visited(left, right, t, s, block_t, block_s):
     q, k = jnp.ones((1, 1, t, 1)), jnp.ones((1, 1, s, 1))
 
     def look(outer, inner, n, m, query_offset, key_offset):
-        walk = kernel._Walk.make(AttentionSpec(1.0, band), config, q, k, Extras(), Offsets(query_offset, key_offset))
+        walk = kernel._Walk.make(
+            AttentionSpec(1.0, band), config, q, k, Extras(), Offsets((query_offset,), (key_offset,))
+        )
         tile = walk.tile(n, outer)
         first, last = walk.bounds(tile, inner)
         masked = walk.at_block(lambda _, tile, masked: jnp.bool_(masked), None, tile | {inner: walk.span(inner, m)})
@@ -236,7 +238,7 @@ def test_padding_is_skipped(monkeypatch):
     spec, config = AttentionSpec(1.0, Band(right=0)), kernel.Config(1, 1, 4, 4)
     x = jnp.ones((1, 1, 32, 2))
     extras = Extras(key_lengths=jnp.array([9], jnp.int32))
-    state = jax.jit(lambda: kernel.forward(spec, kernel.init(spec, x), x, x, x, extras, Offsets(0, 0), config))()
+    state = jax.jit(lambda: kernel.forward(spec, kernel.init(spec, x), x, x, x, extras, Offsets((0,), (0,)), config))()
     jax.block_until_ready(state)
     jax.effects_barrier()
     # Row blocks 0, 1 and 2..7 see 1, 2 and 3 key blocks; the diagonal and the block that holds the end are masked.
@@ -247,7 +249,7 @@ def test_padding_is_skipped(monkeypatch):
     zeros = jnp.zeros_like(x)
     grads = Grads(zeros, zeros, zeros)
     out = jax.jit(
-        lambda: kernel.backward(spec, grads, x, x, x, x, lse, jnp.sum(o, -1), extras, Offsets(0, 0), config)
+        lambda: kernel.backward(spec, grads, x, x, x, x, lse, jnp.sum(o, -1), extras, Offsets((0,), (0,)), config)
     )()
     jax.block_until_ready(out)
     jax.effects_barrier()
@@ -265,7 +267,7 @@ def plain(q, k, v, *, band=CAUSAL, config=None, axis=None, num_hops=1):
 
     def at(hop):
         me = 0 if axis is None else jax.lax.axis_index(axis)
-        return Offsets(me * t, (me + hop) % num_hops * s)
+        return Offsets((me * t,), ((me + hop) % num_hops * s,))
 
     shift = lambda x: (
         x if axis is None else jax.lax.ppermute(x, axis, [(i, (i - 1) % num_hops) for i in range(num_hops)])
@@ -324,7 +326,7 @@ def test_ring_inside_shard_map(check_vma):
 
 def test_rows_without_keys_are_zero_and_give_no_gradient():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 8, 4))
-    spec, at = AttentionSpec(1.0, Band(right=0)), Offsets(-5, 0)  # only queries 5, 6, 7 see a key
+    spec, at = AttentionSpec(1.0, Band(right=0)), Offsets((-5,), (0,))  # only queries 5, 6, 7 see a key
     state = kernel.forward(spec, kernel.init(spec, q), q, k, v, Extras(), at, kernel.Config(1, 1, 4, 4))
     o, lse, _ = kernel.finish(spec, state)
     assert jnp.all(o[:, :, :5] == 0) and jnp.all(jnp.isneginf(lse[:, :, :5]))
@@ -337,7 +339,7 @@ def test_rows_without_keys_are_zero_and_give_no_gradient():
 def test_bias_of_minus_infinity_masks():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 4, 4))
     bias = jnp.zeros((1, 1, 4, 4)).at[:, :, 1].set(-jnp.inf).at[:, :, 2, :3].set(-jnp.inf)
-    spec, extras, at = AttentionSpec(1.0), Extras(bias), Offsets(0, 0)
+    spec, extras, at = AttentionSpec(1.0), Extras(bias), Offsets((0,), (0,))
     o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q), q, k, v, extras, at))
     assert jnp.all(o[0, 0, 1] == 0) and jnp.isneginf(lse[0, 0, 1])
     assert_close(o[0, 0, 2], v[0, 0, 3], 1e-6)

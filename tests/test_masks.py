@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ringmoe.masks import Band
+from ringmoe.masks import Band, Places
 
 SIDES = st.none() | st.integers(0, 9)
 BANDS = st.builds(Band, SIDES, st.none() | st.integers(-3, 9))
@@ -31,7 +31,7 @@ def test_positions(band, q0, k0):
 @settings(max_examples=150)
 def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blocks, traced, wide):
     """Every block outside (first, last) is empty; both ends are met, where any block is."""
-    bounds = lambda start, offset: band.blocks(start, start + rows, offset, block, num_blocks)
+    bounds = lambda start, offset: band.blocks(start, start + rows, Places((offset,), block * num_blocks), block)
     with jax.enable_x64(wide):
         positions = (jnp.int32(start), jnp.int32(offset)) if traced else (start, offset)
         first, last = (jax.jit(bounds) if traced else bounds)(*positions)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Places
 from ringmoe.pallas import softmax
 
 LANES = 128
@@ -84,7 +85,9 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> No
     if h > MAX_HEAD_DIM:
         raise _lacks(f"head dim {h}, supported: up to {MAX_HEAD_DIM}")
     for config in (FORWARD, BACKWARD):
-        config.blocks(t, s)
+        block_q, _ = config.blocks(t // spec.pieces, s // spec.pieces)
+        if spec.pieces > 1 and block_q % LANES:
+            raise _lacks(f"pieces of {t // spec.pieces} tokens, supported: multiples of {LANES}")
 
 
 def init(spec: AttentionSpec, q: jax.Array) -> State:
@@ -112,17 +115,18 @@ def forward(
     check(spec, q, k, extras)
     state = _varying_like(state, q, k, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
-    block_q, block_k = config.blocks(t, s)
+    block_q, block_k = config.blocks(t // spec.pieces, s // spec.pieces)
     num_q, num_k = t // block_q, s // block_k
-
-    pairs = spec.band.met(t, s, block_q, block_k, _apart(at))
+    pairs = spec.band.met(t, s, block_q, block_k, _apart(at), spec.pieces)
+    places = functools.partial(_places, spec, t, s)
 
     def q_block(b, n, i, j, offsets):
         return b, n, i, 0
 
     def k_block(b, n, i, j, offsets):
-        start = offsets[0] + i * block_q
-        needed = spec.band.blocks(start, start + block_q, offsets[1], block_k, num_k)
+        rows, keys = places(offsets)
+        start = rows.of(i * block_q)
+        needed = spec.band.blocks(start, start + block_q, keys, block_k)
         return b, lax.div(n * kv_heads, q.shape[1]), _within(j, needed, num_k), 0
 
     def state_block(b, n, i, j, offsets):
@@ -133,7 +137,7 @@ def forward(
     acc_spec = pl.BlockSpec((None, None, h, block_q), state_block)
     row_spec = pl.BlockSpec((None, None, 1, block_q), state_block)
     new = pl.pallas_call(
-        functools.partial(_forward_kernel, spec=spec, chunk=config.chunk),
+        functools.partial(_forward_kernel, spec=spec, chunk=config.chunk, places=places),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, n, num_q, num_k),
@@ -150,19 +154,27 @@ def forward(
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_forward",
-    )(_scalars(*at), q, k, v, *state)
+    )(_scalars(*at.query, *at.key), q, k, v, *state)
     return State(*new)
 
 
 def _apart(at: Offsets) -> int | None:
     """How far the first query is from the first key, None where only the run knows."""
-    return None if any(isinstance(x, jax.core.Tracer) for x in at) else int(at.query) - int(at.key)
+    unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
+    return None if unknown else int(at.query[0]) - int(at.key[0])
 
 
-def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l, *, spec, chunk):
+def _places(spec: AttentionSpec, num_queries: int, num_keys: int, offsets) -> tuple[Places, Places]:
+    """Where queries and keys stand, by the scalars that a kernel is given first."""
+    starts = [offsets[i] for i in range(2 * spec.pieces)]
+    return Offsets(tuple(starts[: spec.pieces]), tuple(starts[spec.pieces :])).places(num_queries, num_keys)
+
+
+def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l, *, spec, chunk, places):
     i, j = pl.program_id(2), pl.program_id(3)
     (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    q_start, k_start = offsets[0] + i * block_q, offsets[1] + j * block_k
+    rows, keys = places(offsets)
+    q_start, k_start = rows.of(i * block_q), keys.of(j * block_k)
 
     # Invariant: after step j, (acc, m, l) is the state after the keys that came in with it and those of blocks 0 .. j.
     @pl.when(j == 0)
@@ -197,7 +209,7 @@ def backward(
 ) -> Grads:
     check(spec, q, k, extras)
     grads = _varying_like(grads, q, k, v, do)
-    block_q, _ = config.blocks(q.shape[2], k.shape[2])
+    block_q, _ = config.blocks(q.shape[2] // spec.pieces, k.shape[2] // spec.pieces)
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
     rows = q.shape[1] // k.shape[1] * (q.shape[2] // block_q)
     fitting = max(1, config.resident_bytes // (block_q * q.shape[3] * 4))
@@ -211,16 +223,19 @@ def backward(
 def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
     """Adds to `grads` what query blocks `first .. first + run` of every kv head give; `first` may be traced."""
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
-    block_q, block_k = config.blocks(t, s)
+    block_q, block_k = config.blocks(t // spec.pieces, s // spec.pieces)
     num_q, num_k, group = t // block_q, s // block_k, n // kv_heads
+    places, first_row = functools.partial(_places, spec, t, s), 2 * spec.pieces  # in the scalars
 
     def row(kv, r, offsets):
         """Query head and block of the run's r-th row."""
-        return kv * group + lax.div(offsets[2] + r, num_q), lax.rem(offsets[2] + r, num_q)
+        r = offsets[first_row] + r
+        return kv * group + lax.div(r, num_q), lax.rem(r, num_q)
 
     def q_block(b, kv, j, r, offsets):
-        start = offsets[1] + j * block_k
-        needed = spec.band.transpose().blocks(start, start + block_k, offsets[0], block_q, num_q)
+        rows, keys = places(offsets)
+        start = keys.of(j * block_k)
+        needed = spec.band.transpose().blocks(start, start + block_k, rows, block_q)
         n, i = row(kv, r, offsets)
         return b, n, _within(i, needed, num_q), 0
 
@@ -240,9 +255,9 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
     row_spec = pl.BlockSpec((None, None, 1, block_q), lse_block)
     dq_spec = pl.BlockSpec((None, None, block_q, h), dq_block)
     dq, dk, dv = grads.dq, grads.dk, grads.dv
-    pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, _apart(at)) // t
+    pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, _apart(at), spec.pieces) // t
     new = pl.pallas_call(
-        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q),
+        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q, places=places),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, num_k, run),
@@ -264,18 +279,19 @@ def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_backward",
-    )(_scalars(*at, first), q, k, v, do, lse, delta, dq, dk, dv)
+    )(_scalars(*at.query, *at.key, first), q, k, v, do, lse, delta, dq, dk, dv)
     return Grads(*new)
 
 
 def _backward_kernel(
     offsets, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
-    *, spec, chunk, num_q,
+    *, spec, chunk, num_q, places,
 ):  # fmt: skip
     j, r = pl.program_id(2), pl.program_id(3)
     (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    q_start = offsets[0] + lax.rem(offsets[2] + r, num_q) * block_q
-    k_start = offsets[1] + j * block_k
+    rows, keys = places(offsets)
+    q_start = rows.of(lax.rem(offsets[2 * spec.pieces] + r, num_q) * block_q)
+    k_start = keys.of(j * block_k)
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are
     # the sums over rows 0 .. r for key block j; dv_ref began with what came in.
@@ -344,8 +360,7 @@ def _if_seen(band, q_start, block_q, k_start, block_k, block) -> None:
     if band.is_full:
         block(False)
         return
-    _, seen = band.blocks(q_start, q_start + block_q, k_start, block_k, 1)
-    hidden, _ = band.blocks(q_start, q_start + block_q, k_start, block_k, 1)
+    hidden, seen = band.blocks(q_start, q_start + block_q, Places((k_start,), block_k), block_k)
     full = band.is_full_block(q_start, q_start + block_q, k_start, k_start + block_k)
     pl.when(full)(lambda: block(False))
     pl.when((hidden < seen) & ~full)(lambda: block(True))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Places
 from ringmoe.pallas import softmax
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
@@ -179,7 +180,7 @@ class _Walk:
     spec: AttentionSpec
     config: Config
     sizes: dict[str, int]
-    offsets: dict[str, jax.Array]
+    places: dict[str, Places]
     lengths: dict[str, jax.Array]  # [B, 1, 1, 1, 1]; only those given
     segments: dict[str, jax.Array]  # queries' [B, 1, 1, T, 1], keys' [B, 1, 1, 1, S]; both or none
     bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
@@ -198,7 +199,7 @@ class _Walk:
             spec,
             config or Config.choose(q.shape, k.shape),
             sizes,
-            {"t": jnp.int32(at.query), "s": jnp.int32(at.key)},
+            dict(zip("ts", at.places(t, s))),
             {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
             segments,
             None,
@@ -241,15 +242,18 @@ class _Walk:
             return 0, self.num_blocks(dim)
         other = "s" if dim == "t" else "t"
         band = self.spec.band if dim == "s" else self.spec.band.transpose()
-        start, stop = self.offsets[other] + tile[other].first, self.offsets[other] + tile[other].stop
-        first, last = band.blocks(start, stop, self.offsets[dim], getattr(self.config, dim), self.num_blocks(dim))
+        first, last = band.blocks(*self.ends(tile, other), self.places[dim], getattr(self.config, dim))
         for side, lengths in self.lengths.items():
-            longest = jnp.max(_cut(lengths, "b", tile)) - self.offsets[side]
+            longest = self.places[side].before(jnp.max(_cut(lengths, "b", tile)))
             if side == dim:
                 last = jnp.minimum(last, -(-longest // getattr(self.config, dim)))
             else:
                 last = jnp.where(tile[other].first < longest, last, 0)
         return jnp.int32(first), jnp.int32(last)
+
+    def ends(self, tile, dim: str):
+        """The place of the tile's first element along `dim`, and the one after its last's."""
+        return self.places[dim].of(tile[dim].first), self.places[dim].of(tile[dim].stop - 1) + 1
 
     def at_block(self, fun, carry, tile):
         """`fun(carry, tile, masked)` with `masked` (static) false where every pair of the block is seen."""
@@ -261,10 +265,10 @@ class _Walk:
             return fun(carry, tile, False)
         if self.spec.uniform:
             return fun(carry, tile, True)
-        positions = [x + self.offsets[dim] for dim in "ts" for x in (tile[dim].first, tile[dim].stop)]
+        positions = [*self.ends(tile, "t"), *self.ends(tile, "s")]
         full = self.spec.band.is_full_block(*positions) & (t.start == t.first) & (s.start == s.first)
         for side, lengths in self.lengths.items():
-            full &= tile[side].stop + self.offsets[side] <= jnp.min(_cut(lengths, "b", tile))
+            full &= self.ends(tile, side)[1] <= jnp.min(_cut(lengths, "b", tile))
         return lax.cond(full, lambda c: fun(c, tile, False), lambda c: fun(c, tile, True), carry)
 
     def logits(self, q_tile, k_tile, tile, masked: bool):
@@ -277,7 +281,7 @@ class _Walk:
         rows = tile["t"].start + jnp.arange(tile["t"].size, dtype=jnp.int32)[:, None]
         keys = tile["s"].start + jnp.arange(tile["s"].size, dtype=jnp.int32)
         seen = (rows >= tile["t"].first) & (keys >= tile["s"].first)
-        position = {"t": rows + self.offsets["t"], "s": keys + self.offsets["s"]}
+        position = {"t": self.places["t"].of(rows), "s": self.places["s"].of(keys)}
         seen &= self.spec.band(position["t"], position["s"])
         for side, lengths in self.lengths.items():
             seen = seen & (position[side] < _cut(lengths, "b", tile))

@@ -12,7 +12,7 @@ from ringmoe.plan.base import Factors, Ring, freeze
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather")
-LEAST = 8  # keys that a kernel works on
+LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a TPU kernel's block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,12 @@ class AttentionPlan:
     size: int  # devices on those axes
     hops: int  # key blocks that a device meets, its own included
     ways: int  # parts of a block, each of which goes its own way round the ring
+    pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
     key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
-    wire_bytes: int  # sent per device by this op
+    wire_bytes: int  # sent per device by this op; what is one number a row aside
 
 
 @functools.cache
@@ -45,6 +46,8 @@ def make(
     bias: int | None = None,
     owed_itemsize: int = 0,
     device_kind: str = "",
+    may_balance: bool = True,
+    in_tiles: bool = False,
 ) -> AttentionPlan:
     """Chooses the exchange.
 
@@ -53,6 +56,8 @@ def make(
       factors: the axes a door found for each factor. mesh_shape: every axis and its size.
       exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
         dK and dV on their way to their owner, in a backward pass. device_kind: as JAX names it.
+      may_balance: whether rows may be swapped between devices: not where arrays of queries by keys would have to follow.
+      in_tiles: whether the kernel will be a TPU's, as far as is known.
 
     Raises ValueError where the caller asked for a ring that these shardings can't have.
     """
@@ -74,31 +79,46 @@ def make(
     rule = rule.fitted(split, length)
     padded = dict(rule.sizes)
     hops = _hops(band, size, padded["t"] // size, padded["s"] // size) if kind == "ring" else 1
-    band = dataclasses.replace(
+    padded_band = dataclasses.replace(
         band,
         queries=sizes["t"] if padded["t"] > sizes["t"] else None,
         keys=sizes["s"] if padded["s"] > sizes["s"] else None,
     )
+    ways, pieces = 1, 1
+    if kind == "ring":
+        ways, pieces = _cut(
+            device_kind,
+            band,
+            hops,
+            size,
+            padded["t"] // size,
+            padded["s"] // size,
+            may_balance,
+            TILE if in_tiles else LEAST,
+        )
     axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
     query, key = axes(rule.operands[0]), axes(rule.operands[1])
     own = () if kind == "all_gather" else split.get("s", ())
     shared = {a for a in key if a not in split.get("s", ())} | set(own)
-    block = 2 * math.prod(rule.shape(rule.operands[1])) // math.prod(length[a] for a in key)
+    on_one = lambda i: math.prod(rule.shape(rule.operands[i])) // math.prod(length[a] for a in axes(rule.operands[i]))
+    block = 2 * on_one(1)
+    swapped = (3 * on_one(0) + 2 * block if owed_itemsize else 2 * on_one(0) + block) // 2 * (pieces - 1)
     sends, returns = {"local": (0, 0), "ring": (hops - 1, hops), "all_gather": (size - 1, size - 1)}[kind]
     return AttentionPlan(
         factors=freeze(split),
         exchange=kind,
-        band=band,
+        band=padded_band,
         axes=key_axes if size > 1 else (),
         ring=Ring.make(key_axes, length) if kind == "ring" else Ring(),
         size=size,
         hops=hops,
-        ways=_ways(device_kind, hops, size, padded["s"] // size) if kind == "ring" else 1,
+        ways=ways,
+        pieces=pieces,
         query_axes=split.get("t", ()),
         key_sum_axes=tuple(a for a in query if a not in shared),
         bias_sum_axes=() if bias is None else tuple(a for a in query if a not in axes(rule.operands[bias])),
-        reason=why,
-        wire_bytes=block * (sends * itemsize + returns * owed_itemsize),
+        reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
+        wire_bytes=block * (sends * itemsize + returns * owed_itemsize) + swapped * itemsize,
     )
 
 
@@ -112,13 +132,22 @@ def _ring_or_gather(rule: Rule, split, key_axes: Axes) -> tuple[str, str]:
     return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
 
 
-def _ways(device_kind: str, hops: int, size: int, keys: int) -> int:
-    """Two where a device has a link to either neighbour, of whom there are two, and every block is met.
+def _cut(
+    device_kind: str, band: Band, hops: int, size: int, queries: int, keys: int, may_balance: bool, least: int
+) -> tuple[int, int]:
+    """(ways, pieces) of a ring's blocks.
 
-    To a switch all links carry what goes to one neighbour. Blocks that a window cuts short come from one side alone.
+    Two ways where a device has a link to either neighbour, of whom there are two, and every block is met: to a switch all
+    links carry what goes to one neighbour, and blocks that a window cuts short come from one side alone. Two pieces, balanced
+    places, where later devices see more: a causal band without a window.
     """
-    links = cost.machine(device_kind).dims > 0
-    return 2 if links and hops == size > 2 and keys % (2 * LEAST) == 0 else 1
+    machine = cost.machine(device_kind)
+    if hops < size or size == 1:
+        return 1, 1
+    causal = band.right == 0 and band.left is None and queries == keys
+    pieces = 2 if causal and may_balance and keys % (2 * least) == 0 else 1
+    ways = 2 if machine.dims and size > 2 and keys % (2 * pieces * least) == 0 else 1
+    return ways, pieces
 
 
 def _hops(band: Band, size: int, queries: int, keys: int) -> int:

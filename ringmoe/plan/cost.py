@@ -74,6 +74,12 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
     )
 
 
+def is_tpu(device_kind: str) -> bool:
+    """Whether it is known to be one."""
+    name = chip_of(device_kind)
+    return name is not None and CHIPS[name].kind == "tpu"
+
+
 def _longest(chips: int, dims: int) -> int:
     """The longest dim of the most compact torus of so many chips: its dims are products of their prime factors."""
     shape, left = [1] * dims, chips

@@ -11,6 +11,7 @@ from jax.interpreters import ad
 from ringmoe import meshes, pallas
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.plan import attention as plan
+from ringmoe.plan import cost
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.plan.base import freeze
 from ringmoe.primitives.op import Op
@@ -89,6 +90,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
     operands = params["operands"]
     bias = operands.index("bias") if "bias" in operands else None
     owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
+    kind = meshes.device_kind(mesh)
     found = plan.make(
         rule,
         freeze(factors),
@@ -98,7 +100,9 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         avals[1].dtype.itemsize,
         bias,
         owed,
-        meshes.device_kind(mesh),
+        kind,
+        may_balance=not {"bias", "mask"} & {*operands},
+        in_tiles=params["implementation"] == "tpu" or cost.is_tpu(kind),
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
@@ -112,6 +116,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
         band=plan.band,
         interpret=platform != "tpu",
         uniform=params.get("uniform", False),
+        pieces=plan.pieces,
     )
     head_major = lambda x, length: jax.ShapeDtypeStruct(
         (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype

@@ -1,7 +1,8 @@
 """Attention on one device of a mesh: which blocks of keys meet the local queries, and in which order.
 
 Arrays are local and in the public layouts: query [*batch, t, N, H], key and value [*batch, s, K, H], lse and delta
-[*batch, t, N]. Extras come whole along the keys and are cut to each hop's columns here.
+[*batch, t, N]. Extras come whole along the keys and are cut to each hop's columns here. A balanced plan's arrays are brought
+to balanced places first, and results back (`schedule/balance.py`): kernels are told of pieces, and know no more.
 """
 
 import functools
@@ -13,24 +14,26 @@ import numpy as np
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
+from ringmoe.schedule import balance
 from ringmoe.schedule.ring import walk
 from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
     """Returns output like query, and in the accumulator's dtype the LSE [*batch, t, N] and its tail: see softmax.finish."""
-    q, k, v = (_head_major(x) for x in (query, key, value))
+    q, k, v = _placed(plan, (_head_major(x) for x in (query, key, value)))
     blocks = _Blocks(plan, query, q, k, extras)
 
     def step(state, part, owner, n):
         k, v = part
-        first = blocks.first_key(owner, n)
+        first = blocks.first_keys(owner, n)
         return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
 
     state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.cut(blocks.gather((k, v))))
-    output, lse, tail = kernel.finish(spec, state)
+    output, *rows = kernel.finish(spec, state)
+    output, *rows = _put_back(plan, (output.astype(query.dtype), *rows))
     per_row = lambda x: x.swapaxes(1, 2).reshape(*query.shape[:-1])
-    return _public(output, query), per_row(lse), per_row(tail)
+    return _public(output, query), *map(per_row, rows)
 
 
 def backward(
@@ -53,8 +56,8 @@ def backward(
     # p = exp(s - lse - tail), and all gradients are linear in p do and p delta: the tail's factor goes to do and delta.
     factor = jnp.exp(-tail)
     do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
-    q, k, v, do_ = (_head_major(x) for x in (query, key, value, do))
-    lse_, delta_ = (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta))
+    q, k, v, do_ = _placed(plan, (_head_major(x) for x in (query, key, value, do)))
+    lse_, delta_ = _placed(plan, (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta)))
     blocks = _Blocks(plan, query, q, k, extras)
     acc = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
     parts = blocks.cut(blocks.gather((k, v)))
@@ -62,7 +65,7 @@ def backward(
     def step(state, part, owner, n):
         dq, dbias = state
         k, v = part
-        first = blocks.first_key(owner, n)
+        first = blocks.first_keys(owner, n)
         here = blocks.extras(first)
         zero = Grads(dq, acc(k), acc(v), None if here.bias is None else acc(here.bias))
         grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(first))
@@ -71,9 +74,11 @@ def backward(
     dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
     owed = [jax.tree.map(acc, part) for part in parts]
     (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed)
-    dk, dv = blocks.reduce(jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=2), *dkv))
+    dk, dv = blocks.reduce(blocks.join(dkv))
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
-    return _public(dq, query), _public(dk, key), _public(dv, value), dbias
+    like = (query, key, value)
+    grads = _put_back(plan, [grad.astype(x.dtype) for grad, x in zip((dq, dk, dv), like)])
+    return *map(_public, grads, like), dbias
 
 
 class _Blocks:
@@ -83,22 +88,45 @@ class _Blocks:
         self.plan = plan
         self.gathered = plan.exchange == "all_gather"
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
-        self.part = self.keys // plan.ways
-        self.query_offset = jax.lax.axis_index(plan.query_axes) * q.shape[2] if plan.query_axes else np.int32(0)
+        self.piece = self.keys // plan.ways // plan.pieces  # consecutive keys of a part
+        me = jax.lax.axis_index(plan.query_axes) if plan.query_axes else np.int32(0)
+        self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
-        self.whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
+        whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
+        if plan.pieces > 1 and whole.query_segments is not None:
+            whole = whole._replace(query_segments=balance.there(plan.ring, whole.query_segments, 1))
+        self.whole = whole
 
-    def first_key(self, owner, n: int):
-        """Where part n of `owner`'s block begins."""
-        return owner * self.keys + n * self.part
+    def _starts(self, device, length: int) -> tuple:
+        """Where the pieces of a device's block begin."""
+        return balance.starts(self.plan.ring, device, length) if self.plan.pieces > 1 else (device * length,)
 
-    def offsets(self, first) -> Offsets:
-        return Offsets(self.query_offset, first)
+    def first_keys(self, owner, n: int) -> tuple:
+        """Where the pieces of part n of `owner`'s block begin."""
+        return tuple(start + n * self.piece for start in self._starts(owner, self.keys))
+
+    def offsets(self, first: tuple) -> Offsets:
+        return Offsets(self.first_queries, first)
 
     def cut(self, kv) -> list:
-        """One block's parts, which travel in opposite directions."""
-        starts = range(0, self.keys, self.part)
-        return [jax.tree.map(lambda x, i=i: jax.lax.slice_in_dim(x, i, i + self.part, axis=2), kv) for i in starts]
+        """One block's parts, which travel in opposite directions: each has its share of every piece."""
+        if self.plan.ways == 1:
+            return [kv]
+        shape = self.plan.pieces, self.plan.ways, self.piece
+
+        def part(x, n):
+            return x.reshape(*x.shape[:2], *shape, x.shape[-1])[:, :, :, n].reshape(*x.shape[:2], -1, x.shape[-1])
+
+        return [jax.tree.map(lambda x, n=n: part(x, n), kv) for n in range(self.plan.ways)]
+
+    def join(self, parts: list):
+        """The inverse of `cut`."""
+
+        def one(*xs):
+            cut = [x.reshape(*x.shape[:2], self.plan.pieces, 1, self.piece, x.shape[-1]) for x in xs]
+            return jnp.concatenate(cut, axis=3).reshape(*xs[0].shape[:2], -1, xs[0].shape[-1])
+
+        return jax.tree.map(one, *parts)
 
     def gather(self, kv):
         """K and V whole along the keys where the plan gathers them; as they are where they travel."""
@@ -121,8 +149,8 @@ class _Blocks:
             dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
         return sum_over(dkv, sum_axes)
 
-    def extras(self, first) -> Extras:
-        """The extras cut to the columns of the keys from `first` on."""
+    def extras(self, first: tuple) -> Extras:
+        """The extras cut to the columns of the keys that begin at `first`."""
         return _along_keys(functools.partial(self._columns, first), self.whole)
 
     def _padded(self, x):
@@ -133,16 +161,19 @@ class _Blocks:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
     def _columns(self, first, x):
-        if x.shape[-1] in (1, self.part):
+        if x.shape[-1] == 1 or (len(first) == 1 and x.shape[-1] == self.piece):
             return x
-        return jax.lax.dynamic_slice_in_dim(x, first, self.part, axis=-1)
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, self.piece, axis=-1) for start in first]
+        return jnp.concatenate(cut, axis=-1)
 
     def add_columns(self, total, part, first):
-        """`total` plus `part` at the columns of the keys from `first` on: the transpose of cutting them."""
+        """`total` plus `part` at the columns of the keys that begin at `first`: the transpose of cutting them."""
         if total is None or total.shape == part.shape:
             return None if total is None else total + part
-        here = jax.lax.dynamic_slice_in_dim(total, first, self.part, axis=-1)
-        return jax.lax.dynamic_update_slice_in_dim(total, here + part, first, axis=-1)
+        for start, x in zip(first, jnp.split(part, len(first), -1)):
+            here = jax.lax.dynamic_slice_in_dim(total, start, self.piece, axis=-1)
+            total = jax.lax.dynamic_update_slice_in_dim(total, here + x, start, axis=-1)
+        return total
 
     def _flat(self, x):
         """Batch dims made one; the bias and the mask may have 1 in place of all of them, or of some."""
@@ -159,6 +190,16 @@ class _Blocks:
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
             dbias = dbias.sum(broadcast, keepdims=True)
         return sum_over(dbias.reshape(bias.shape), self.plan.bias_sum_axes).astype(bias.dtype)
+
+
+def _placed(plan: AttentionPlan, rows) -> tuple:
+    """Arrays [B, N, t, ...] at the places where the plan has them; `_put_back` undoes it."""
+    rows = tuple(rows)
+    return balance.there(plan.ring, rows, 2) if plan.pieces > 1 else rows
+
+
+def _put_back(plan: AttentionPlan, rows):
+    return balance.back(plan.ring, rows, 2) if plan.pieces > 1 else rows
 
 
 def _along_keys(change, extras: Extras) -> Extras:

@@ -1,8 +1,8 @@
 """The ring: arrays travel from neighbour to neighbour while each device works on what it holds.
 
-Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing. Where
-a block is cut in two, its second part goes the other way round: the one of device i + h is here in hop h, and goes to i - 1, so
-that both links of a device carry, and a hop takes half the time.
+Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing.
+Where a block is cut in two, its second part goes the other way round: the one of device i + h is here in hop h, and goes to
+i - 1, so that both links of a device carry, and a hop takes half the time.
 What a device owes the owner of a block (its gradients) travels one hop behind the block, so that its transfer too goes on
 during the work: what arrived is added to this device's share and sent on at the start of the next hop.
 """
@@ -20,15 +20,19 @@ WAYS = (1, -1)
 """Places that the first and the second part of a block move on in a hop."""
 
 
-def send(ring: Ring, tree, distance: int = 1):
-    """Every device's arrays to the device `distance` places on; what it gets is from the one as far back."""
-    size, devices = ring.size, ring.devices
-    pairs = [(devices[i], devices[(i + distance) % size]) for i in range(size)]
+def exchange(ring: Ring, tree, to: Callable[[int], int]):
+    """Every device's arrays to another: place i's to place `to(i)`."""
+    pairs = [(ring.devices[i], ring.devices[to(i)]) for i in range(ring.size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
 
 
+def send(ring: Ring, tree, distance: int = 1):
+    """Every device's arrays to the device `distance` places on; what it gets is from the one as far back."""
+    return exchange(ring, tree, lambda i: (i + distance) % ring.size)
+
+
 class _Train(NamedTuple):
-    """What goes one way: the part of a block that is here, what is owed its owner so far, and this device's last share of it."""
+    """What goes one way: the part of a block that is here, what is owed its owner, and this device's last share of that."""
 
     block: Any
     owed: Any
