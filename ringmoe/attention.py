@@ -88,7 +88,7 @@ def dot_product_attention(
 
     Letters: B batch (any number of dims), T query tokens, S key tokens, N query heads, K key heads (N a multiple of K),
     H head dim. Where query and keys are sharded along T and S, K and V travel round a ring of those devices; no sequence is
-    gathered.
+    gathered. A causal ring without a window, bias or mask is balanced: devices swap half of their rows, and back.
 
     Args:
       query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.

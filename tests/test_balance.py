@@ -86,6 +86,24 @@ def test_explain_says_when_it_is_balanced(given_, pieces):
     assert ("two chunks a device" in rows[0].reason) == pieces
 
 
+@pytest.mark.parametrize(("size", "length"), [(2, 63), (8, 250)])
+def test_of_a_length_that_devices_do_not_divide(size, length):
+    """The last device's chunks, one of them in front, end with padding."""
+    mesh = make_mesh((size,), AxisType.Auto)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    loss = lambda attend: jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, is_causal=True))), (0, 1, 2))
+    padded = lambda q, k, v, **how: ringmoe.dot_product_attention(q[:, :length], k[:, :length], v[:, :length], **how)
+    longer = [np.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))) for x in (q, k, v)]
+    placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, P(None, "a"))) for x in longer]
+    fun = ringmoe.jit(loss(padded))
+    assert any("two chunks" in row.reason for row in ringmoe.explain(fun, *placed).rows)
+    (got, grads), (want, want_grads) = fun(*placed), jax.jit(loss(jax.nn.dot_product_attention))(q, k, v)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    for grad, expected in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(grad[:, :length], expected, atol=5e-5)
+
+
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 def test_on_a_machine_its_work_is_little_more_than_half(target):
     """Of that of the same ring unbalanced, which a window as long as the sequence makes of it."""
