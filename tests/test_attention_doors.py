@@ -211,7 +211,8 @@ LAYOUTS = {
     "sequence over one axis": Case(is_causal=True, bias=NO_ONES),
     "sequence over two axes at once": Case(mesh=(2, 4), roles=("sequence", "sequence"), is_causal=True, mask=NO_ONES),
     "both ways round": Case(mesh=(4,), t=16, bias=(True, False, True, False)),
-    "balanced": Case(mesh=(4,), t=16, is_causal=True, segments=True, lengths=(True, True), k=2),
+    "balanced": Case(mesh=(4,), t=16, is_causal=True, segments=True, k=2),
+    "balanced, lengths": Case(mesh=(4,), t=16, is_causal=True, lengths=(True, True), b=3, seed=1),
     "balanced, both ways round": Case(mesh=(2, 4), roles=("batch", "sequence"), t=32, is_causal=True),
     "balanced, three devices": Case(mesh=(3,), t=32, is_causal=True),
     "both ways round, all extras": Case(

@@ -137,16 +137,15 @@ def _cut(
 ) -> tuple[int, int]:
     """(ways, pieces) of a ring's blocks.
 
-    Two ways where a device has a link to either neighbour, of whom there are two, and every block is met: to a switch all
-    links carry what goes to one neighbour, and blocks that a window cuts short come from one side alone. Two pieces, balanced
-    places, where later devices see more: a causal band without a window.
+    Two ways where a device has a link to either neighbour, of whom there are two, and every block is met: to a GPU's switch
+    all links carry what goes to one neighbour, and blocks that a window cuts short come from one side alone. Two pieces,
+    balanced places, where later devices see more: a causal band without a window.
     """
-    machine = cost.machine(device_kind)
     if hops < size or size == 1:
         return 1, 1
     causal = band.right == 0 and band.left is None and queries == keys
     pieces = 2 if causal and may_balance and keys % (2 * least) == 0 else 1
-    ways = 2 if machine.dims and size > 2 and keys % (2 * pieces * least) == 0 else 1
+    ways = 2 if cost.family(device_kind) != "gpu" and size > 2 and keys % (2 * pieces * least) == 0 else 1
     return ways, pieces
 
 

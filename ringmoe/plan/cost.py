@@ -74,10 +74,10 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
     )
 
 
-def is_tpu(device_kind: str) -> bool:
-    """Whether it is known to be one."""
+def family(device_kind: str) -> str:
+    """ "tpu", "gpu" or "cpu"; "" for what isn't known."""
     name = chip_of(device_kind)
-    return name is not None and CHIPS[name].kind == "tpu"
+    return "" if name is None else CHIPS[name].kind
 
 
 def _longest(chips: int, dims: int) -> int:

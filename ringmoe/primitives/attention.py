@@ -102,7 +102,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         owed,
         kind,
         may_balance=not {"bias", "mask"} & {*operands},
-        in_tiles=params["implementation"] == "tpu" or cost.is_tpu(kind),
+        in_tiles=params["implementation"] == "tpu" or cost.family(kind) == "tpu",
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
