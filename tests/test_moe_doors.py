@@ -122,7 +122,7 @@ class Case:
         if self.scaled:
             for matrix, scale in zip(MATRICES, SCALES):
                 w = arrays[matrix]
-                arrays[scale] = None if w is None else 1 + rng.random((e, w.shape[-1]), np.float32)
+                arrays[scale] = None if w is None else (1 + rng.random((e, w.shape[-1]), np.float32)) / 2
                 arrays[matrix] = None if w is None else w.astype(jnp.float8_e4m3fn)
         shapes = {"w_in": (d, f), "w_out": (f, d), "w_gate": (d, f), "router": (d, 1)}
         arrays |= {f"shared_{name}": normal(*shapes[name], scale=d**-0.5) for name in self.shared.split()}
@@ -269,7 +269,7 @@ def cases(draw):
         capacity_factor=draw(st.sampled_from((None, 0.5, 1.0, 1.25, 4.0))), renormalize=draw(st.booleans()),
         gate=gate, token_mask=draw(st.booleans()), f=draw(st.sampled_from((1, 6))), seed=draw(st.integers(0, 99)),
         activation=draw(st.sampled_from((None, *(name for name in ACTIVATIONS if gate or name not in NEED_A_GATE)))),
-        biases=draw(st.booleans()), scaled=draw(st.booleans()),
+        biases=draw(st.booleans()),
         shared=draw(st.sampled_from(("", *(f"w_in w_out{' w_gate' * gate}{router}" for router in ("", " router"))))),
     )  # fmt: skip
 
