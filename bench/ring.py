@@ -1,8 +1,7 @@
 """What a ring waits for its keys and values: `python -m bench.ring [TARGET ...]`.
 
 By the compilers and the inspector, no machines: one axis over all devices for the sequence, bf16, head dim 128; forward, and
-the gradient compiled by itself, as in a loop over layers. Beside it the longer one of two limits: the matmuls at the chip's
-peak, of the pairs that are seen, and the wire over both links of the ring. bench/README.md has the table.
+the gradient compiled by itself, as in a loop over layers. bench/README.md has the table.
 """
 
 import os

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 ALPHA, LIMIT = 1.702, 7.0  # gpt-oss's
-
-
 SIDES = ("in", "gate", "out")
 
 
@@ -38,8 +36,8 @@ class Weights(NamedTuple):
         wide = {}
         for side in SIDES:
             w, scale = getattr(self, f"w_{side}"), getattr(self, f"s_{side}")
-            wide |= {f"w_{side}": w if scale is None else (w.astype(acc) * scale[:, None].astype(acc)).astype(dtype)}
-            wide |= {f"s_{side}": None}
+            if scale is not None:
+                wide |= {f"w_{side}": (w.astype(acc) * scale[:, None].astype(acc)).astype(dtype), f"s_{side}": None}
         return self._replace(**wide)
 
     def narrowed(self, grads: "Weights") -> "Weights":

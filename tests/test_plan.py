@@ -112,6 +112,36 @@ def test_hops_are_as_few_as_cover_every_pair(size, tokens, left, right):
     assert got.wire_bytes == block * 2 * (hops - 1)
 
 
+@pytest.mark.parametrize(("kind", "band", "tokens", "how", "ways", "pieces"), [
+    ("cpu", FULL, 16, {}, 2, 1),
+    ("cpu", FULL, 8, {}, 1, 1),  # halves would be too short
+    ("TPU v5p", FULL, 256, {"in_tiles": True}, 2, 1),
+    ("TPU v5p", FULL, 128, {"in_tiles": True}, 1, 1),
+    ("TPU v5p", Band(right=0), 512, {"in_tiles": True}, 2, 2),
+    ("TPU v5p", Band(right=0), 256, {"in_tiles": True}, 1, 2),
+    ("NVIDIA H200", FULL, 512, {}, 1, 1),  # to a switch
+    ("NVIDIA H200", Band(right=0), 512, {}, 1, 2),
+    ("cpu", Band(right=0), 512, {"may_balance": False}, 2, 1),
+    ("cpu", Band(100, 0), 512, {}, 1, 1),  # the ring is shorter
+    ("cpu", Band(4 * 512, 0), 512, {}, 2, 1),  # a window evens it out
+])  # fmt: skip
+@pytest.mark.parametrize("backward", [False, True])
+def test_both_ways_round_and_balanced(kind, band, tokens, how, ways, pieces, backward):
+    """And what is sent: balanced, half of query, key, value and output besides, or of do, the gradients and their like."""
+    shape = lambda heads: (B, 4 * tokens, heads, H)
+    operands = (("query", shape(N)), ("key", shape(K)), ("value", shape(K)))
+    results = ("query", "key", "value") if backward else ("output", "lse")
+    rule = rules.make("attention", operands, results)
+    factors = freeze({"t": ("r",), "s": ("r",)})
+    mesh, owed = (("r", 4),), 4 if backward else 0
+    got = attention_plan.make(rule, factors, mesh, band, "auto", 2, None, owed, kind, **how)
+    assert (got.ways, got.pieces) == (ways, pieces)
+    queries, keys = B * tokens * N * H, B * tokens * K * H
+    swapped = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * 2 // 2
+    ring = 2 * keys * ((got.hops - 1) * 2 + got.hops * owed)
+    assert got.wire_bytes == ring + (swapped if pieces == 2 else 0)
+
+
 def test_a_cross_attention_ring_takes_no_short_cut():
     factors = {"t": ("b",), "s": ("b",)}
     assert attention(factors, Band(3, 0)).hops == 2

@@ -79,23 +79,16 @@ def make(
     rule = rule.fitted(split, length)
     padded = dict(rule.sizes)
     hops = _hops(band, size, padded["t"] // size, padded["s"] // size) if kind == "ring" else 1
-    padded_band = dataclasses.replace(
+    band = dataclasses.replace(
         band,
         queries=sizes["t"] if padded["t"] > sizes["t"] else None,
         keys=sizes["s"] if padded["s"] > sizes["s"] else None,
     )
     ways, pieces = 1, 1
-    if kind == "ring":
-        ways, pieces = _cut(
-            device_kind,
-            band,
-            hops,
-            size,
-            padded["t"] // size,
-            padded["s"] // size,
-            may_balance,
-            TILE if in_tiles else LEAST,
-        )
+    if kind == "ring" and hops == size:
+        causal = band.right == 0 and band.left is None and padded["t"] == padded["s"]
+        least = TILE if in_tiles else LEAST
+        ways, pieces = _cut(device_kind, size, padded["s"] // size, causal and may_balance, least)
     axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
     query, key = axes(rule.operands[0]), axes(rule.operands[1])
     own = () if kind == "all_gather" else split.get("s", ())
@@ -107,7 +100,7 @@ def make(
     return AttentionPlan(
         factors=freeze(split),
         exchange=kind,
-        band=padded_band,
+        band=band,
         axes=key_axes if size > 1 else (),
         ring=Ring.make(key_axes, length) if kind == "ring" else Ring(),
         size=size,
@@ -132,19 +125,13 @@ def _ring_or_gather(rule: Rule, split, key_axes: Axes) -> tuple[str, str]:
     return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
 
 
-def _cut(
-    device_kind: str, band: Band, hops: int, size: int, queries: int, keys: int, may_balance: bool, least: int
-) -> tuple[int, int]:
-    """(ways, pieces) of a ring's blocks.
+def _cut(device_kind: str, size: int, keys: int, balance: bool, least: int) -> tuple[int, int]:
+    """(ways, pieces) of the blocks of a ring that meets all of them: what a window cuts short comes from one side alone.
 
-    Two ways where a device has a link to either neighbour, of whom there are two, and every block is met: to a GPU's switch
-    all links carry what goes to one neighbour, and blocks that a window cuts short come from one side alone. Two pieces,
-    balanced places, where later devices see more: a causal band without a window.
+    Two ways where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links carry what goes
+    to one. Two pieces, balanced places, where later devices would see more; each of at least so many keys.
     """
-    if hops < size or size == 1:
-        return 1, 1
-    causal = band.right == 0 and band.left is None and queries == keys
-    pieces = 2 if causal and may_balance and keys % (2 * least) == 0 else 1
+    pieces = 2 if balance and keys % (2 * least) == 0 else 1
     ways = 2 if cost.family(device_kind) != "gpu" and size > 2 and keys % (2 * pieces * least) == 0 else 1
     return ways, pieces
 

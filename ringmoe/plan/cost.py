@@ -75,7 +75,7 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
 
 
 def family(device_kind: str) -> str:
-    """ "tpu", "gpu" or "cpu"; "" for what isn't known."""
+    """What its chip is: "tpu", "gpu" or "cpu"; "" for what isn't known."""
     name = chip_of(device_kind)
     return "" if name is None else CHIPS[name].kind
 

@@ -110,8 +110,6 @@ class _Blocks:
 
     def cut(self, kv) -> list:
         """One block's parts, which travel in opposite directions: each has its share of every piece."""
-        if self.plan.ways == 1:
-            return [kv]
         shape = self.plan.pieces, self.plan.ways, self.piece
 
         def part(x, n):

@@ -59,7 +59,6 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
     size = ring.size
     assert len(parts) == 1 or hops == size, (len(parts), hops, size)
     me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
-
     owes = bool(jax.tree.leaves(owed))
 
     def hop(carry, h, first=False, last=False):
@@ -83,7 +82,7 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
     carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
     if hops > 1:
         start = 0
-        if jax.tree.leaves(owed):  # nothing is owed yet in the first hop: taken out of the loop, it sends no zeros
+        if owes:  # nothing is owed yet in the first hop: taken out of the loop, it sends no zeros
             carry, start = hop(carry, 0, first=True), 1
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
     state, trains = hop(carry, hops - 1, first=hops == 1, last=True)
