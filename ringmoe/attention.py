@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     axis_name: str | tuple[str, ...] | None
-    exchange: Literal["auto", "ring", "all_gather"]
+    exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"]
 
 
 # fmt: off
@@ -69,7 +69,7 @@ def dot_product_attention(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
-    exchange: Literal["auto", "ring", "all_gather"] = "auto",
+    exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
@@ -108,7 +108,10 @@ def dot_product_attention(
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) over which the sequence is sharded; query,
         key and value are then one device's slices, and bias, mask and key_value_segment_ids span the whole of S. Outside
         a shard_map shardings are found by themselves and this stays None.
-      exchange: "ring", "all_gather" (K and V whole on every device), or "auto".
+      exchange: what devices that share a sequence send each other, or "auto". "ring": K and V pass from neighbour to
+        neighbour. "all_gather": K and V whole on every device. "all_to_all": for the work, each device has some heads of all
+        tokens; of several mesh axes only the last ones, where heads don't suffice, and a ring goes over the others. "merge":
+        each device attends from all queries to its own keys, and the results are summed; for queries few beside the keys.
 
     Returns:
       output like query; with `return_residual` also the LSE [B, T, N] (or [T, N]), log sum_j exp(logit_ij).

@@ -186,7 +186,7 @@ CASES = {
         lambda: attention(implementation="cuda"),
         "implementation='cuda', expected None .* or one of .*tpu.*xla",
     ),
-    "unknown exchange": (lambda: attention(exchange="all_to_all"), "exchange='all_to_all', expected one of .*ring"),
+    "unknown exchange": (lambda: attention(exchange="pieces"), "exchange='pieces', expected one of .*ring"),
     # attention: the mesh
     "axis outside a shard_map": (
         lambda: attention(axis_name="a"),

@@ -121,7 +121,7 @@ def test_hops_are_as_few_as_cover_every_pair(size, tokens, left, right):
     ("TPU v5p", Band(right=0), 256, {"in_tiles": True}, 1, 2),
     ("NVIDIA H200", FULL, 512, {}, 1, 1),  # to a switch
     ("NVIDIA H200", Band(right=0), 512, {}, 1, 2),
-    ("cpu", Band(right=0), 512, {"may_balance": False}, 2, 1),
+    ("cpu", Band(right=0), 512, {"rows_stay": True}, 2, 1),
     ("cpu", Band(100, 0), 512, {}, 1, 1),  # the ring is shorter
     ("cpu", Band(4 * 512, 0), 512, {}, 2, 1),  # a window evens it out
 ])  # fmt: skip

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Places
-from ringmoe.pallas import softmax
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head

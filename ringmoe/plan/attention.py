@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 from ringmoe.errors import check
 from ringmoe.masks import Band
@@ -11,7 +12,7 @@ from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, Ring, freeze
 from ringmoe.rules import Rule
 
-EXCHANGES = ("auto", "ring", "all_gather")
+EXCHANGES = ("auto", "ring", "all_gather", "all_to_all", "merge")
 LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a TPU kernel's block
 
 
@@ -20,19 +21,28 @@ class AttentionPlan:
     """How one attention call is spread over the mesh."""
 
     factors: Factors  # the axes that really split each factor: the shard_map's specs come from here
-    exchange: str  # "local" | "ring" | "all_gather"
+    exchange: str  # "local" | "ring" | "all_gather" | "all_to_all" | "all_to_all + ring" | "merge"
     band: Band  # the call's, with the lengths of the sequences where they are padded
     axes: Axes  # mesh axes that K and V are exchanged over, major to minor
-    ring: Ring  # one device where nothing travels
-    size: int  # devices on those axes
+    ring: Ring  # the devices whose blocks are met one after another; one device where nothing travels
+    size: int  # devices on `axes`
     hops: int  # key blocks that a device meets, its own included
     ways: int  # parts of a block, each of which goes its own way round the ring
     pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
+    head_axes: Axes  # the last of them, along which heads are split instead, during the work
+    head_parts: int  # devices on those
+    joint_axes: Axes  # the last of `query_axes`, along which queries are gathered for the work
+    joint_parts: int  # devices on those
     key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
     wire_bytes: int  # sent per device by this op; what is one number a row aside
+
+    @property
+    def row_axes(self) -> Axes:
+        """Axes that split the queries during the work."""
+        return self.query_axes[: len(self.query_axes) - len(self.head_axes) - len(self.joint_axes)]
 
 
 @functools.cache
@@ -46,7 +56,7 @@ def make(
     bias: int | None = None,
     owed_itemsize: int = 0,
     device_kind: str = "",
-    may_balance: bool = True,
+    rows_stay: bool = False,
     in_tiles: bool = False,
 ) -> AttentionPlan:
     """Chooses the exchange.
@@ -56,84 +66,192 @@ def make(
       factors: the axes a door found for each factor. mesh_shape: every axis and its size.
       exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
         dK and dV on their way to their owner, in a backward pass. device_kind: as JAX names it.
-      may_balance: whether rows may be swapped between devices: not where arrays of queries by keys would have to follow.
+      rows_stay: whether there are arrays of queries by keys, which would have to follow rows that go elsewhere.
       in_tiles: whether the kernel will be a TPU's, as far as is known.
 
-    Raises ValueError where the caller asked for a ring that these shardings can't have.
+    Raises ValueError where the caller asked for an exchange that these shardings can't have.
     """
-    sizes, split, length = dict(rule.sizes), dict(factors), dict(mesh_shape)
-    key_axes = split.get("s", ())
-    size = math.prod(length[a] for a in key_axes)
-    if size == 1:
-        kind, why = "local", "keys are whole on every device: nothing to exchange"
-    elif exchange == "all_gather":
-        kind, why = "all_gather", "asked for"
-    else:
-        kind, why = _ring_or_gather(rule, split, key_axes)
-        check(
-            kind == "ring" or exchange != "ring",
-            f"exchange='ring' was asked for, but {why}: shard queries and keys over the same axes, or use exchange='auto'",
+    call = _Call(
+        rule, dict(factors), dict(mesh_shape), band, itemsize, bias, owed_itemsize, device_kind, rows_stay, in_tiles
+    )
+    if call.devices(call.key_axes) == 1:
+        return call.plan("local", "keys are whole on every device: nothing to exchange")
+    able, unable = call.exchanges()
+    if exchange == "auto":
+        kind = next(kind for kind in ("ring", "all_gather") if kind in able)
+        return call.plan(kind, able[kind])
+    check(exchange in able, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
+    return call.plan(exchange, able[exchange])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What `make` is given, and the plans that could be made of it."""
+
+    rule: Rule
+    split: dict[str, Axes]
+    length: Mapping[str, int]
+    band: Band
+    itemsize: int
+    bias: int | None
+    owed_itemsize: int
+    device_kind: str
+    rows_stay: bool
+    in_tiles: bool
+
+    @property
+    def key_axes(self) -> Axes:
+        return self.split.get("s", ())
+
+    def devices(self, axes: Axes) -> int:
+        return math.prod(self.length[a] for a in axes)
+
+    def exchanges(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Why each exchange can be had, of those that can, and why not, and how it could, of the others."""
+        keys, queries = self.key_axes, self.split.get("t", ())
+        able, unable = {}, {}
+        busy = {axis for f in self.rule.neighbours("t") for axis in self.split.get(f, ())}
+        where = f"keys are sharded over {keys} but queries over {queries or 'no axis'}"
+        if queries == keys:
+            able["ring"] = "queries and keys are sharded over the same axes"
+        elif not queries and not busy & set(keys):
+            able["ring"] = "keys are sharded; queries are cut alike, which moves nothing"
+        else:
+            unable["ring"] = f"{where}: shard queries and keys over the same axes"
+        able["all_gather"] = "asked for" if "ring" in able else where
+        heads, key_heads = self._heads()
+        moved = f"{heads} query and {key_heads} key heads on a device"
+        if "ring" not in able:
+            unable["all_to_all"] = unable["ring"]
+        elif self.rows_stay:
+            unable["all_to_all"] = (
+                "a bias or a mask of queries by keys would have to follow its rows: use another exchange"
+            )
+        elif head_axes := self._head_axes():
+            able["all_to_all"] = f"{moved}, cut over {head_axes} instead of their tokens"
+        else:
+            unable["all_to_all"] = (
+                f"{moved} are not cut evenly by the {self.length[keys[-1]]} devices on {keys[-1]!r}: use another exchange"
+            )
+        joint = self._joint_axes()
+        if joint and self.rows_stay:
+            unable["merge"] = "a bias or a mask of queries by keys would have to be gathered: use another exchange"
+        elif joint is None:
+            unable["merge"] = f"{where}: those that both are sharded over must be the last ones of the queries'"
+        else:
+            able["merge"] = "every device takes its own keys' share of all queries, and the shares are merged"
+        return able, unable
+
+    def _heads(self) -> tuple[int, int]:
+        """Query and key heads on a device."""
+        sizes = dict(self.rule.fitted(self.split, self.length).sizes)
+        k, g = (sizes.get(f, 1) // self.devices(self.split.get(f, ())) for f in "kg")
+        return k * g, k
+
+    def _head_axes(self) -> Axes:
+        """As many of the keys' axes, from the last one, as heads can be split over: each device gets whole groups of heads,
+        or some heads of one group and a copy of its key head."""
+        heads, key_heads = self._heads()
+        for first in range(len(self.key_axes)):
+            parts = self.devices(self.key_axes[first:])
+            if heads % parts == 0 and (key_heads % parts == 0 or parts % key_heads == 0):
+                return self.key_axes[first:]
+        return ()
+
+    def _joint_axes(self) -> Axes | None:
+        """The axes of both queries and keys, where they are the queries' last; None where they are not."""
+        queries = self.split.get("t", ())
+        shared = [a for a in queries if a in self.key_axes]
+        return tuple(shared) if shared == [*queries[len(queries) - len(shared) :]] else None
+
+    def plan(self, kind: str, why: str) -> AttentionPlan:
+        """That of one exchange."""
+        split, length, keys = dict(self.split), self.length, self.key_axes
+        size, walks = self.devices(keys), kind in ("ring", "all_to_all")
+        if walks:
+            split["t"] = keys
+        head_axes = self._head_axes() if kind == "all_to_all" else ()
+        joint_axes = self._joint_axes() or () if kind == "merge" else ()
+        rule = self.rule.fitted(split, length)
+        sizes, padded = dict(self.rule.sizes), dict(rule.sizes)
+        band = dataclasses.replace(
+            self.band,
+            queries=sizes["t"] if padded["t"] > sizes["t"] else None,
+            keys=sizes["s"] if padded["s"] > sizes["s"] else None,
         )
-    if kind == "ring":
-        split["t"] = key_axes
-    rule = rule.fitted(split, length)
-    padded = dict(rule.sizes)
-    hops = _hops(band, size, padded["t"] // size, padded["s"] // size) if kind == "ring" else 1
-    band = dataclasses.replace(
-        band,
-        queries=sizes["t"] if padded["t"] > sizes["t"] else None,
-        keys=sizes["s"] if padded["s"] > sizes["s"] else None,
-    )
-    ways, pieces = 1, 1
-    if kind == "ring" and hops == size:
-        causal = band.right == 0 and band.left is None and padded["t"] == padded["s"]
-        least = TILE if in_tiles else LEAST
-        ways, pieces = _cut(device_kind, size, padded["s"] // size, causal and may_balance, least)
-    axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
-    query, key = axes(rule.operands[0]), axes(rule.operands[1])
-    own = () if kind == "all_gather" else split.get("s", ())
-    shared = {a for a in key if a not in split.get("s", ())} | set(own)
-    on_one = lambda i: math.prod(rule.shape(rule.operands[i])) // math.prod(length[a] for a in axes(rule.operands[i]))
-    block = 2 * on_one(1)
-    swapped = (3 * on_one(0) + 2 * block if owed_itemsize else 2 * on_one(0) + block) // 2 * (pieces - 1)
-    sends, returns = {"local": (0, 0), "ring": (hops - 1, hops), "all_gather": (size - 1, size - 1)}[kind]
-    return AttentionPlan(
-        factors=freeze(split),
-        exchange=kind,
-        band=band,
-        axes=key_axes if size > 1 else (),
-        ring=Ring.make(key_axes, length) if kind == "ring" else Ring(),
-        size=size,
-        hops=hops,
-        ways=ways,
-        pieces=pieces,
-        query_axes=split.get("t", ()),
-        key_sum_axes=tuple(a for a in query if a not in shared),
-        bias_sum_axes=() if bias is None else tuple(a for a in query if a not in axes(rule.operands[bias])),
-        reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
-        wire_bytes=block * (sends * itemsize + returns * owed_itemsize) + swapped * itemsize,
-    )
+        ring = Ring.make(keys[: len(keys) - len(head_axes)], length) if walks or kind == "merge" else Ring()
+        hops, ways, pieces = self._walk(ring.size, padded["t"], padded["s"]) if walks else (1, 1, 1)
+        axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
+        query, key = axes(rule.operands[0]), axes(rule.operands[1])
+        own = () if kind == "all_gather" else keys
+        shared = {a for a in key if a not in keys} | set(own)
+        summed = (*query, *(a for a in keys if kind == "merge" and a not in query))
+        return AttentionPlan(
+            factors=freeze(split),
+            exchange="all_to_all + ring" if head_axes and ring.size > 1 else kind,
+            band=band,
+            axes=keys if size > 1 else (),
+            ring=ring,
+            size=size,
+            hops=hops,
+            ways=ways,
+            pieces=pieces,
+            query_axes=split.get("t", ()),
+            head_axes=head_axes,
+            head_parts=self.devices(head_axes),
+            joint_axes=joint_axes,
+            joint_parts=self.devices(joint_axes),
+            key_sum_axes=tuple(a for a in query if a not in shared),
+            bias_sum_axes=()
+            if self.bias is None
+            else tuple(a for a in summed if a not in axes(rule.operands[self.bias])),
+            reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
+            wire_bytes=self._sent(
+                rule, axes, kind, ring.size, hops, pieces, self.devices(head_axes), self.devices(joint_axes)
+            ),
+        )
 
+    def _sent(self, rule: Rule, axes, kind: str, ring: int, hops: int, pieces: int, heads: int, joint: int) -> int:
+        """Bytes that a device sends, of what has heads and a head dim."""
+        here = lambda dims: math.prod(rule.shape(dims)) // self.devices(axes(dims))
+        query, key = here(rule.operands[0]), here(rule.operands[1])
+        copies = max(1, heads // (rule.shape(rule.operands[1])[-2] // self.devices(self.split.get("k", ()))))
+        size, itemsize, owed, backward = (
+            self.devices(self.key_axes),
+            self.itemsize,
+            self.owed_itemsize,
+            self.owed_itemsize > 0,
+        )
+        around = {"ring": (hops - 1, hops), "all_to_all": (hops - 1, hops), "all_gather": (size - 1, size - 1)}
+        sends, returns = around[kind] if kind in around and (ring > 1 or kind == "all_gather") else (0, 0)
+        sent = 2 * key * copies * (sends * itemsize + returns * owed)
+        queries, keys = (3, 4) if backward else (2, 2)
+        sent += (queries * query + keys * key * copies) // 2 * (pieces - 1) * itemsize
+        if heads > 1:
+            of_keys = 2 * itemsize + backward * 2 * (owed if copies > 1 else itemsize)
+            sent += (queries * query * itemsize + key * copies * of_keys) * (heads - 1) // heads
+        if kind == "merge":
+            acc, rest = max(4, itemsize), size // joint
+            gathered = query * (joint - 1) * (itemsize * (1 + backward) + acc)
+            sent += gathered + 2 * query * acc * (rest - 1) // rest
+        return sent
 
-def _ring_or_gather(rule: Rule, split, key_axes: Axes) -> tuple[str, str]:
-    query_axes = split.get("t", ())
-    if query_axes == key_axes:
-        return "ring", "queries and keys are sharded over the same axes"
-    busy = {axis for f in rule.neighbours("t") for axis in split.get(f, ())}
-    if not query_axes and not busy & set(key_axes):
-        return "ring", "keys are sharded; queries are cut alike, which moves nothing"
-    return "all_gather", f"keys are sharded over {key_axes} but queries over {query_axes or 'no axis'}"
+    def _walk(self, size: int, queries: int, keys: int) -> tuple[int, int, int]:
+        """(hops, ways, pieces) of a ring of so many devices, which have so many tokens together.
 
-
-def _cut(device_kind: str, size: int, keys: int, balance: bool, least: int) -> tuple[int, int]:
-    """(ways, pieces) of the blocks of a ring that meets all of them: what a window cuts short comes from one side alone.
-
-    Two ways where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links carry what goes
-    to one. Two pieces, balanced places, where later devices would see more; each of at least so many keys.
-    """
-    pieces = 2 if balance and keys % (2 * least) == 0 else 1
-    ways = 2 if cost.family(device_kind) != "gpu" and size > 2 and keys % (2 * pieces * least) == 0 else 1
-    return ways, pieces
+        Two ways and two pieces only where all blocks are met: what a window cuts short comes from one side alone. Two ways
+        where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links carry what goes to
+        one. Two pieces, balanced places, where later devices would see more. Each of at least LEAST or TILE keys.
+        """
+        hops, block = _hops(self.band, size, queries // size, keys // size), keys // size
+        if size == 1 or hops < size:
+            return hops, 1, 1
+        least = TILE if self.in_tiles else LEAST
+        causal = self.band.right == 0 and self.band.left is None and queries == keys
+        pieces = 2 if causal and not self.rows_stay and block % (2 * least) == 0 else 1
+        switched = cost.family(self.device_kind) == "gpu"
+        ways = 2 if not switched and size > 2 and block % (2 * pieces * least) == 0 else 1
+        return hops, ways, pieces
 
 
 def _hops(band: Band, size: int, queries: int, keys: int) -> int:

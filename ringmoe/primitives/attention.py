@@ -101,7 +101,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         bias,
         owed,
         kind,
-        may_balance=not {"bias", "mask"} & {*operands},
+        rows_stay=any(("t",) in dims for name, dims in zip(operands, rule.operands) if name in ("bias", "mask")),
         in_tiles=params["implementation"] == "tpu" or cost.family(kind) == "tpu",
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
@@ -118,11 +118,12 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
         uniform=params.get("uniform", False),
         pieces=plan.pieces,
     )
-    head_major = lambda x, length: jax.ShapeDtypeStruct(
-        (math.prod(x.shape[:-3]), x.shape[-2], length, x.shape[-1]), x.dtype
+    head_major = lambda x, heads, length: jax.ShapeDtypeStruct(
+        (math.prod(x.shape[:-3]), heads // plan.head_parts, length * plan.head_parts, x.shape[-1]), x.dtype
     )
-    q = head_major(query, query.shape[-3])
-    k = head_major(key, key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.ways)
+    q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
+    met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.ways
+    k = head_major(key, max(key.shape[-2], plan.head_parts), met)
     return pallas.pick(
         "attention", platform, params["implementation"], lambda kernel: kernel.check(spec, q, k, extras)
     ), spec

@@ -1,8 +1,8 @@
 """Attention on one device of a mesh: which blocks of keys meet the local queries, and in which order.
 
 Arrays are local and in the public layouts: query [*batch, t, N, H], key and value [*batch, s, K, H], lse and delta
-[*batch, t, N]. Extras come whole along the keys and are cut to each hop's columns here. A balanced plan's arrays are brought
-to balanced places first, and results back (`schedule/balance.py`): kernels are told of pieces, and know no more.
+[*batch, t, N]. Extras come whole along the keys and are cut to each hop's columns here. `_Moves` brings arrays to where the
+plan has them worked on, and results back: kernels are told where pieces stand, and know no more.
 """
 
 import functools
@@ -14,15 +14,16 @@ import numpy as np
 
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
-from ringmoe.schedule import balance
+from ringmoe.schedule import balance, heads, merge
 from ringmoe.schedule.ring import walk
 from ringmoe.schedule.sums import sum_over
 
 
 def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
     """Returns output like query, and in the accumulator's dtype the LSE [*batch, t, N] and its tail: see softmax.finish."""
-    q, k, v = _placed(plan, (_head_major(x) for x in (query, key, value)))
-    blocks = _Blocks(plan, query, q, k, extras)
+    moves = _Moves(plan)
+    q, k, v = moves.queries(_head_major(query)), *map(moves.keys, map(_head_major, (key, value)))
+    blocks = _Blocks(plan, query, key, q, k, extras)
 
     def step(state, part, owner, n):
         k, v = part
@@ -30,10 +31,11 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
         return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
 
     state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.cut(blocks.gather((k, v))))
-    output, *rows = kernel.finish(spec, state)
-    output, *rows = _put_back(plan, (output.astype(query.dtype), *rows))
-    per_row = lambda x: x.swapaxes(1, 2).reshape(*query.shape[:-1])
-    return _public(output, query), *map(per_row, rows)
+    output, lse, tail = kernel.finish(spec, state)
+    if plan.exchange == "merge":
+        output, lse, tail = merge.shares(plan.axes, plan.joint_axes, output, lse, tail)
+    per_row = lambda x: moves.back(x, x.dtype).swapaxes(1, 2).reshape(*query.shape[:-1])
+    return _public(moves.back(output, query.dtype), query), *map(per_row, (lse, tail))
 
 
 def backward(
@@ -56,9 +58,11 @@ def backward(
     # p = exp(s - lse - tail), and all gradients are linear in p do and p delta: the tail's factor goes to do and delta.
     factor = jnp.exp(-tail)
     do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
-    q, k, v, do_ = _placed(plan, (_head_major(x) for x in (query, key, value, do)))
-    lse_, delta_ = _placed(plan, (x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2) for x in (lse, delta)))
-    blocks = _Blocks(plan, query, q, k, extras)
+    moves = _Moves(plan)
+    q, do_ = (moves.queries(_head_major(x)) for x in (query, do))
+    k, v = (moves.keys(_head_major(x)) for x in (key, value))
+    lse_, delta_ = (moves.queries(x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2)) for x in (lse, delta))
+    blocks = _Blocks(plan, query, key, q, k, extras)
     acc = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
     parts = blocks.cut(blocks.gather((k, v)))
 
@@ -74,28 +78,60 @@ def backward(
     dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
     owed = [jax.tree.map(acc, part) for part in parts]
     (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed)
-    dk, dv = blocks.reduce(blocks.join(dkv))
+    dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     like = (query, key, value)
-    grads = _put_back(plan, [grad.astype(x.dtype) for grad, x in zip((dq, dk, dv), like)])
+    grads = (moves.back(grad, x.dtype, x.shape[-2]) for grad, x in zip((dq, *blocks.reduce(blocks.join(dkv))), like))
     return *map(_public, grads, like), dbias
+
+
+class _Moves:
+    """Arrays [B, N, t, ...] on their way to where the plan has them worked on, and back."""
+
+    def __init__(self, plan: AttentionPlan):
+        self.plan = plan
+
+    def queries(self, x):
+        """What belongs to queries: gathered, where they are merged."""
+        return self.keys(merge.gather(self.plan.joint_axes, x, 2))
+
+    def keys(self, x):
+        """What belongs to keys: some heads of more tokens, at balanced places."""
+        plan = self.plan
+        x = heads.there(plan.head_axes, plan.head_parts, x)
+        return balance.there(plan.ring, x, 2) if plan.pieces > 1 else x
+
+    def back(self, x, dtype, num_heads: int | None = None):
+        """A result from there, in `dtype`. Of a gathered query it has its own rows already: see `merge.total`."""
+        plan = self.plan
+        if plan.pieces > 1:
+            x = balance.back(plan.ring, x, 2)
+        return heads.back(plan.head_axes, plan.head_parts, x, num_heads or x.shape[1] * plan.head_parts, dtype)
+
+    def segments(self, x):
+        """Numbers of the queries' segments, [B, t]."""
+        plan = self.plan
+        x = heads.whole((*plan.head_axes, *plan.joint_axes), x, 1)
+        return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
 
 
 class _Blocks:
     """Where the local queries and each block of keys stand in the sequence, and the extras that belong to them."""
 
-    def __init__(self, plan: AttentionPlan, query, q, k, extras: Extras):
+    def __init__(self, plan: AttentionPlan, query, key, q, k, extras: Extras):
         self.plan = plan
         self.gathered = plan.exchange == "all_gather"
+        self.columns = key.shape[-3] * plan.size  # of all devices together
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
         self.piece = self.keys // plan.ways // plan.pieces  # consecutive keys of a part
-        me = jax.lax.axis_index(plan.query_axes) if plan.query_axes else np.int32(0)
+        me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
         whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
-        if plan.pieces > 1 and whole.query_segments is not None:
-            whole = whole._replace(query_segments=balance.there(plan.ring, whole.query_segments, 1))
-        self.whole = whole
+        if whole.query_segments is not None:
+            whole = whole._replace(query_segments=_Moves(plan).segments(whole.query_segments))
+        mine = lambda x: None if x is None else heads.mine(plan.head_axes, plan.head_parts, x)
+        self.whole = whole._replace(bias=mine(whole.bias), mask=mine(whole.mask))
 
     def _starts(self, device, length: int) -> tuple:
         """Where the pieces of a device's block begin."""
@@ -153,10 +189,9 @@ class _Blocks:
 
     def _padded(self, x):
         """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
-        columns = self.keys * self.plan.ring.size
-        if not 1 < x.shape[-1] < columns:
+        if not 1 < x.shape[-1] < self.columns:
             return x
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.columns - x.shape[-1])])
 
     def _columns(self, first, x):
         if x.shape[-1] == 1 or (len(first) == 1 and x.shape[-1] == self.piece):
@@ -182,22 +217,12 @@ class _Blocks:
 
     def bias_gradient(self, dbias, bias):
         """`dbias` of the flattened bias, in the bias's own shape: summed over what the bias broadcasts over."""
-        dbias = dbias[..., : bias.shape[-1]]
+        dbias = heads.put(self.plan.head_axes, dbias[..., : bias.shape[-1]], bias.shape[-3])
         if dbias.shape[0] > 1:
             dbias = dbias.reshape(*self.batch, *dbias.shape[1:])
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)
             dbias = dbias.sum(broadcast, keepdims=True)
         return sum_over(dbias.reshape(bias.shape), self.plan.bias_sum_axes).astype(bias.dtype)
-
-
-def _placed(plan: AttentionPlan, rows) -> tuple:
-    """Arrays [B, N, t, ...] at the places where the plan has them; `_put_back` undoes it."""
-    rows = tuple(rows)
-    return balance.there(plan.ring, rows, 2) if plan.pieces > 1 else rows
-
-
-def _put_back(plan: AttentionPlan, rows):
-    return balance.back(plan.ring, rows, 2) if plan.pieces > 1 else rows
 
 
 def _along_keys(change, extras: Extras) -> Extras:
