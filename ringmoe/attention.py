@@ -29,6 +29,8 @@ class Options(TypedDict, total=False):
     implementation: Literal["tpu", "xla"] | None
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
+    query_positions: ArrayLike | None
+    key_value_positions: ArrayLike | None
     axis_name: str | tuple[str, ...] | None
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"]
 
@@ -68,6 +70,8 @@ def dot_product_attention(
     return_residual: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
+    query_positions: ArrayLike | None = None,
+    key_value_positions: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -105,8 +109,12 @@ def dot_product_attention(
       return_residual: also return the LSE.
       query_segment_ids, key_value_segment_ids: [B, T] and [B, S] int32, both or neither: a query sees keys of its own
         segment only (packed sequences).
+      query_positions, key_value_positions: [B, T] and [B, S] int32, either or both: what is_causal and local_window_size
+        compare, instead of places in the arrays; for tokens that are kept in another order, or of which some are elsewhere.
+        Lengths count places still. No TPU kernel takes them yet, and a ring meets every block and is not balanced.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) over which the sequence is sharded; query,
-        key and value are then one device's slices, and bias, mask and key_value_segment_ids span the whole of S. Outside
+        key and value are then one device's slices, and bias, mask, key_value_segment_ids and key_value_positions span the
+        whole of S. Outside
         a shard_map shardings are found by themselves and this stays None.
       exchange: what devices that share a sequence send each other, or "auto". "ring": K and V pass from neighbour to
         neighbour. "all_gather": K and V whole on every device. "all_to_all": for the work, each device has some heads of all
@@ -149,6 +157,8 @@ def dot_product_attention(
         key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (*batch,)),
         query_segments=_integers("query_segment_ids", query_segment_ids, (*batch, t)),
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
+        query_positions=_integers("query_positions", query_positions, (*batch, t)),
+        key_positions=_integers("key_value_positions", key_value_positions, (*batch, columns)),
     )
     check(
         (extras.query_segments is None) == (extras.key_segments is None),

@@ -60,7 +60,8 @@ class Extras(NamedTuple):
     """Optional per-call arrays, already cut to the local rows and keys; None where absent.
 
     bias, mask: [B|1, N|1, T|1, S|1]; query_lengths, key_lengths: [B] int32, counted in global positions;
-    query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only.
+    query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only;
+    query_positions [B, T] and key_positions [B, S]: int32, what the band compares instead of places.
     """
 
     bias: jax.Array | None = None
@@ -69,6 +70,8 @@ class Extras(NamedTuple):
     key_lengths: jax.Array | None = None
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
 
 
 class Grads(NamedTuple):

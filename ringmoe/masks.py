@@ -83,6 +83,16 @@ class Band:
             seen &= key_positions < self.keys
         return seen
 
+    @property
+    def window(self) -> "Band":
+        """What it says of pairs."""
+        return Band(self.left, self.right)
+
+    @property
+    def ends(self) -> "Band":
+        """What it says of where sequences end."""
+        return Band(queries=self.queries, keys=self.keys)
+
     def transpose(self) -> "Band":
         """The same mask with the roles swapped: which queries see a key."""
         return Band(self.right, self.left, self.keys, self.queries)

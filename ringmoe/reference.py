@@ -18,6 +18,8 @@ def dot_product_attention(
     local_window_size=None,
     query_segment_ids=None,
     key_value_segment_ids=None,
+    query_positions=None,
+    key_value_positions=None,
 ):
     """Attention and its log-sum-exp: `out = softmax(scale q k^T + bias, over the keys a query sees) v`.
 
@@ -29,6 +31,7 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: [B], how many leading queries and keys are real.
       local_window_size: keys seen to the left and to the right of a query, or one number for both; None for all.
       query_segment_ids: [B, T]; key_value_segment_ids: [B, S]: a query sees the keys of its own segment.
+      query_positions: [B, T]; key_value_positions: [B, S]: what is_causal and local_window_size compare.
 
     Returns:
       `(out [B, T, N, H], lse [B, T, N])`
@@ -42,13 +45,15 @@ def dot_product_attention(
 
     i, j = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)
     seen = jnp.ones(logits.shape, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
+    at = i if query_positions is None else query_positions[:, None, :, None]
+    of = j if key_value_positions is None else key_value_positions[:, None, None, :]
     if is_causal:
-        seen &= j <= i
+        seen &= of <= at
     if local_window_size is not None:
         window = local_window_size
         left, right = (window, window) if isinstance(window, int) else window
-        seen &= True if left is None else j >= i - left
-        seen &= True if right is None else j <= i + right
+        seen &= True if left is None else of >= at - left
+        seen &= True if right is None else of <= at + right
     if query_seq_lengths is not None:
         seen &= i < query_seq_lengths[:, None, None, None]
     if key_value_seq_lengths is not None:

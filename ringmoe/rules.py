@@ -32,6 +32,8 @@ ATTENTION = {
     "key_lengths": "...",
     "query_segments": "... t",
     "key_segments": "... u",
+    "query_positions": "... t",
+    "key_positions": "... u",
     "output": "... t (k g) h",
     "lse": "... t (k g)",
     "lse_tail": "... t (k g)",

@@ -63,6 +63,7 @@ class Case:
     mask: tuple[bool, bool, bool, bool] | None = None
     lengths: tuple[bool, bool] = (False, False)
     segments: bool = False
+    positions: tuple[bool, bool] = (False, False)
     seed: int = 0
 
     def axes(self, *roles: str) -> tuple[str, ...]:
@@ -101,6 +102,9 @@ class Case:
         if self.segments:
             ids = lambda length: np.sort(rng.integers(0, 3, (b, length)), 1).astype(np.int32)
             found |= {"query_segment_ids": ids(t), "key_value_segment_ids": ids(s)}
+        for name, length, given_ in zip(("query_positions", "key_value_positions"), (t, s), self.positions):
+            if given_:
+                found[name] = rng.integers(0, length, (b, length)).astype(np.int32)
         cotangents = rng.normal(size=(b, t, n, h)).astype(np.float32), rng.normal(size=(b, t, n)).astype(np.float32)
         return found, cotangents
 
@@ -117,6 +121,7 @@ class Case:
             "bias": whole(self.bias or (), *logits), "mask": whole(self.mask or (), *logits),
             "query_seq_lengths": P(batch), "key_value_seq_lengths": P(batch),
             "query_segment_ids": P(batch, queries), "key_value_segment_ids": P(batch),
+            "query_positions": P(batch, queries), "key_value_positions": P(batch),
         }  # fmt: skip
         return specs, (P(batch, queries, heads), P(batch, queries, heads))
 
@@ -196,7 +201,9 @@ def cases(draw):
         is_causal=causal_like, window=draw(st.sampled_from((None, None, 0, 2, (5, 0), (1, 7)))),
         bias=draw(st.none() | dims), mask=draw(st.none() | dims),
         lengths=draw(st.sampled_from(((False, False), (True, False), (False, True), (True, True)))),
-        segments=draw(st.booleans()), seed=draw(st.integers(0, 99)),
+        segments=draw(st.booleans()), positions=draw(st.sampled_from((False, False, True)).flatmap(
+            lambda some: st.tuples(st.booleans(), st.booleans()) if some else st.just((False, False))
+        )), seed=draw(st.integers(0, 99)),
     )  # fmt: skip
 
 
@@ -243,6 +250,13 @@ LAYOUTS = {
     ),
     "heads all to all and a ring, minor axis first": Case(
         mesh=(2, 2, 2), roles=("sequence", "heads", "sequence"), exchange="all_to_all", k=2, window=5, t=4
+    ),
+    "positions of queries": Case(t=16, mesh=(4,), is_causal=True, positions=(True, False), lengths=(False, True)),
+    "positions of both, all to all": Case(
+        t=4, mesh=(4,), k=4, window=(6, 2), positions=(True, True), exchange="all_to_all", b=2
+    ),
+    "positions of keys, merged": Case(
+        t=5, mesh=(4,), window=(6, 2), positions=(False, True), exchange="merge", segments=True
     ),
     "merged": Case(
         mesh=(4,), exchange="merge", k=2, is_causal=True, t=3, segments=True, bias=(True, False, True, False)

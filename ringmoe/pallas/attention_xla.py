@@ -183,6 +183,7 @@ class _Walk:
     places: dict[str, Places]
     lengths: dict[str, jax.Array]  # [B, 1, 1, 1, 1]; only those given
     segments: dict[str, jax.Array]  # queries' [B, 1, 1, T, 1], keys' [B, 1, 1, 1, S]; both or none
+    positions: dict[str, jax.Array]  # of the same shapes; only those given
     bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
     mask: jax.Array | None
 
@@ -191,17 +192,16 @@ class _Walk:
         (batch, num_heads, t, _), (_, key_heads, s, _) = q.shape, k.shape
         sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
         lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
-        segments = {}
-        if extras.query_segments is not None and extras.key_segments is not None:
-            segments["t"] = extras.query_segments[:, None, None, :, None]
-            segments["s"] = extras.key_segments[:, None, None, None, :]
+        rows, columns = (lambda x: x[:, None, None, :, None]), (lambda x: x[:, None, None, None, :])
+        along = lambda t, s: {d: shape(x) for d, shape, x in (("t", rows, t), ("s", columns, s)) if x is not None}
         walk = cls(
             spec,
             config or Config.choose(q.shape, k.shape),
             sizes,
             dict(zip("ts", at.places(t, s))),
             {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
-            segments,
+            along(extras.query_segments, extras.key_segments),
+            along(extras.query_positions, extras.key_positions),
             None,
             None,
         )
@@ -242,7 +242,14 @@ class _Walk:
             return 0, self.num_blocks(dim)
         other = "s" if dim == "t" else "t"
         band = self.spec.band if dim == "s" else self.spec.band.transpose()
-        first, last = band.blocks(*self.ends(tile, other), self.places[dim], getattr(self.config, dim))
+        size = getattr(self.config, dim)
+        if not self.positions:
+            first, last = band.blocks(*self.ends(tile, other), self.places[dim], size)
+        else:
+            first, last = band.ends.blocks(*self.ends(tile, other), self.places[dim], size)
+        if self.positions and dim not in self.positions:  # else in no order, and any block may be met
+            nearest, farthest = band.window.blocks(*self.compared(tile, other), self.places[dim], size)
+            first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         for side, lengths in self.lengths.items():
             longest = self.places[side].before(jnp.max(_cut(lengths, "b", tile)))
             if side == dim:
@@ -255,6 +262,21 @@ class _Walk:
         """The place of the tile's first element along `dim`, and the one after its last's."""
         return self.places[dim].of(tile[dim].first), self.places[dim].of(tile[dim].stop - 1) + 1
 
+    def compared(self, tile, dim: str):
+        """The least of the positions that the band compares, and the one after the greatest."""
+        if dim not in self.positions:
+            return self.ends(tile, dim)
+        found = _cut(self.positions[dim], "bkgts", tile)
+        return jnp.min(found), jnp.max(found) + 1
+
+    def is_full(self, tile):
+        """Whether every query of the tile sees every key of it, as far as the band says."""
+        ends, band = [*self.ends(tile, "t"), *self.ends(tile, "s")], self.spec.band
+        if not self.positions:
+            return band.is_full_block(*ends)
+        compared = [*self.compared(tile, "t"), *self.compared(tile, "s")]
+        return band.ends.is_full_block(*ends) & band.window.is_full_block(*compared)
+
     def at_block(self, fun, carry, tile):
         """`fun(carry, tile, masked)` with `masked` (static) false where every pair of the block is seen."""
         t, s = tile["t"], tile["s"]
@@ -265,8 +287,7 @@ class _Walk:
             return fun(carry, tile, False)
         if self.spec.uniform:
             return fun(carry, tile, True)
-        positions = [*self.ends(tile, "t"), *self.ends(tile, "s")]
-        full = self.spec.band.is_full_block(*positions) & (t.start == t.first) & (s.start == s.first)
+        full = self.is_full(tile) & (t.start == t.first) & (s.start == s.first)
         for side, lengths in self.lengths.items():
             full &= self.ends(tile, side)[1] <= jnp.min(_cut(lengths, "b", tile))
         return lax.cond(full, lambda c: fun(c, tile, False), lambda c: fun(c, tile, True), carry)
@@ -282,7 +303,9 @@ class _Walk:
         keys = tile["s"].start + jnp.arange(tile["s"].size, dtype=jnp.int32)
         seen = (rows >= tile["t"].first) & (keys >= tile["s"].first)
         position = {"t": self.places["t"].of(rows), "s": self.places["s"].of(keys)}
-        seen &= self.spec.band(position["t"], position["s"])
+        seen &= self.spec.band.ends(position["t"], position["s"])
+        compared = position | {dim: _cut(x, "bkgts", tile) for dim, x in self.positions.items()}
+        seen = seen & self.spec.band.window(compared["t"], compared["s"])
         for side, lengths in self.lengths.items():
             seen = seen & (position[side] < _cut(lengths, "b", tile))
         if self.segments:

@@ -57,6 +57,7 @@ def make(
     owed_itemsize: int = 0,
     device_kind: str = "",
     rows_stay: bool = False,
+    in_order: bool = True,
     in_tiles: bool = False,
 ) -> AttentionPlan:
     """Chooses the exchange.
@@ -67,12 +68,23 @@ def make(
       exchange: what the caller asked for, one of EXCHANGES. itemsize: bytes of one element of K and V; owed_itemsize: of
         dK and dV on their way to their owner, in a backward pass. device_kind: as JAX names it.
       rows_stay: whether there are arrays of queries by keys, which would have to follow rows that go elsewhere.
+      in_order: whether places in the arrays are what the band compares.
       in_tiles: whether the kernel will be a TPU's, as far as is known.
 
     Raises ValueError where the caller asked for an exchange that these shardings can't have.
     """
     call = _Call(
-        rule, dict(factors), dict(mesh_shape), band, itemsize, bias, owed_itemsize, device_kind, rows_stay, in_tiles
+        rule,
+        dict(factors),
+        dict(mesh_shape),
+        band,
+        itemsize,
+        bias,
+        owed_itemsize,
+        device_kind,
+        rows_stay,
+        in_order,
+        in_tiles,
     )
     if call.devices(call.key_axes) == 1:
         return call.plan("local", "keys are whole on every device: nothing to exchange")
@@ -97,6 +109,7 @@ class _Call:
     owed_itemsize: int
     device_kind: str
     rows_stay: bool
+    in_order: bool
     in_tiles: bool
 
     @property
@@ -243,11 +256,12 @@ class _Call:
         where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links carry what goes to
         one. Two pieces, balanced places, where later devices would see more. Each of at least LEAST or TILE keys.
         """
-        hops, block = _hops(self.band, size, queries // size, keys // size), keys // size
+        band, block = self.band if self.in_order else Band(), keys // size
+        hops = _hops(band, size, queries // size, block)
         if size == 1 or hops < size:
             return hops, 1, 1
         least = TILE if self.in_tiles else LEAST
-        causal = self.band.right == 0 and self.band.left is None and queries == keys
+        causal = band.right == 0 and band.left is None and queries == keys
         pieces = 2 if causal and not self.rows_stay and block % (2 * least) == 0 else 1
         switched = cost.family(self.device_kind) == "gpu"
         ways = 2 if not switched and size > 2 and block % (2 * pieces * least) == 0 else 1

@@ -102,6 +102,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         owed,
         kind,
         rows_stay=any(("t",) in dims for name, dims in zip(operands, rule.operands) if name in ("bias", "mask")),
+        in_order=not {"query_positions", "key_positions"} & {*operands},
         in_tiles=params["implementation"] == "tpu" or cost.family(kind) == "tpu",
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.

@@ -108,8 +108,8 @@ class _Moves:
             x = balance.back(plan.ring, x, 2)
         return heads.back(plan.head_axes, plan.head_parts, x, num_heads or x.shape[1] * plan.head_parts, dtype)
 
-    def segments(self, x):
-        """Numbers of the queries' segments, [B, t]."""
+    def row_numbers(self, x):
+        """Numbers of queries, [B, t]: of their segments, their positions."""
         plan = self.plan
         x = heads.whole((*plan.head_axes, *plan.joint_axes), x, 1)
         return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
@@ -128,10 +128,14 @@ class _Blocks:
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
         whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
-        if whole.query_segments is not None:
-            whole = whole._replace(query_segments=_Moves(plan).segments(whole.query_segments))
+        rows = lambda x: None if x is None else _Moves(plan).row_numbers(x)
         mine = lambda x: None if x is None else heads.mine(plan.head_axes, plan.head_parts, x)
-        self.whole = whole._replace(bias=mine(whole.bias), mask=mine(whole.mask))
+        self.whole = whole._replace(
+            bias=mine(whole.bias),
+            mask=mine(whole.mask),
+            query_segments=rows(whole.query_segments),
+            query_positions=rows(whole.query_positions),
+        )
 
     def _starts(self, device, length: int) -> tuple:
         """Where the pieces of a device's block begin."""
@@ -227,7 +231,7 @@ class _Blocks:
 
 def _along_keys(change, extras: Extras) -> Extras:
     """`extras` with `change` made to those that are there and whose last dim is the keys."""
-    found = {name: getattr(extras, name) for name in ("bias", "mask", "key_segments")}
+    found = {name: getattr(extras, name) for name in ("bias", "mask", "key_segments", "key_positions")}
     return extras._replace(**{name: change(x) for name, x in found.items() if x is not None})
 
 
