@@ -5,6 +5,8 @@ import pathlib
 from jax.extend import source_info_util
 
 from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.decode import decode_attention as decode_attention
+from ringmoe.decode import update_cache as update_cache
 from ringmoe.dense import SharedExpert as SharedExpert
 from ringmoe.inspector import OverlapReport as OverlapReport
 from ringmoe.inspector import inspect as inspect
@@ -26,6 +28,6 @@ from ringmoe.router import route as route
 from ringmoe.router import update_selection_bias as update_selection_bias
 
 # Tracebacks and `explain` point at the caller's line, not at ours; the demo's model is a caller.
-for _part in ("attention.py", "compat.py", "dense.py", "ffn.py", "moe.py", "lowering", "pallas", "primitives", "router",
-              "schedule"):  # fmt: skip
+for _part in ("attention.py", "compat.py", "decode.py", "dense.py", "ffn.py", "moe.py", "lowering", "pallas", "primitives",
+              "router", "schedule"):  # fmt: skip
     source_info_util.register_exclusion(str(pathlib.Path(__file__).parent / _part))

@@ -68,10 +68,13 @@ MOVERS = {
 }
 """Of dispatch and combine, whose rows lie by slot: z groups of i consecutive tokens, r rows an expert takes of a group."""
 
+CACHE = {"cache": "... s k h", "new": "... u k h", "first": "..."}
+"""Of a cache's update: s tokens that there is room for, u new ones, which devices hold whole."""
+
 OWN = re.compile(r"own(\d+)_(\d+)")
 """An array of the caller's own experts: its number, and how many dims it has. The first is e, the others are whole."""
 
-FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS}
+FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS, "cache": CACHE}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
 MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e")}

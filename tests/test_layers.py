@@ -15,10 +15,16 @@ ROOT = pathlib.Path(__file__).parents[1] / "ringmoe"
 # What each part of ringmoe/ may import of the others. A new file must be given a place here.
 FLOOR = ("errors", "reference", "reference_moe", "masks", "interface", "ffn", "softmax")
 ORDER = (FLOOR, ("meshes",), ("rules", "compat"), ("pallas",), ("plan",), ("schedule",), ("primitives",),
-         ("attention", "router", "dense", "moe"), ("lowering",), ("demo",), ("cli",))  # fmt: skip
+         ("attention", "decode", "router", "dense", "moe"), ("lowering",), ("demo",), ("cli",))  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # `router` is plain jnp and needs only `errors`; among equals these edges exist and none leads back.
-AMONG_EQUALS = {("interface", "masks"), ("masks", "errors"), ("moe", "router"), ("moe", "dense")}
+AMONG_EQUALS = {
+    ("interface", "masks"),
+    ("masks", "errors"),
+    ("moe", "router"),
+    ("moe", "dense"),
+    ("decode", "attention"),
+}
 FORBIDDEN = {("schedule", "pallas"), ("plan", "pallas")}
 ALONE = ("inspector",)  # imports nothing of ringmoe
 # Its rooms, lowest first.

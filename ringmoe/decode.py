@@ -1,0 +1,127 @@
+"""Attention to a cache of keys and values, and its update: one token after another, or a prompt chunk by chunk."""
+
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ringmoe import compat
+from ringmoe.attention import dot_product_attention
+from ringmoe.errors import check
+from ringmoe.primitives import cache as primitive
+
+
+# fmt: off
+@overload
+def decode_attention(
+    query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
+    local_window_size: int | None = None, implementation: Literal["tpu", "xla"] | None = None,
+    return_residual: Literal[False] = False,
+    exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
+) -> jax.Array: ...
+@overload
+def decode_attention(
+    query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
+    local_window_size: int | None = None, implementation: Literal["tpu", "xla"] | None = None,
+    return_residual: bool,
+    exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
+) -> tuple[jax.Array, jax.Array]: ...
+# fmt: on
+
+
+def decode_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    scale: ArrayLike | None = None,
+    local_window_size: int | None = None,
+    implementation: Literal["tpu", "xla"] | None = None,
+    return_residual: bool = False,
+    exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Causal attention of the last T tokens of each sequence to a cache that may be sharded along the sequence.
+
+        O_i = softmax(scale q_i K[: p_i + 1]^T) V[: p_i + 1],    p_i = length - T + i
+
+    T == 1 decodes a token; larger T are the chunks of a prompt (chunked prefill). The new tokens' own keys and values are in
+    the cache already: write them with `update_cache` first. Nothing of the cache travels where queries are few: each device
+    attends to its own part, and the shares are merged.
+
+    Args:
+      query: [B, T, N, H], the last T tokens of each sequence; any number of batch dims; bf16, fp16, fp32 or fp64.
+      key_cache, value_cache: [B, S, K, H] of query's dtype, N a multiple of K.
+      lengths: [B] int32, 0 <= length <= S: tokens of each sequence in the cache, the queries' own included. Sequences may
+        have different ones. What is past them in the cache is not read, NaN or not.
+      scale: of the logits; default 1 / sqrt(H).
+      local_window_size: a token sees so many tokens before it, and itself; None: all.
+      implementation, return_residual, exchange: as in `dot_product_attention`.
+
+    Returns:
+      output like query; with `return_residual` also the LSE [B, T, N]. A query before the sequence's start (where
+      length < T) gives 0 and -inf.
+
+    Raises:
+      ValueError: shapes, dtypes or names that don't fit, with what was expected.
+
+    Cost per device of P: 4 B T S N H / P FLOPs; its part of the cache is read up to the longest sequence's end;
+    2 (P - 1) / P B T N (H + 1) fp32 numbers are sent and as many received, however long the cache; no memory to speak of.
+
+    Source: Dao et al., Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
+    """
+    query, key_cache, value_cache, lengths = map(jnp.asarray, (query, key_cache, value_cache, lengths))
+    check(query.ndim >= 4, f"{query.shape=}, expected [B, T, N, H] with a batch dim or more")
+    _check_numbers("lengths", lengths, query.shape[:-3])
+    check(
+        local_window_size is None or local_window_size >= 0,
+        f"{local_window_size=}, expected how many tokens before it a token sees, >= 0",
+    )
+    num_queries = query.shape[-3]
+    first = lengths[..., None] - num_queries
+    return dot_product_attention(
+        query,
+        key_cache,
+        value_cache,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if local_window_size is None else (local_window_size, 0),
+        key_value_seq_lengths=lengths,
+        query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
+        implementation=implementation,
+        return_residual=return_residual,
+        exchange=exchange,
+    )
+
+
+def update_cache(cache: ArrayLike, new: ArrayLike, first: ArrayLike) -> jax.Array:
+    """The cache with each sequence's new tokens written from its place `first` on: on the devices that own these places.
+
+    Args:
+      cache: [B, S, K, H], keys or values; any number of batch dims. new: [B, T, K, H], of the cache's dtype.
+      first: [B] int32, tokens that each sequence had before. Places outside 0 .. S are dropped.
+
+    Returns:
+      The cache. Donate the old one to your jitted step (`donate_argnames`) and it is changed in place.
+
+    Raises:
+      ValueError: shapes or dtypes that don't fit, with what was expected.
+
+    Cost: nothing is sent but `new`, where it isn't on all devices; B T rows are written.
+    """
+    cache, new, first = map(jnp.asarray, (cache, new, first))
+    check(cache.ndim >= 4, f"{cache.shape=}, expected [B, S, K, H] with a batch dim or more")
+    expected = (*cache.shape[:-3], "T", *cache.shape[-2:])
+    fits = new.ndim == cache.ndim and (*new.shape[:-3], "T", *new.shape[-2:]) == expected
+    check(fits, f"{new.shape=}, expected [B, T, K, H] with the dims of the cache's {cache.shape}")
+    check(new.dtype == cache.dtype, f"{new.dtype=}, expected the cache's {cache.dtype}: cast one of them")
+    _check_numbers("first", first, cache.shape[:-3])
+    return primitive.update(*compat.vary_alike((cache, new, first)))
+
+
+def _check_numbers(name: str, x, batch):
+    check(
+        x.shape == batch and x.dtype == jnp.int32,
+        f"{name} has shape {x.shape} and dtype {x.dtype}, expected int32 {batch}, one for each sequence",
+    )

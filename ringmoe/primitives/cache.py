@@ -1,0 +1,25 @@
+"""The primitive that writes new tokens into a cache."""
+
+from ringmoe.plan.base import freeze
+from ringmoe.plan.cache import CachePlan
+from ringmoe.primitives.op import Op
+from ringmoe.schedule import cache as schedule
+
+
+def update(cache, new, first):
+    """The cache [*batch, S, K, H] with new [*batch, T, K, H] from the places first [*batch] on."""
+    operands = ("cache", "new", "first")
+    params = dict(operands=operands, results=("cache",), sizes=(), implementation=None, spec=None)
+    return UPDATE.bind(cache, new, first, axis_name=(), **params)[0]
+
+
+def _plan(rule, factors, mesh, avals, params) -> CachePlan:
+    return CachePlan(freeze(factors), factors.get("s", ()))
+
+
+def _body(plan: CachePlan, platform: str, params):
+    return lambda cache, new, first: [schedule.update(plan.key_axes, cache, new, first)]
+
+
+UPDATE = Op("update_cache", "cache", _plan, _body)
+UPDATE.derive(UPDATE.differentiate_plainly)
