@@ -156,9 +156,10 @@ def test_on_tpu_it_is_a_ring_of_kernels(name):
         shape = (*rows[:-1], length * rows[-1], heads, 128)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
 
-    program = case.program(ringmoe.dot_product_attention)
+    attend = functools.partial(ringmoe.dot_product_attention, exchange="ring")
+    program = case.program(attend)
     if name.startswith("a batch"):
-        program = lambda *arrays: ringmoe.dot_product_attention(*(x.reshape(2, -1, *x.shape[1:]) for x in arrays))
+        program = lambda *arrays: attend(*(x.reshape(2, -1, *x.shape[1:]) for x in arrays))
     loss = lambda *arrays: jnp.sum(program(*arrays).astype(jnp.float32) ** 2)
     with no_cost_warnings():
         text = ringmoe.jit(jax.grad(loss, (0, 1, 2))).lower(*map(big, case.arrays, case.specs)).compile().as_text()
@@ -341,7 +342,7 @@ def test_operands_on_two_meshes_of_the_same_devices(door):
     one, other = make_mesh((2, 4), AxisType.Auto), make_mesh((8,), AxisType.Auto, ("x",))
     q, k, v = qkv()
     placed = put(one, (q,), (P(None, ("a", "b")),)) + put(other, (k, v), (P(None, "x"),) * 2)
-    fun = lambda q, k, v: ringmoe.dot_product_attention(q, k, v, is_causal=True)
+    fun = lambda q, k, v: ringmoe.dot_product_attention(q, k, v, is_causal=True, exchange="ring")
     assert_close(door.jit(fun)(*placed), fun(q, k, v), 1e-5)
     if door is RINGMOE_JIT:
         assert [row.exchange for row in ringmoe.explain(door.jit(fun), *placed).rows] == ["ring"]

@@ -82,7 +82,8 @@ def test_explain_says_when_it_is_balanced(given_, pieces):
     mesh = make_mesh((4,), AxisType.Explicit)
     q = jax.device_put(np.ones((1, 128, 2, 4), np.float32), jax.sharding.NamedSharding(mesh, P(None, "a")))
     with jax.set_mesh(mesh):
-        rows = ringmoe.explain(jax.jit(lambda q: ringmoe.dot_product_attention(q, q, q, **given_)), q).rows
+        attend = functools.partial(ringmoe.dot_product_attention, exchange="ring", **given_)
+        rows = ringmoe.explain(jax.jit(lambda q: attend(q, q, q)), q).rows
     assert ("two chunks a device" in rows[0].reason) == pieces
 
 
@@ -93,7 +94,8 @@ def test_of_a_length_that_devices_do_not_divide(size, length):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     loss = lambda attend: jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, is_causal=True))), (0, 1, 2))
-    padded = lambda q, k, v, **how: ringmoe.dot_product_attention(q[:, :length], k[:, :length], v[:, :length], **how)
+    ring = functools.partial(ringmoe.dot_product_attention, exchange="ring")
+    padded = lambda q, k, v, **how: ring(q[:, :length], k[:, :length], v[:, :length], **how)
     longer = [np.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))) for x in (q, k, v)]
     placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, P(None, "a"))) for x in longer]
     fun = ringmoe.jit(loss(padded))
@@ -112,7 +114,9 @@ def test_on_a_machine_its_work_is_little_more_than_half(target):
     q = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, P(None, "x")))
 
     def work(**window):
-        attend = ringmoe.jit(lambda q: ringmoe.dot_product_attention(q, q, q, is_causal=True, **window))
+        attend = ringmoe.jit(
+            lambda q: ringmoe.dot_product_attention(q, q, q, is_causal=True, exchange="ring", **window)
+        )
         return ringmoe.inspect(attend, q, target=target).compute_us
 
     assert work() < 0.58 * work(local_window_size=(length - 1, 0))

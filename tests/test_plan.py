@@ -38,13 +38,12 @@ BLOCK = 2 * B * S // 4 * K * H  # elements of K and V on one of four devices
     ({}, "auto", "local", (), (), 0),
     ({"b0": ("a",)}, "auto", "local", (), (), 0),
     ({"t": ("b",)}, "auto", "local", (), ("b",), 0),
-    ({"t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK * 2),
     ({"t": ("b",), "s": ("b",)}, "ring", "ring", ("b",), ("b",), 3 * BLOCK * 2),
     ({"t": ("b",), "s": ("b",)}, "all_gather", "all_gather", ("b",), ("b",), 3 * BLOCK * 2),
-    ({"b0": ("a",), "t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
-    ({"k": ("a",), "t": ("b",), "s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
-    ({"t": ("a", "b"), "s": ("a", "b")}, "auto", "ring", ("a", "b"), ("a", "b"), 7 * BLOCK // 2 * 2),
-    ({"s": ("b",)}, "auto", "ring", ("b",), ("b",), 3 * BLOCK * 2),  # queries are cut alike
+    ({"b0": ("a",), "t": ("b",), "s": ("b",)}, "ring", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
+    ({"k": ("a",), "t": ("b",), "s": ("b",)}, "ring", "ring", ("b",), ("b",), 3 * BLOCK // 2 * 2),
+    ({"t": ("a", "b"), "s": ("a", "b")}, "ring", "ring", ("a", "b"), ("a", "b"), 7 * BLOCK // 2 * 2),
+    ({"s": ("b",)}, "ring", "ring", ("b",), ("b",), 3 * BLOCK * 2),  # queries are cut alike
     ({"g": ("b",), "s": ("b",)}, "auto", "all_gather", ("b",), (), 3 * BLOCK * 2),  # b is busy in the query
     ({"t": ("a",), "s": ("b",)}, "auto", "all_gather", ("b",), ("a",), 3 * BLOCK * 2),
     ({"t": ("b", "a"), "s": ("a", "b")}, "auto", "all_gather", ("a", "b"), ("b", "a"), 7 * BLOCK // 2 * 2),
@@ -61,7 +60,7 @@ def test_attention_exchange(factors, exchange, kind, axes, query_axes, sent):
 )
 def test_lengths_that_the_devices_do_not_divide_are_padded(t, s, queries, keys):
     """The ring stays a ring, and the band knows where the sequences end."""
-    got = attention({"s": ("b",)}, Band(5, 0), t=t, s=s)
+    got = attention({"s": ("b",)}, Band(5, 0), "ring", t=t, s=s)
     assert got.exchange == "ring" and got.band == Band(5, 0, queries, keys)
     assert got.wire_bytes == (got.hops - 1) * 2 * B * -(-s // 4) * K * H * 2
 
@@ -87,7 +86,7 @@ def test_a_ring_that_was_asked_for_and_can_not_be():
 
 
 def test_a_backward_ring_sends_gradients_in_float32_once_more_than_keys():
-    got = attention({"t": ("b",), "s": ("b",)}, backward=True)
+    got = attention({"t": ("b",), "s": ("b",)}, exchange="ring", backward=True)
     assert got.wire_bytes == BLOCK * (3 * 2 + 4 * 4)
 
 
@@ -98,7 +97,7 @@ def test_hops_are_as_few_as_cover_every_pair(size, tokens, left, right):
     band, length = Band(left, right), size * tokens
     queries, keys = np.arange(length)[:, None], np.arange(length)
     seen = np.asarray(band(queries, keys))
-    got = attention({"t": ("r",), "s": ("r",)}, band, mesh=(("r", size),), t=length, s=length)
+    got = attention({"t": ("r",), "s": ("r",)}, band, "ring", (("r", size),), t=length, s=length)
 
     def misses(hops):
         blocks = seen.reshape(size, tokens, size, tokens).any((1, 3))
@@ -134,7 +133,7 @@ def test_both_ways_round_and_balanced(kind, band, tokens, how, ways, pieces, bac
     rule = rules.make("attention", operands, results)
     factors = freeze({"t": ("r",), "s": ("r",)})
     mesh, owed = (("r", 4),), 4 if backward else 0
-    got = attention_plan.make(rule, factors, mesh, band, "auto", 2, None, owed, kind, **how)
+    got = attention_plan.make(rule, factors, mesh, band, "ring", 2, None, owed, kind, **how)
     assert (got.ways, got.pieces) == (ways, pieces)
     queries, keys = B * tokens * N * H, B * tokens * K * H
     swapped = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * 2 // 2
@@ -144,8 +143,8 @@ def test_both_ways_round_and_balanced(kind, band, tokens, how, ways, pieces, bac
 
 def test_a_cross_attention_ring_takes_no_short_cut():
     factors = {"t": ("b",), "s": ("b",)}
-    assert attention(factors, Band(3, 0)).hops == 2
-    assert attention(factors, Band(3, 0), s=64).hops == 4
+    assert attention(factors, Band(3, 0), "ring").hops == 2
+    assert attention(factors, Band(3, 0), "ring", s=64).hops == 4
 
 
 @pytest.mark.parametrize(("factors", "bias", "key_sum", "bias_sum"), [
@@ -158,7 +157,8 @@ def test_a_cross_attention_ring_takes_no_short_cut():
     ({"t": ("a",), "s": ("b",)}, (1, 1, 1, S), ("a",), ("a",)),
 ])  # fmt: skip
 def test_what_gradients_are_summed_over(factors, bias, key_sum, bias_sum):
-    got = attention(factors, bias=bias, backward=True)
+    asked = "ring" if factors.get("t") == factors.get("s") else "all_gather"
+    got = attention(factors, exchange=asked, bias=bias, backward=True)
     assert set(got.key_sum_axes) == set(key_sum)
     assert set(got.bias_sum_axes) == set(bias_sum)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 
 from ringmoe.errors import check
@@ -10,9 +11,11 @@ from ringmoe.masks import Band
 from ringmoe.meshes import Axes
 from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, Ring, freeze
+from ringmoe.plan.load import Load
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all", "merge")
+MOST_GATHERED = 1 / 32  # of a device's memory, for keys and values that "auto" gathers
 LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a TPU kernel's block
 
 
@@ -38,6 +41,8 @@ class AttentionPlan:
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
     wire_bytes: int  # sent per device by this op; what is one number a row aside
+    us: float = 0.0  # by the model of `load.py`, waiting included
+    gathered_bytes: float = 0.0  # of memory for keys and values of all devices, and their gradients
 
     @property
     def row_axes(self) -> Axes:
@@ -90,10 +95,18 @@ def make(
         return call.plan("local", "keys are whole on every device: nothing to exchange")
     able, unable = call.exchanges()
     if exchange == "auto":
-        kind = next(kind for kind in ("ring", "all_gather") if kind in able)
-        return call.plan(kind, able[kind])
+        return _fastest([call.plan(kind, why) for kind, why in able.items()], cost.machine(device_kind, itemsize))
     check(exchange in able, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
     return call.plan(exchange, able[exchange])
+
+
+def _fastest(plans: list[AttentionPlan], machine: cost.Machine) -> AttentionPlan:
+    """The one that takes the least time by the model, with what the others would take for a reason; none that gathers more than a
+    device has memory for, while there are others."""
+    fitting = [plan for plan in plans if plan.gathered_bytes <= machine.capacity * MOST_GATHERED] or plans
+    best, *others = sorted(fitting, key=lambda plan: plan.us)
+    told = f"{best.us:.0f} us on {machine.kind} by the model" + "".join(f", {p.exchange} {p.us:.0f}" for p in others)
+    return dataclasses.replace(best, reason=f"{best.reason}; {told}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +212,9 @@ class _Call:
         own = () if kind == "all_gather" else keys
         shared = {a for a in key if a not in keys} | set(own)
         summed = (*query, *(a for a in keys if kind == "merge" and a not in query))
+        head_parts, joint_parts = self.devices(head_axes), self.devices(joint_axes)
+        how = dict(head_parts=head_parts, joint_parts=joint_parts, hops=hops, ways=ways, pieces=pieces)
+        load = self._load(kind, rule, split, **how)
         return AttentionPlan(
             factors=freeze(split),
             exchange="all_to_all + ring" if head_axes and ring.size > 1 else kind,
@@ -206,48 +222,40 @@ class _Call:
             axes=keys if size > 1 else (),
             ring=ring,
             size=size,
-            hops=hops,
-            ways=ways,
-            pieces=pieces,
+            **how,
             query_axes=split.get("t", ()),
             head_axes=head_axes,
-            head_parts=self.devices(head_axes),
             joint_axes=joint_axes,
-            joint_parts=self.devices(joint_axes),
             key_sum_axes=tuple(a for a in query if a not in shared),
             bias_sum_axes=()
             if self.bias is None
             else tuple(a for a in summed if a not in axes(rule.operands[self.bias])),
             reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
-            wire_bytes=self._sent(
-                rule, axes, kind, ring.size, hops, pieces, self.devices(head_axes), self.devices(joint_axes)
-            ),
+            wire_bytes=load.sent(),
+            us=load.us if size > 1 else 0.0,
+            gathered_bytes=load.gathered_bytes(),
         )
 
-    def _sent(self, rule: Rule, axes, kind: str, ring: int, hops: int, pieces: int, heads: int, joint: int) -> int:
-        """Bytes that a device sends, of what has heads and a head dim."""
-        here = lambda dims: math.prod(rule.shape(dims)) // self.devices(axes(dims))
-        query, key = here(rule.operands[0]), here(rule.operands[1])
-        copies = max(1, heads // (rule.shape(rule.operands[1])[-2] // self.devices(self.split.get("k", ()))))
-        size, itemsize, owed, backward = (
-            self.devices(self.key_axes),
-            self.itemsize,
-            self.owed_itemsize,
-            self.owed_itemsize > 0,
+    def _load(self, kind: str, rule: Rule, split: Mapping[str, Axes], **how: int) -> Load:
+        here = {f: n // self.devices(split.get(f, ())) for f, n in rule.sizes}
+        of = lambda *names: math.prod(here.get(f, 1) for f in names)
+        return Load(
+            kind=kind,
+            machine=cost.machine(self.device_kind, self.itemsize),
+            band=self.band if self.in_order else Band(),
+            itemsize=self.itemsize,
+            owed_itemsize=self.owed_itemsize,
+            in_tiles=self.in_tiles,
+            batch=math.prod(n for f, n in here.items() if re.fullmatch(r"[bm]\d+", f)),
+            heads=of("k", "g"),
+            key_heads=of("k"),
+            queries=of("t"),
+            keys=of("s"),
+            width=of("h"),
+            size=self.devices(self.key_axes),
+            mesh_size=math.prod(self.length.values()),
+            **how,
         )
-        around = {"ring": (hops - 1, hops), "all_to_all": (hops - 1, hops), "all_gather": (size - 1, size - 1)}
-        sends, returns = around[kind] if kind in around and (ring > 1 or kind == "all_gather") else (0, 0)
-        sent = 2 * key * copies * (sends * itemsize + returns * owed)
-        queries, keys = (3, 4) if backward else (2, 2)
-        sent += (queries * query + keys * key * copies) // 2 * (pieces - 1) * itemsize
-        if heads > 1:
-            of_keys = 2 * itemsize + backward * 2 * (owed if copies > 1 else itemsize)
-            sent += (queries * query * itemsize + key * copies * of_keys) * (heads - 1) // heads
-        if kind == "merge":
-            acc, rest = max(4, itemsize), size // joint
-            gathered = query * (joint - 1) * (itemsize * (1 + backward) + acc)
-            sent += gathered + 2 * query * acc * (rest - 1) // rest
-        return sent
 
     def _walk(self, size: int, queries: int, keys: int) -> tuple[int, int, int]:
         """(hops, ways, pieces) of a ring of so many devices, which have so many tokens together.

@@ -1,12 +1,16 @@
 """How long work and exchanges take on a machine: the model by which plans choose, in microseconds.
 
-    work        = max(FLOPs / the matmul rate, bytes / the memory's rate)
-    all-to-all  = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
+    work            = max(FLOPs / the matmul rate, bytes / the memory's rate)
+    all-to-all      = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
+    all-gather      = B (n - 1) / (rate of all links that the devices span)
+    reduce-scatter  = B (n - 1) / n / that;  all-reduce twice as much
+    to a neighbour  = B / a link's rate
+    to the mirror   = B L / (2 * link's rate),  half of it where the dim is a ring
 
 for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
 cross the cut through its middle. It is made to tell which of two is faster: a mesh axis may lie along one dim of the torus,
-which nothing here can know. Figures of the chips are those of `inspector.chips`, and the formulas those of `inspector.wire`,
-which knows where the devices are.
+which nothing here can know. Figures of the chips are those of `inspector.chips` and `inspector.networks`, and the formulas
+those of `inspector.wire`, which knows where the devices are.
 """
 
 import dataclasses
@@ -14,6 +18,7 @@ import functools
 import math
 
 from ringmoe.inspector.chips import CHIPS, chip_of
+from ringmoe.inspector.networks import NETWORKS, Protocol
 
 DEFAULT = "v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
@@ -27,17 +32,20 @@ SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """One device: FLOPs, bytes of memory, and bytes of one link, one way, in a microsecond; or, where `dims` is 0, of all links
-    to a switch."""
+    to a switch; FLOPs of its vector units; and bytes of memory that there are."""
 
     kind: str
     flops: float
+    vector: float
     memory: float
+    capacity: float
     link: float
     dims: int
     per_chip: int
     launch: float
     asynchronous: int
     slice: int
+    protocols: tuple[Protocol, ...]
 
     def is_limited(self, devices: int) -> bool:
         """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""
@@ -50,9 +58,38 @@ class Machine:
         """Of `sent` bytes that each device has, an equal share for every one."""
         if not self.dims:
             return sent * (devices - 1) / devices / self.link
-        longest = _longest(-(-devices // self.per_chip), self.dims)
-        closed = longest % 4 == 0 if self.dims == 3 else longest == 16
-        return sent * self.per_chip * longest / (8 if closed else 4) / self.link
+        longest = max(self._torus(devices))
+        return sent * self.per_chip * longest / (8 if self._is_ring(longest) else 4) / self.link
+
+    def steps(self, devices: int) -> int:
+        """Links from end to end."""
+        if not self.dims:
+            return devices - 1
+        return sum(n // 2 if self._is_ring(n) else n - 1 for n in self._torus(devices))
+
+    def alone(self, us: float, steps: int) -> float:
+        """How long what takes so long at the full rate takes with all that comes with it, over so many links."""
+        return min(p.launch_us + steps * p.link_us + us / p.share for p in self.protocols)
+
+    def all_gather(self, devices: int, sent: float) -> float:
+        """Of `sent` bytes of each device, to all."""
+        rings = [2 if self._is_ring(n) else 1 for n in self._torus(devices) if n > 1] if self.dims else []
+        return sent * (devices - 1) / (self.link * max(1, sum(rings)))
+
+    def reduce_scatter(self, devices: int, sent: float) -> float:
+        """Of sums of `sent` bytes of each device, an equal share for every one."""
+        return self.all_gather(devices, sent / devices)
+
+    def mirror(self, devices: int, sent: float) -> float:
+        """Of `sent` bytes to the device at the other end."""
+        longest = max(self._torus(devices)) if self.dims else 1
+        return sent * max(1, longest / (4 if self._is_ring(longest) else 2)) / self.link
+
+    def _torus(self, devices: int) -> tuple[int, ...]:
+        return _compact(-(-devices // self.per_chip), self.dims)
+
+    def _is_ring(self, length: int) -> bool:
+        return length % 4 == 0 if self.dims == 3 else length == 16
 
 
 @functools.cache
@@ -64,13 +101,16 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
     return Machine(
         name,
         chip.matmul_flops.get(DTYPES[itemsize], chip.matmul_flops["f32"]) / chip.devices_per_chip * per_us,
+        chip.vector_flops / chip.devices_per_chip * per_us,
         chip.hbm_bandwidth / chip.devices_per_chip * per_us,
+        chip.hbm_bytes / chip.devices_per_chip,
         chip.link_bandwidth * (1 if torus else chip.num_links) * per_us,
         chip.num_links // 2 if torus else 0,
         chip.devices_per_chip,
         LAUNCH[chip.kind],
         ASYNCHRONOUS.get(name, 2**31),
         SLICE.get(name, 2**31),
+        NETWORKS[name].protocols,
     )
 
 
@@ -80,12 +120,13 @@ def family(device_kind: str) -> str:
     return "" if name is None else CHIPS[name].kind
 
 
-def _longest(chips: int, dims: int) -> int:
-    """The longest dim of the most compact torus of so many chips: its dims are products of their prime factors."""
+@functools.cache
+def _compact(chips: int, dims: int) -> tuple[int, ...]:
+    """The most compact torus of so many chips: its dims are products of their prime factors."""
     shape, left = [1] * dims, chips
     for factor in sorted(_primes(left), reverse=True):
         shape[shape.index(min(shape))] *= factor
-    return max(shape)
+    return tuple(shape)
 
 
 def _primes(n: int) -> list[int]:

@@ -1,0 +1,199 @@
+"""What one device has to do and to send in attention by one plan, and how long a model of the machine says it takes.
+
+    a kernel's call  = max(pairs F / (matmul rate SHARE), pairs VECTOR / vector rate, (B + C) / memory's rate)
+                       + EDGE C / memory's rate + LAUNCH
+    a hop            = max(its calls, LATE (the next block's way here));  their sum where permutes are not asynchronous
+    all              = hops, the last without a way, and what moves before and after them, each by itself
+
+for B bytes that the call's tiles fetch and C of its state, F = 4 H FLOPs a pair forward and 10 H backward. The kernels'
+constants are fitted to the inspector's times of them, see bench/README.md.
+"""
+
+import dataclasses
+import functools
+
+from ringmoe.masks import Band
+from ringmoe.plan.cost import Machine
+
+SHARE = (0.98, 0.7)  # of the matmul rate that a TPU's kernel reaches, forward and backward
+VECTOR = (10.4, 24.0)  # its vector operations for a pair
+EDGE = 0.45  # of a call's bytes that move before or after its matmuls
+LAUNCH = 0.3  # microseconds of a call
+LATE = 1.6  # of both ways round, where they are longer than the work: XLA starts some sends late
+BLOCK = 512  # queries that share what is fetched of keys
+LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One plan's, of one device of `machine`."""
+
+    kind: str  # of exchange: "local", "ring", "all_gather", "all_to_all" (and a ring of what that leaves), "merge"
+    machine: Machine
+    band: Band  # Band() where it tells nothing of places
+    itemsize: int
+    owed_itemsize: int  # of dK and dV on their way; 0 forward
+    in_tiles: bool  # by a TPU's kernel
+    batch: int
+    heads: int  # of a device before anything moves, and so the following
+    key_heads: int
+    queries: int
+    keys: int
+    width: int  # head dim
+    size: int  # devices that share the keys
+    mesh_size: int
+    head_parts: int
+    joint_parts: int
+    hops: int
+    ways: int
+    pieces: int
+
+    @property
+    def backward(self) -> bool:
+        return self.owed_itemsize > 0
+
+    @property
+    def copies(self) -> int:
+        """Of each key head, where there are fewer than devices that take some."""
+        return max(1, self.head_parts // self.key_heads)
+
+    @property
+    def query(self) -> int:
+        """Elements of a device's query."""
+        return self.batch * self.heads * self.queries * self.width
+
+    @property
+    def key(self) -> int:
+        """Elements of a device's key, copied as often as it is sent."""
+        return self.batch * self.key_heads * self.copies * self.keys * self.width
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """How many arrays like the query and like the key move before and after the work."""
+        return (3, 4) if self.backward else (2, 2)
+
+    @property
+    def walks(self) -> bool:
+        return self.kind in ("ring", "all_to_all")
+
+    def sent(self) -> int:
+        """Bytes, of what has heads and a head dim."""
+        sends, returns = (self.hops - 1, self.hops) if self.walks and self.size > self.head_parts else (0, 0)
+        if self.kind == "all_gather":
+            sends = returns = self.size - 1
+        sent = 2 * self.key * (sends * self.itemsize + returns * self.owed_itemsize)
+        queries, keys = self.moved
+        sent += (queries * self.query + keys * self.key) // 2 * (self.pieces - 1) * self.itemsize
+        if self.head_parts > 1:
+            parts = queries * self.query * self.itemsize + 2 * self.key * (self.itemsize + self._returned)
+            sent += parts * (self.head_parts - 1) // self.head_parts
+        if self.kind == "merge":
+            acc, rest = max(4, self.itemsize), self.size // self.joint_parts
+            sent += self.query * (self.joint_parts - 1) * (self.itemsize * (1 + self.backward) + acc)
+            sent += 2 * self.query * self.joint_parts * acc * (rest - 1) // rest
+        return sent
+
+    @property
+    def _returned(self) -> int:
+        """Bytes of an element of dK that goes back to its tokens: not rounded before its copies are summed."""
+        return 0 if not self.backward else self.owed_itemsize if self.copies > 1 else self.itemsize
+
+    @functools.cached_property
+    def us(self) -> float:
+        """Microseconds."""
+        return self._walked() + self._swapped() + self._split() + self._gathered() + self._merged()
+
+    def gathered_bytes(self) -> float:
+        """Of memory for keys and values, and their gradients, of all devices."""
+        return 2 * self.size * self.key * (self.itemsize + self.owed_itemsize) if self.kind == "all_gather" else 0
+
+    def _calls(self) -> float:
+        """All calls of one hop."""
+        machine, calls = self.machine, self.hops * self.ways
+        rows = self.batch * self.heads // self.head_parts * self.queries * self.head_parts * self.joint_parts
+        keys = self.keys * (self.size if self.kind == "all_gather" else self.head_parts)
+        pairs = rows * self._met(keys) / calls
+        if not self.in_tiles:
+            return self.ways * (pairs * LOGITS[self.backward] / machine.memory + LAUNCH)
+        fetched, kept = self._bytes(rows, keys / self.ways)
+        flops = (10 if self.backward else 4) * self.width * pairs
+        work = max(flops / machine.flops / SHARE[self.backward], pairs * VECTOR[self.backward] / machine.vector)
+        return self.ways * (max(work, (fetched + kept) / machine.memory) + EDGE * kept / machine.memory + LAUNCH)
+
+    def _bytes(self, rows: int, keys: float) -> tuple[float, float]:
+        """That one call's tiles fetch again and again, and what it reads and writes once."""
+        here = rows * self.width
+        blocks = max(1, self.queries * self.head_parts * self.joint_parts / BLOCK)
+        fetched = 2 * self.batch * self.heads / self.head_parts * keys * self.width * self.itemsize
+        if self.backward:
+            owed = 4 * self.key * keys / self.keys * self.owed_itemsize
+            return here * 2 * self.itemsize * max(1, keys / BLOCK), here * 8 + owed
+        return fetched * blocks, here * (self.itemsize + 8)
+
+    def _met(self, keys: int) -> float:
+        """Keys that a query meets in all hops, on the device that meets most."""
+        total, band = self.hops * keys, self.band
+        if band.right is not None and band.left is not None:
+            return min(total, band.left + band.right + 1 + BLOCK)
+        causal = band.right is not None or band.left is not None
+        if causal and (self.pieces > 1 or self.head_parts == self.size):
+            return total / 2 + min(BLOCK, total / 2)
+        return total
+
+    def _walked(self) -> float:
+        """The hops, of which each hides the next block's way, where it is long enough."""
+        calls, machine = self._calls(), self.machine
+        if self.hops == 1:
+            return calls
+        block = 2 * self.key / self.ways
+        way = machine.alone(block * self.itemsize / machine.link, 1)
+        owed = machine.alone(block * self.owed_itemsize / machine.link, 1) if self.backward else 0.0
+        late = LATE if self.ways > 1 else 1.0
+        under_way = not machine.is_limited(self.mesh_size)
+        hop = lambda wire: max(calls, wire * late) if under_way else calls + wire
+        return hop(way) + (self.hops - 2) * hop(way + owed) + calls + 2 * owed
+
+    def _swapped(self) -> float:
+        """To balanced places and back."""
+        if self.pieces == 1:
+            return 0.0
+        machine, ring = self.machine, self.size // self.head_parts
+        one = lambda elements: machine.alone(machine.mirror(ring, elements * self.itemsize / 2), machine.steps(ring))
+        queries, keys = self.moved
+        return queries * one(self.query) + keys * one(self.key)
+
+    def _split(self) -> float:
+        """To heads, and back to tokens."""
+        if self.head_parts == 1:
+            return 0.0
+        machine, parts = self.machine, self.head_parts
+        steps = machine.steps(parts) if machine.dims else 1
+        one = lambda sent: machine.alone(machine.all_to_all(parts, sent), steps)
+        queries, _ = self.moved
+        back = 2 * one(self.key * self._returned) if self.backward else 0.0
+        return queries * one(self.query * self.itemsize) + 2 * one(self.key * self.itemsize) + back
+
+    def _gathered(self) -> float:
+        """K and V to all, and their gradients' sums home."""
+        if self.kind != "all_gather":
+            return 0.0
+        machine, size = self.machine, self.size
+        there = machine.alone(machine.all_gather(size, self.key * self.itemsize), machine.steps(size))
+        sums = machine.reduce_scatter(size, size * self.key * self.owed_itemsize)
+        return 2 * there + (2 * machine.alone(sums, machine.steps(size)) if self.backward else 0.0)
+
+    def _merged(self) -> float:
+        """Queries to all, and the results' sums."""
+        if self.kind != "merge":
+            return 0.0
+        machine, joint, rest = self.machine, self.joint_parts, self.size // self.joint_parts
+        acc, us = max(4, self.itemsize), 0.0
+        if joint > 1:
+            there = machine.alone(machine.all_gather(joint, self.query * self.itemsize), machine.steps(joint))
+            us += (1 + self.backward) * there
+            us += machine.alone(machine.reduce_scatter(joint, joint * self.query * acc), machine.steps(joint))
+        if rest > 1:
+            us += machine.alone(2 * machine.reduce_scatter(rest, self.query * acc), 2 * machine.steps(rest))
+        rows = joint * self.query / self.width * acc
+        most = machine.alone(2 * machine.reduce_scatter(self.size, rows), 2 * machine.steps(self.size))
+        return us + (0.0 if self.backward else most)
