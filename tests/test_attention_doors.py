@@ -212,7 +212,7 @@ def cases(draw):
 def test_equals_the_dense_oracle(case):
     try:
         check(case)
-    except ValueError as error:  # drawn heads and shardings need not suit a drawn exchange
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # drawn shardings need not suit a drawn exchange
         if f"exchange='{case.exchange}' was asked for, but" not in str(error):
             raise
         check(dataclasses.replace(case, exchange="auto"))
@@ -264,6 +264,7 @@ LAYOUTS = {
     "merged over two axes, lengths": Case(
         mesh=(2, 4), roles=("sequence", "sequence"), exchange="merge", lengths=(True, True), b=2, window=(9, 0), t=3
     ),
+    "packed, in bfloat16": Case(mesh=(2,), dtype="bfloat16", segments=True, b=2, t=4, k=2, g=3),
     "batch, sequence, heads": Case(
         mesh=(2, 2, 2), roles=("batch", "sequence", "heads"), bias=(True, False, False, False)
     ),

@@ -228,6 +228,8 @@ def test_every_rule_is_one_that_custom_partitioning_takes(family):
     from jax.experimental.custom_partitioning import custom_partitioning
 
     of = {"attention": attention(("bias", (1, N, T, 1))), "experts": experts(gate=True), "movers": dispatch()}
+    cache = (("cache", (B, S, K, H)), ("new", (B, 3, K, H)), ("first", (B,)))
+    of["cache"] = rules.make("cache", cache, ("cache",))
     rule = of[family]
     call = custom_partitioning(lambda *xs: tuple(jnp.zeros(rule.shape(dims)) for dims in rule.results))
     call.def_partition(partition=lambda *_: None, sharding_rule=str(rule), **rule.compound_sizes)

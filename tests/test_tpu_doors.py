@@ -42,7 +42,7 @@ def test_attention(target, door):
     arrays = [shape_of(mesh, (4, TOKENS, n, HEAD), SPEC) for n in (HEADS, KEY_HEADS, KEY_HEADS)]
 
     def fun(q, k, v, axis_name=None):
-        return ringmoe.dot_product_attention(q, k, v, is_causal=True, axis_name=axis_name)
+        return ringmoe.dot_product_attention(q, k, v, is_causal=True, axis_name=axis_name, exchange="ring")
 
     for direction, text in zip(("forward", "gradient"), compiled_text(door, fun, mesh, arrays, (SPEC,) * 3, SPEC)):
         assert "tpu_custom_call" in text, f"{direction}: no Pallas kernel"
@@ -89,9 +89,10 @@ def test_a_call_the_tpu_kernel_lacks_takes_the_other_and_says_so():
     """A mask: the XLA kernel runs, in the same ring, with a warning by name."""
     mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)
     arrays = [shape_of(mesh, (4, TOKENS, HEADS, HEAD), SPEC)] * 3
+    attend = functools.partial(ringmoe.dot_product_attention, exchange="ring")
     mask = shape_of(mesh, (1, 1, TOKENS, TOKENS), P(None, None, "b"), jnp.bool_)
     errors.forget_warnings()
     with pytest.warns(errors.CostWarning, match=r"attention on tpu: the xla kernel runs .*mask is not supported"):
-        lowered = jax.jit(lambda q, k, v, mask: ringmoe.dot_product_attention(q, k, v, mask=mask)).lower(*arrays, mask)
+        lowered = jax.jit(lambda q, k, v, mask: attend(q, k, v, mask=mask)).lower(*arrays, mask)
     text = lowered.compile().as_text()
     assert "collective-permute" in collectives(text) and "all-gather" not in collectives(text)

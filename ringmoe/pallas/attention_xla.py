@@ -155,7 +155,8 @@ def backward(
 
         # Within the loop dk and dv are [b, k, h, s]: the other way round XLA would transpose p and ds, far larger.
         own = grads._replace(dk=_cut(grads.dk, "bksh", tile).mT, dv=_cut(grads.dv, "bksh", tile).mT)
-        own = _for(walk.bounds(tile, "t"), rows, own)
+        # Next to the product XLA would turn that round instead, into a form that its CPUs lack in bfloat16 (jaxlib 0.12.0.1).
+        own = lax.optimization_barrier(_for(walk.bounds(tile, "t"), rows, own))
         return own._replace(dk=_put(grads.dk, own.dk.mT, "bksh", tile), dv=_put(grads.dv, own.dv.mT, "bksh", tile))
 
     out = _for((0, walk.num_tiles("s")), keys, Grads(dq, grads.dk, grads.dv, dbias))

@@ -1,7 +1,7 @@
 """How long work and exchanges take on a machine: the model by which plans choose, in microseconds.
 
     work            = max(FLOPs / the matmul rate, bytes / the memory's rate)
-    all-to-all      = B L / (4 * links' rate),  half of it where the dim is a ring;  behind a switch B (n - 1) / (n * links' rate)
+    all-to-all      = B L / (4 * links' rate),  half of it where the dim is a ring;  to a switch B (n - 1) / (n * links' rate)
     all-gather      = B (n - 1) / (rate of all links that the devices span)
     reduce-scatter  = B (n - 1) / n / that;  all-reduce twice as much
     to a neighbour  = B / a link's rate
@@ -77,8 +77,13 @@ class Machine:
         return sent * (devices - 1) / (self.link * max(1, sum(rings)))
 
     def reduce_scatter(self, devices: int, sent: float) -> float:
-        """Of sums of `sent` bytes of each device, an equal share for every one."""
-        return self.all_gather(devices, sent / devices)
+        """Of sums of `sent` bytes of each device, an equal share for every one: which XLA cuts out of whole sums on a torus of
+        three dims."""
+        return self.all_gather(devices, sent / devices) * (2 if self.dims == 3 else 1)
+
+    def all_reduce(self, devices: int, sent: float) -> float:
+        """Of sums of `sent` bytes of each device, for all."""
+        return 2 * self.all_gather(devices, sent / devices)
 
     def mirror(self, devices: int, sent: float) -> float:
         """Of `sent` bytes to the device at the other end."""

@@ -15,11 +15,11 @@ import functools
 from ringmoe.masks import Band
 from ringmoe.plan.cost import Machine
 
-SHARE = (0.98, 0.7)  # of the matmul rate that a TPU's kernel reaches, forward and backward
-VECTOR = (10.4, 24.0)  # its vector operations for a pair
+SHARE = 0.98  # of the matmul rate that a TPU's kernel reaches
+VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
 EDGE = 0.45  # of a call's bytes that move before or after its matmuls
 LAUNCH = 0.3  # microseconds of a call
-LATE = 1.6  # of both ways round, where they are longer than the work: XLA starts some sends late
+LATE = 2.0  # of both ways round, where they are longer than the work: XLA starts some sends late
 BLOCK = 512  # queries that share what is fetched of keys
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
 
@@ -117,7 +117,7 @@ class Load:
             return self.ways * (pairs * LOGITS[self.backward] / machine.memory + LAUNCH)
         fetched, kept = self._bytes(rows, keys / self.ways)
         flops = (10 if self.backward else 4) * self.width * pairs
-        work = max(flops / machine.flops / SHARE[self.backward], pairs * VECTOR[self.backward] / machine.vector)
+        work = max(flops / machine.flops / SHARE, pairs * VECTOR[self.backward] / machine.vector)
         return self.ways * (max(work, (fetched + kept) / machine.memory) + EDGE * kept / machine.memory + LAUNCH)
 
     def _bytes(self, rows: int, keys: float) -> tuple[float, float]:
@@ -137,7 +137,7 @@ class Load:
             return min(total, band.left + band.right + 1 + BLOCK)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            return total / 2 + min(BLOCK, total / 2)
+            return total / 2 + min(self.hops * self.ways * BLOCK, total / 2)  # and a block a call that is met in part
         return total
 
     def _walked(self) -> float:
@@ -170,7 +170,7 @@ class Load:
         steps = machine.steps(parts) if machine.dims else 1
         one = lambda sent: machine.alone(machine.all_to_all(parts, sent), steps)
         queries, _ = self.moved
-        back = 2 * one(self.key * self._returned) if self.backward else 0.0
+        back = 2 * one(self.key * self._returned) + 2 * one(0) if self.backward else 0.0  # lse and delta
         return queries * one(self.query * self.itemsize) + 2 * one(self.key * self.itemsize) + back
 
     def _gathered(self) -> float:
@@ -190,10 +190,10 @@ class Load:
         acc, us = max(4, self.itemsize), 0.0
         if joint > 1:
             there = machine.alone(machine.all_gather(joint, self.query * self.itemsize), machine.steps(joint))
-            us += (1 + self.backward) * there
+            us += (1 + self.backward) * there + 2 * self.backward * machine.alone(0, machine.steps(joint))
             us += machine.alone(machine.reduce_scatter(joint, joint * self.query * acc), machine.steps(joint))
         if rest > 1:
-            us += machine.alone(2 * machine.reduce_scatter(rest, self.query * acc), 2 * machine.steps(rest))
+            us += machine.alone(machine.all_reduce(rest, self.query * acc), 2 * machine.steps(rest))
         rows = joint * self.query / self.width * acc
-        most = machine.alone(2 * machine.reduce_scatter(self.size, rows), 2 * machine.steps(self.size))
+        most = machine.alone(machine.all_reduce(self.size, rows), 2 * machine.steps(self.size))
         return us + (0.0 if self.backward else most)
