@@ -1,7 +1,7 @@
 """Whether "auto" takes the fastest exchange: `python -m bench.choice [TARGET ...]`.
 
 Every exchange of attention is compiled and read by the inspector, over targets, tokens a device, heads, masks and directions,
-and "auto", which may take one forward and another backward, is compared with the fastest of them. bench/README.md has the table.
+and "auto", which may take one forward and another backward, is compared with the fastest. bench/README.md has the table.
 """
 
 import os

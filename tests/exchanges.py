@@ -30,7 +30,7 @@ def all_to_all(axes, arrays):
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
             out_specs=(hbm,) * half,
             scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 2,
-            compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.BARRIER, has_side_effects=True),
+            compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.barrier(axes), has_side_effects=True),
             interpret=pltpu.InterpretParams(detect_races=True),
         )(exchange_tpu.devices(axes), *arrays)
     )

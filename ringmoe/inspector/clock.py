@@ -23,9 +23,9 @@ from ringmoe.inspector.collectives import (
 from ringmoe.inspector.estimate import Cost, Roofline
 from ringmoe.inspector.flops import cost_estimate
 from ringmoe.inspector.loops import trip_counts
-from ringmoe.inspector.reader import REMOTE_DMA, UNKNOWN, Computation, Instruction, Module, number
+from ringmoe.inspector.reader import PERMUTE, REMOTE_DMA, UNKNOWN, Computation, Instruction, Module, number
 from ringmoe.inspector.timeline import Choice, Collective, Operation, Span, Timeline
-from ringmoe.inspector.wire import Transfer, Wire
+from ringmoe.inspector.wire import Transfer, Wire, source_target_pairs
 
 _HIDERS = 6  # names kept in `hidden_by`; the time counts them all
 _LATEST = 4096  # instructions among which they are looked for
@@ -350,6 +350,10 @@ class _Walk:
     def _of_kernel(self, instruction: Instruction, kind: str) -> Transfer:
         """What a kernel puts on the wire: as many bytes as its author says, else, of a collective, its operands'."""
         wire, from_author = self.schedule.wire, (cost_estimate(instruction) or {}).get("remote_bytes_transferred")
+        pairs = instruction.kernel_metadata.get("source_target_pairs", "")
+        if kind == PERMUTE and from_author and pairs:
+            ends = source_target_pairs(pairs)
+            return wire.permute(from_author * len({source for source, _ in ends}) / max(1, len(ends)), pairs)
         if kind != REMOTE_DMA:
             sent = wire.exchange(kind, 1.0, instruction.groups).wire_bytes  # of a byte of the operands
             if from_author and sent:

@@ -291,6 +291,8 @@ class Roofline:
         target, shapes = instruction.target, self._operands(instruction, computation)
         if target in _FREE_CALLS:
             return Work()
+        if _hands_over(instruction, computation):
+            return Work()  # what it starts, or waits for, is on the wire; it touches none of it itself
         touched = self._bytes(instruction, computation)
         cost = cost_estimate(instruction)
         counted = self._kernel(instruction, cost or {}, touched)
@@ -430,6 +432,12 @@ class Roofline:
         if inside.root is not None and inside.root.name in origin:
             reads[origin[inside.root.name]] = math.inf
         return reads
+
+
+def _hands_over(instruction: Instruction, computation: Computation) -> bool:
+    """Whether it is a kernel that gives another the semaphores of what it started, or that other one."""
+    taken = (computation.by_name.get(name) for name in instruction.operands)
+    return instruction.has_semaphores or any(x is not None and x.has_semaphores for x in taken)
 
 
 def _body(instruction: Instruction) -> str:

@@ -16,7 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe import compat
 
-BARRIER = 7  # number of the semaphore by which devices wait for each other; that of this library's kernels alone
+BARRIER = (
+    7  # first number of the semaphores by which devices wait for each other; those of this library's kernels alone
+)
 HBM, SEMAPHORE = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.SEMAPHORE))
 
 type Axes = tuple[tuple[str, int], ...]  # of the mesh, manual here, and their sizes, major to minor
@@ -30,11 +32,11 @@ def start(axes: Axes, arrays: list[jax.Array], others):
     names = jax.sharding.get_abstract_mesh().axis_names
     *buffers, sent, came = pl.pallas_call(
         functools.partial(_start_kernel, half=half, names=names),
-        out_shape=(*map(_pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
+        out_shape=(*map(pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [HBM] * half,
         out_specs=(*(HBM,) * (2 * half), SEMAPHORE, SEMAPHORE),
         input_output_aliases={1 + i: i for i in range(half)},
-        compiler_params=pltpu.CompilerParams(collective_id=BARRIER, has_side_effects=True),
+        compiler_params=pltpu.CompilerParams(collective_id=barrier(axes), has_side_effects=True),
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=0, remote_bytes_transferred=total * (peers - 1) // peers
         ),
@@ -53,7 +55,7 @@ def finish(axes: Axes, under_way, after):
     half = len(buffers) // 2
     arrays = pl.pallas_call(
         functools.partial(_finish_kernel, half=half),
-        out_shape=tuple(map(_pinned, buffers[half:])),
+        out_shape=tuple(map(pinned, buffers[half:])),
         in_specs=[HBM] * (2 * half) + [SEMAPHORE] * 2,
         out_specs=(HBM,) * half,
         input_output_aliases={half + i: i for i in range(half)},
@@ -61,6 +63,15 @@ def finish(axes: Axes, under_way, after):
         name="all_to_all_done",
     )(*(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in buffers), sent, came)
     return list(arrays), after
+
+
+def barrier(axes: Axes, kind: int = 0) -> int:
+    """The number of the semaphore of an exchange along these axes, of one of four kinds.
+
+    Others have others: a device that has gone on to an exchange with other devices would be taken there for one of these.
+    """
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return BARRIER + 4 * sum(2 ** names.index(name) for name, _ in axes) + kind
 
 
 def devices(axes: Axes) -> jax.Array:
@@ -116,7 +127,7 @@ def _finish_kernel(*refs, half: int):
         pltpu.make_async_copy(others, others, sent).wait()
 
 
-def _pinned(a: jax.Array):
+def pinned(a: jax.Array):
     return pltpu.HBM(a.shape, a.dtype)
 
 

@@ -41,6 +41,7 @@ class AttentionPlan:
     bias_sum_axes: Axes  # axes over which the shares of dbias are summed
     reason: str
     wire_bytes: int  # sent per device by this op; what is one number a row aside
+    remote: bool = False  # blocks travel by remote DMA of our own, where XLA's permutes would hold up the work
     us: float = 0.0  # by the model of `load.py`, waiting included
     gathered_bytes: float = 0.0  # of memory for keys and values of all devices, and their gradients
 
@@ -232,6 +233,7 @@ class _Call:
             else tuple(a for a in summed if a not in axes(rule.operands[self.bias])),
             reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
             wire_bytes=load.sent(),
+            remote=load.remote,
             us=load.us if size > 1 else 0.0,
             gathered_bytes=load.gathered_bytes(),
         )

@@ -73,6 +73,12 @@ class Load:
         return (3, 4) if self.backward else (2, 2)
 
     @property
+    def remote(self) -> bool:
+        """Whether blocks travel by remote DMA: where a TPU's permutes are not under way during other work, and in one slice."""
+        limited = self.machine.is_limited(self.mesh_size) and self.mesh_size <= self.machine.slice
+        return self.walks and self.hops > 1 and limited
+
+    @property
     def walks(self) -> bool:
         return self.kind in ("ring", "all_to_all")
 
@@ -149,7 +155,7 @@ class Load:
         way = machine.alone(block * self.itemsize / machine.link, 1)
         owed = machine.alone(block * self.owed_itemsize / machine.link, 1) if self.backward else 0.0
         late = LATE if self.ways > 1 else 1.0
-        under_way = not machine.is_limited(self.mesh_size)
+        under_way = self.remote or not machine.is_limited(self.mesh_size)
         hop = lambda wire: max(calls, wire * late) if under_way else calls + wire
         return hop(way) + (self.hops - 2) * hop(way + owed) + calls + 2 * owed
 

@@ -9,13 +9,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from ringmoe import meshes, pallas
+from ringmoe.errors import warn_once
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
+from ringmoe.pallas import ring_tpu
 from ringmoe.plan import attention as plan
 from ringmoe.plan import cost
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.plan.base import freeze
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import attention as schedule
+from ringmoe.schedule.ring import BY_XLA, Travel
 
 INPUTS = ("query", "key", "value")
 RESULTS = ("output", "lse", "lse_tail")
@@ -130,11 +133,28 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
     ), spec
 
 
+def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
+    """By remote DMA where the plan says so and nobody differentiates it, or partitions it further."""
+    if not plan.remote or params.get("uniform"):
+        return BY_XLA
+    if platform != "tpu":
+        warn_once(
+            "remote DMA of a ring", f"no remote DMA between devices on {platform}: blocks travel by XLA's permutes"
+        )
+        return BY_XLA
+    return Travel(
+        lambda ring, trees, others: ring_tpu.start(ring.axes, trees, others),
+        lambda under_way, others: (under_way, others),
+        lambda ring, under_way, after: ring_tpu.finish(under_way, after),
+    )
+
+
 def _forward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, *rest):
         extras = Extras(**dict(zip(params["operands"][3:], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
-        return list(schedule.forward(plan, kernel, spec, query, key, value, extras))
+        travel = _travel(plan, platform, params)
+        return list(schedule.forward(plan, kernel, spec, query, key, value, extras, travel))
 
     return run
 
@@ -143,7 +163,8 @@ def _backward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, lse, tail, do, delta, *rest):
         extras = Extras(**dict(zip(params["operands"][len(INPUTS) + len(SAVED) :], rest)))
         kernel, spec = _kernel(plan, platform, params, query, key, extras)
-        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, tail, do, delta, extras)
+        travel = _travel(plan, platform, params)
+        *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, tail, do, delta, extras, travel)
         return grads if dbias is None else [*grads, dbias]
 
     return run
@@ -152,7 +173,9 @@ def _backward_body(plan: AttentionPlan, platform: str, params):
 def _tangent_body(plan: AttentionPlan, platform: str, params):
     """The forward body pushed forward by JAX: plain operations, one walk round the same ring."""
     names = tuple(n for n in params["operands"] if not n.endswith("_tangent") and n not in RESULTS)
-    forward = _forward_body(plan, platform, params | {"operands": names, "implementation": "xla"})
+    forward = _forward_body(
+        dataclasses.replace(plan, remote=False), platform, params | {"operands": names, "implementation": "xla"}
+    )
 
     def run(*arrays):
         named = dict(zip(params["operands"], arrays))

@@ -15,11 +15,20 @@ import numpy as np
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule import balance, heads, merge
-from ringmoe.schedule.ring import walk
+from ringmoe.schedule.ring import BY_XLA, Travel, walk
 from ringmoe.schedule.sums import sum_over
 
 
-def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query, key, value, extras: Extras):
+def forward(
+    plan: AttentionPlan,
+    kernel: ModuleType,
+    spec: AttentionSpec,
+    query,
+    key,
+    value,
+    extras: Extras,
+    travel: Travel = BY_XLA,
+):
     """Returns output like query, and in the accumulator's dtype the LSE [*batch, t, N] and its tail: see softmax.finish."""
     moves = _Moves(plan)
     q, k, v = moves.queries(_head_major(query)), *map(moves.keys, map(_head_major, (key, value)))
@@ -30,7 +39,8 @@ def forward(plan: AttentionPlan, kernel: ModuleType, spec: AttentionSpec, query,
         first = blocks.first_keys(owner, n)
         return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
 
-    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), blocks.cut(blocks.gather((k, v))))
+    parts = blocks.cut(blocks.gather((k, v)))
+    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), parts, travel=travel)
     output, lse, tail = kernel.finish(spec, state)
     if plan.exchange == "merge":
         output, lse, tail = merge.shares(plan.axes, plan.joint_axes, output, lse, tail)
@@ -50,6 +60,7 @@ def backward(
     do,
     delta,
     extras: Extras,
+    travel: Travel = BY_XLA,
 ):
     """Returns dq, dk, dv in the dtypes of query, key and value, and dbias or None.
 
@@ -77,7 +88,7 @@ def backward(
 
     dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
     owed = [jax.tree.map(acc, part) for part in parts]
-    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed)
+    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed, travel)
     dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     like = (query, key, value)

@@ -31,6 +31,34 @@ def send(ring: Ring, tree, distance: int = 1):
     return exchange(ring, tree, lambda i: (i + distance) % ring.size)
 
 
+class Travel(NamedTuple):
+    """How a hop's blocks, and what is owed, travel: lists of pytrees, one for each of WAYS.
+
+    start(ring, trees, others) -> (what is under way, trees, others): `others` is there only once all are on their way, and the
+    trees are those to work on meanwhile.
+    beside(under way, others) -> (under way, others), between two kernels of one hop.
+    finish(ring, under way, after) -> (trees, after): waited for only once `after` is there.
+    """
+
+    start: Callable
+    beside: Callable
+    finish: Callable
+
+
+def _start(ring: Ring, trees, others):
+    """Sends start before the work and nothing but the work follows them: XLA's schedulers hide them behind it."""
+    return [send(ring, tree, way) for way, tree in zip(WAYS, trees)], trees, others
+
+
+def _beside(under_way, others):
+    """Else XLA starts half of the sends late, and waits for them: blocks first."""
+    (blocks, others) = jax.lax.optimization_barrier(([tree[-1] for tree in under_way], others))
+    return [(*tree[:-1], block) for tree, block in zip(under_way, blocks)], others
+
+
+BY_XLA = Travel(_start, _beside, lambda ring, under_way, after: (under_way, after))
+
+
 class _Train(NamedTuple):
     """What goes one way: the part of a block that is here, what is owed its owner, and this device's last share of that."""
 
@@ -39,7 +67,9 @@ class _Train(NamedTuple):
     share: Any
 
 
-def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Sequence = ((), ())):
+def walk(
+    step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Sequence = ((), ()), travel: Travel = BY_XLA
+):
     """Walks `hops` blocks past every device.
 
     Args:
@@ -50,6 +80,7 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
         are two parts all of them, the second one's of its successors.
       state: stays on its device. parts: this device's own block in one or two parts, pytrees that travel in opposite
         directions. owed: zeros, a pytree for each part; () when nothing is owed.
+      travel: how they do.
 
     Returns:
       `(state, owed)`: the last state, and for each part what all devices owed this one.
@@ -63,21 +94,25 @@ def walk(step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Se
 
     def hop(carry, h, first=False, last=False):
         state, trains = carry
-        # Sends start before the work and nothing but the work follows them: schedulers hide them behind it.
         with jax.named_scope("ring_send"):
-            sent = [
-                train if first else train._replace(owed=send(ring, jax.tree.map(jnp.add, train.owed, train.share), way))
-                for way, train in zip(WAYS, trains)
-            ]
-            arrived = [train.block if last else send(ring, train.block, way) for way, train in zip(WAYS, trains)]
+            total = [() if first else jax.tree.map(jnp.add, train.owed, train.share) for train in trains]
+            leaving = [(sums, () if last else train.block) for sums, train in zip(total, trains)]
+            under_way, leaving, state = travel.start(ring, leaving, state)
+            here = [train.block if last else block for train, (_, block) in zip(trains, leaving)]
         with jax.named_scope("ring_work"):
             shares = []
-            for n, train in enumerate(trains):
-                if n and owes and not last:  # else XLA starts half of the sends late, and waits for them: blocks first
-                    state, arrived = jax.lax.optimization_barrier((state, arrived))
-                state, share = step(state, train.block, (me - WAYS[n] * h) % size, n)
+            for n, block in enumerate(here):
+                if n and owes and not last:
+                    under_way, state = travel.beside(under_way, state)
+                state, share = step(state, block, (me - WAYS[n] * h) % size, n)
                 shares.append(share)
-        return state, [_Train(block, train.owed, share) for block, train, share in zip(arrived, sent, shares)]
+        with jax.named_scope("ring_send"):
+            arrived, (state, shares) = travel.finish(ring, under_way, (state, shares))
+        trains = [
+            _Train(here[n] if last else block, trains[n].owed if first else sums, shares[n])
+            for n, (sums, block) in enumerate(arrived)
+        ]
+        return state, trains
 
     carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
     if hops > 1:

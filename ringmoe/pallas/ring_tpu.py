@@ -1,0 +1,109 @@
+"""A ring's hops by remote DMA on TPUs, under way during other work, where XLA's permutes are not.
+
+Two Pallas kernels, as in `exchange_tpu.py`: one starts the copies to the neighbours, another waits for what comes from them.
+Only neighbours wait for each other: a device tells each that sends to it that it has room, and waits to be told as much. None
+is told so too early: who is in the next hop has had what this device sends in this one.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ringmoe import compat
+from ringmoe.pallas.exchange_tpu import HBM, SEMAPHORE, Axes, barrier, devices, pinned
+
+STEPS = 1, -1  # places on that the first and the second tree go
+KINDS = {(1,): 1, (-1,): 2, (-1, 1): 3}  # of exchange, by where its arrays go: see `exchange_tpu.barrier`
+
+
+def start(names: tuple[str, ...], trees: Sequence, others):
+    """(what is under way, the trees, `others` held back until it is): each tree goes to a neighbour along the axes `names`.
+
+    The trees that it gives are those to work on meanwhile: the memory of those that it took is theirs.
+    """
+    arrays, tree = jax.tree.flatten(list(trees))
+    steps = tuple(step for step, one in zip(STEPS, trees) for _ in jax.tree.leaves(one))
+    if not arrays:
+        return (tree, None), trees, others
+    mesh, half, total = jax.sharding.get_abstract_mesh(), len(arrays), sum(a.size * a.dtype.itemsize for a in arrays)
+    axes: Axes = tuple((name, mesh.shape[name]) for name in names)
+    ways = tuple(sorted(set(steps)))
+    places, *arrays = compat.vary_alike((devices(axes), *arrays))
+    *buffers, sent, came = pl.pallas_call(
+        functools.partial(_start_kernel, steps=steps, names=mesh.axis_names),
+        out_shape=(*map(pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [HBM] * half,
+        out_specs=(*(HBM,) * (2 * half), SEMAPHORE, SEMAPHORE),
+        input_output_aliases={1 + i: i for i in range(half)},
+        compiler_params=pltpu.CompilerParams(collective_id=barrier(axes, KINDS[ways]), has_side_effects=True),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0, remote_bytes_transferred=total),
+        metadata={"collective": "collective-permute", "source_target_pairs": _pairs(axes, ways)},
+        name="ring_start",
+    )(places, *(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays))
+    buffers, others = lax.optimization_barrier((buffers, others))
+    return (tree, (buffers, sent, came)), tree.unflatten(buffers[:half]), others
+
+
+def finish(under_way, after):
+    """(what came in each array's place, `after`): waited for once `after` is there."""
+    tree, flying = under_way
+    if flying is None:
+        return tree.unflatten([]), after
+    buffers, sent, came = flying
+    buffers, after = lax.optimization_barrier((buffers, after))
+    half = len(buffers) // 2
+    arrays = pl.pallas_call(
+        functools.partial(_finish_kernel, half=half),
+        out_shape=tuple(map(pinned, buffers[half:])),
+        in_specs=[HBM] * (2 * half) + [SEMAPHORE] * 2,
+        out_specs=(HBM,) * half,
+        input_output_aliases={half + i: i for i in range(half)},
+        compiler_params=pltpu.CompilerParams(has_side_effects=True),
+        name="ring_done",
+    )(*(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in buffers), sent, came)
+    return tree.unflatten(arrays), after
+
+
+def _start_kernel(*refs, steps: tuple[int, ...], names: tuple[str, ...]):
+    """`devices`, of a mesh with these axes; arrays; the same, as results; where those that come go; semaphores of what went and
+    of what came."""
+    half = len(steps)
+    places, *refs = refs
+    arrays, buffers, (sent, came) = refs[:half], refs[2 * half : 3 * half], refs[3 * half :]
+    peers = places.shape[1] - 1
+    me = places[0, peers]
+
+    def device(step: int):
+        number = lax.rem(me + jnp.int32(step % peers), jnp.int32(peers))
+        return {name: places[i, number] for i, name in enumerate(names)}
+
+    ready, ways = pltpu.get_barrier_semaphore(), sorted(set(steps))
+    for step in ways:
+        pl.semaphore_signal(ready, 1, device_id=device(-step))
+    pl.semaphore_wait(ready, len(ways))
+    for array, buffer, step in zip(arrays, buffers, steps):
+        pltpu.make_async_remote_copy(array, buffer, sent, came, device_id=device(step)).start()
+
+
+def _finish_kernel(*refs, half: int):
+    """The same arrays and buffers; the semaphores; the buffers again, as results. A wait is for as many bytes as a ref has."""
+    arrays, buffers, (sent, came) = refs[:half], refs[half : 2 * half], refs[2 * half : 2 * half + 2]
+    for array, buffer in zip(arrays, buffers):
+        pltpu.make_async_copy(buffer, buffer, came).wait()
+        pltpu.make_async_copy(array, array, sent).wait()
+
+
+def _pairs(axes: Axes, ways: tuple[int, ...]) -> str:
+    """Who sends to whom, as HLO prints it: what the inspector reads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    numbers = np.arange(mesh.size).reshape(mesh.axis_sizes)
+    along = [mesh.axis_names.index(name) for name, _ in axes]
+    rows = np.moveaxis(numbers, along, range(-len(along), 0)).reshape(-1, np.prod([size for _, size in axes]))
+    pairs = [pair for way in ways for row in rows for pair in zip(row, np.roll(row, -way))]
+    return "{" + ",".join(f"{{{source},{target}}}" for source, target in pairs) + "}"
