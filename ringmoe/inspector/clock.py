@@ -352,8 +352,9 @@ class _Walk:
         wire, from_author = self.schedule.wire, (cost_estimate(instruction) or {}).get("remote_bytes_transferred")
         pairs = instruction.kernel_metadata.get("source_target_pairs", "")
         if kind == PERMUTE and from_author and pairs:
-            ends = source_target_pairs(pairs)
-            return wire.permute(from_author * len({source for source, _ in ends}) / max(1, len(ends)), pairs)
+            ends = source_target_pairs(pairs)  # of all that it sends, as much to each
+            one = wire.permute(from_author * len({source for source, _ in ends}) / max(1, len(ends)), pairs)
+            return dataclasses.replace(one, wire_bytes=from_author)
         if kind != REMOTE_DMA:
             sent = wire.exchange(kind, 1.0, instruction.groups).wire_bytes  # of a byte of the operands
             if from_author and sent:

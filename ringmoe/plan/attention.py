@@ -231,7 +231,9 @@ class _Call:
             bias_sum_axes=()
             if self.bias is None
             else tuple(a for a in summed if a not in axes(rule.operands[self.bias])),
-            reason=why + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1),
+            reason=why
+            + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1)
+            + "; by remote DMA, which work can hide here, unlike XLA's permutes" * load.remote,
             wire_bytes=load.sent(),
             remote=load.remote,
             us=load.us if size > 1 else 0.0,

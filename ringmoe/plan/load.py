@@ -21,6 +21,7 @@ EDGE = 0.45  # of a call's bytes that move before or after its matmuls
 LAUNCH = 0.3  # microseconds of a call
 LATE = 2.0  # of both ways round, where they are longer than the work: XLA starts some sends late
 BLOCK = 512  # queries that share what is fetched of keys
+PASSES = 5  # over the float32 results that are merged, in memory
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
 
 
@@ -202,4 +203,5 @@ class Load:
             us += machine.alone(machine.all_reduce(rest, self.query * acc), 2 * machine.steps(rest))
         rows = joint * self.query / self.width * acc
         most = machine.alone(machine.all_reduce(self.size, rows), 2 * machine.steps(self.size))
-        return us + (0.0 if self.backward else most)
+        us += PASSES * joint * self.query * acc / machine.memory
+        return us + (0.0 if self.backward else most + machine.alone(0, machine.steps(self.size)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ringmoe import softmax
 from ringmoe.meshes import Axes
+from ringmoe.schedule.sums import sum_over
 
 
 def gather(joint: Axes, tree, axis: int = 2):
@@ -18,12 +19,11 @@ def gather(joint: Axes, tree, axis: int = 2):
     return jax.tree.map(lambda x: jax.lax.all_gather(x, joint, axis=axis, tiled=True), tree) if joint else tree
 
 
-def total(axes: Axes, joint: Axes, x):
-    """Sums over `axes` of [B, N, rows, ...], each device's own rows of it: the way back from `gather`."""
+def total(axes: Axes, joint: Axes, tree):
+    """Sums over `axes` of arrays [B, N, rows, ...], each device's own rows of them: the way back from `gather`."""
     if joint:
-        x = jax.lax.psum_scatter(x, joint, scatter_dimension=2, tiled=True)
-    rest = tuple(a for a in axes if a not in joint)
-    return jax.lax.psum(x, rest) if rest else x
+        tree = jax.tree.map(lambda x: jax.lax.psum_scatter(x, joint, scatter_dimension=2, tiled=True), tree)
+    return sum_over(tree, tuple(a for a in axes if a not in joint))
 
 
 def shares(axes: Axes, joint: Axes, output, lse, tail):
@@ -31,10 +31,10 @@ def shares(axes: Axes, joint: Axes, output, lse, tail):
     # To derivatives the maximum is a constant, as in softmax.step; and finite, so that -inf of a device without keys is 0.
     most = jax.lax.pmax(jax.lax.stop_gradient(lse), axes)
     most = jnp.maximum(most, softmax.initial_max(lse.dtype))
-    weight = jnp.exp(lse - most + tail)[..., None]
-    both = total(axes, joint, jnp.concatenate([output * weight, weight], -1))
+    weight = jnp.exp(lse - most + tail)
+    output, weight = total(axes, joint, (output * weight[..., None], weight))
     if joint:
-        rows = both.shape[2]
+        rows = weight.shape[2]
         most = jax.lax.dynamic_slice_in_dim(most, jax.lax.axis_index(joint) * rows, rows, axis=2)
-    output, lse, tail = softmax.finish(both[..., :-1], most[..., None], both[..., -1:])
+    output, lse, tail = softmax.finish(output, most[..., None], weight[..., None])
     return output, lse[..., 0], tail[..., 0]
