@@ -26,8 +26,8 @@ from tests.test_router import BAD_FIELDS
 from tests.test_router_variants import BAD_ARRAYS, LOGITS
 
 CHECKED = (
-    "attention", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention", "compat",
-    "pallas", "primitives.doors", "lowering.jit",
+    "attention", "decode", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention",
+    "compat", "pallas", "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4
@@ -201,6 +201,65 @@ CASES = {
     "a ring that shardings exclude": (
         lambda: attention_over(P(None, "a"), P(None, "b"), mesh=(2, 4), exchange="ring"),
         "exchange='ring' was asked for, but keys are sharded over .*use exchange='auto'",
+    ),
+    "an all-to-all of heads that devices don't divide": (
+        lambda: attention_over(
+            P(None, "a"), query=jnp.zeros((8, 16, 3, 4)), key=jnp.zeros((8, 16, 1, 4)), exchange="all_to_all"
+        ),
+        "exchange='all_to_all' was asked for, but 3 query and 1 key heads on a device are not cut evenly by the 8 devices",
+    ),
+    "an all-to-all of queries sharded otherwise": (
+        lambda: attention_over(P(None, "a"), P(None, "b"), mesh=(2, 4), exchange="all_to_all"),
+        "exchange='all_to_all' was asked for, but keys are sharded over .*'b'.* but queries over .*'a'.*the same axes",
+    ),
+    "an all-to-all with a bias of rows": (
+        lambda: attention_over(P(None, "a"), bias=jnp.zeros((16, 16)), exchange="all_to_all"),
+        "exchange='all_to_all' was asked for, but a bias or a mask of queries by keys would have to follow its rows",
+    ),
+    "shares merged with a bias of rows": (
+        lambda: attention_over(P(None, "a"), bias=jnp.zeros((16, 16)), exchange="merge"),
+        "exchange='merge' was asked for, but a bias or a mask of queries by keys would have to be gathered",
+    ),
+    "shares merged of queries in between": (
+        lambda: attention_over(P(None, ("a", "b")), P(None, "a"), mesh=(2, 4), exchange="merge"),
+        "exchange='merge' was asked for, but .*those that both are sharded over must be the last ones of the queries'",
+    ),
+    "positions of another shape": (
+        lambda: attention(query_positions=jnp.zeros((B, T + 1), jnp.int32)),
+        r"query_positions has shape \(2, 9\) and dtype int32, expected int32 \(2, 8\)",
+    ),
+    "positions of floats": (
+        lambda: attention(key_value_positions=jnp.zeros((B, S))),
+        r"key_value_positions has shape \(2, 8\) and dtype float32, expected int32",
+    ),
+    # a cache
+    "decoding without a batch": (
+        lambda: ringmoe.decode_attention(Q[0], KV[0], KV[0], jnp.zeros((), jnp.int32)),
+        r"query.shape=\(8, 4, 4\), expected \[B, T, N, H\]",
+    ),
+    "lengths of a cache, not one a sequence": (
+        lambda: ringmoe.decode_attention(Q, KV, KV, jnp.int32(3)),
+        r"lengths has shape \(\) and dtype int32, expected int32 \(2,\), one for each sequence",
+    ),
+    "a window of a cache that is negative": (
+        lambda: ringmoe.decode_attention(Q, KV, KV, jnp.zeros(B, jnp.int32), local_window_size=-1),
+        "local_window_size=-1, expected how many tokens before it",
+    ),
+    "a cache without a batch": (
+        lambda: ringmoe.update_cache(KV[0], KV[0], jnp.zeros((), jnp.int32)),
+        r"cache.shape=\(8, 2, 4\), expected \[B, S, K, H\]",
+    ),
+    "new tokens of other heads": (
+        lambda: ringmoe.update_cache(KV, Q, jnp.zeros(B, jnp.int32)),
+        r"new.shape=\(2, 8, 4, 4\), expected \[B, T, K, H\] with the dims of the cache's \(2, 8, 2, 4\)",
+    ),
+    "new tokens of another dtype": (
+        lambda: ringmoe.update_cache(KV, KV.astype(jnp.bfloat16), jnp.zeros(B, jnp.int32)),
+        r"new.dtype=dtype\(bfloat16\), expected the cache's float32: cast one of them",
+    ),
+    "places of new tokens as floats": (
+        lambda: ringmoe.update_cache(KV, KV, jnp.zeros(B)),
+        "first has shape .* and dtype float32, expected int32",
     ),
     "export under plain jit with Auto axes": (
         lambda: jax.export.export(jax.jit(attention))(

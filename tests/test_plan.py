@@ -55,6 +55,56 @@ def test_attention_exchange(factors, exchange, kind, axes, query_axes, sent):
     assert got.reason
 
 
+@pytest.mark.parametrize(("factors", "asked", "kind", "backward", "sent"), [
+    # 4 query heads, 2 key heads copied to 4; q [2, 8, 4, 8] on a device: q and output, K and V; or q, do, dq, and fp32 dK, dV
+    ({"t": ("b",), "s": ("b",)}, "all_to_all", "all_to_all", False, (2 * 512 * 2 + 2 * 512 * 2) * 3 // 4),
+    ({"t": ("b",), "s": ("b",)}, "all_to_all", "all_to_all", True, (3 * 512 * 2 + 2 * 512 * (2 + 4)) * 3 // 4),
+    ({"s": ("b",)}, "all_to_all", "all_to_all", False, (2 * 512 * 2 + 2 * 512 * 2) * 3 // 4),
+    # of 8 devices 4 share heads, and a ring of 2 goes over the others
+    ({"t": ("a", "b"), "s": ("a", "b")}, "all_to_all", "all_to_all + ring", False, 2 * 256 * 2 + (4 * 256 * 2) * 3 // 4),
+    # all queries are everywhere: the float32 output summed; else gathered first, and the sums scattered
+    ({"s": ("b",)}, "merge", "merge", False, 2 * 2048 * 4 * 3 // 4),
+    ({"t": ("a",), "s": ("b",)}, "merge", "merge", False, 2 * 1024 * 4 * 3 // 4),
+    ({"t": ("b",), "s": ("b",)}, "merge", "merge", False, 512 * 3 * (2 + 4)),
+    ({"t": ("b",), "s": ("b",)}, "merge", "merge", True, 512 * 3 * (2 + 2 + 4)),
+])  # fmt: skip
+def test_what_other_exchanges_send(factors, asked, kind, backward, sent):
+    got = attention(factors, exchange=asked, backward=backward)
+    assert (got.exchange, got.wire_bytes) == (kind, sent)
+
+
+@pytest.mark.parametrize(("factors", "heads", "row", "joint"), [
+    ({"t": ("a", "b"), "s": ("a", "b")}, ("b",), ("a",), ()),
+    ({"t": ("b", "a"), "s": ("b", "a")}, ("a",), ("b",), ()),
+    ({"t": ("b",), "s": ("b",)}, ("b",), (), ()),
+    ({"t": ("c", "b"), "s": ("b",)}, None, ("c",), ("b",)),
+    ({"t": ("c",), "s": ("b",)}, None, ("c",), ()),
+])  # fmt: skip
+def test_which_axes_cut_what_during_the_work(factors, heads, row, joint):
+    got = attention(factors, exchange="merge" if heads is None else "all_to_all")
+    assert (got.head_axes, got.row_axes, got.joint_axes) == (heads or (), row, joint)
+
+
+def test_auto_takes_the_least_time_and_tells_the_others():
+    factors = {"t": ("b",), "s": ("b",)}
+    got = attention(factors)
+    plans = [attention(factors, exchange=name) for name in ("ring", "all_gather", "all_to_all")]
+    assert got.us == min(plan.us for plan in plans) > 0
+    told = re.search(r"; (\d+) us on v5p by the model, (\w+) (\d+), (\w+) (\d+)$", got.reason)
+    assert told and {told[2], told[4], got.exchange} == {"ring", "all_gather", "all_to_all"}
+    assert int(told[1]) <= int(told[3]) <= int(told[5])
+
+
+@pytest.mark.parametrize(("length", "exchange"), [(2**10, "all_gather"), (2**22, "merge")])
+def test_auto_gathers_no_more_than_there_is_memory_for(length, exchange):
+    """Of many more queries than keys, so that merging takes longer: until keys are 16 GiB, of 95."""
+    shapes = ("query", (1, 64 * length, 16, 128)), *((name, (1, length, 16, 128)) for name in ("key", "value"))
+    rule = rules.make("attention", shapes, ("output", "lse"))
+    factors = freeze({"t": ("b",), "s": ("a",)})
+    got = attention_plan.make(rule, factors, (("a", 2), ("b", 2)), FULL, "auto", 2, in_tiles=True)
+    assert got.exchange == exchange
+
+
 @pytest.mark.parametrize(
     ("t", "s", "queries", "keys"), [(32, 32, None, None), (6, 32, 6, None), (1, 30, 1, 30), (32, 31, None, 31)]
 )

@@ -102,9 +102,10 @@ def make(
 
 
 def _fastest(plans: list[AttentionPlan], machine: cost.Machine) -> AttentionPlan:
-    """The one that takes the least time by the model, and for a reason what the others would take; none that gathers more than
-    a device has memory for, while there are others."""
-    fitting = [plan for plan in plans if plan.gathered_bytes <= machine.capacity * MOST_GATHERED] or plans
+    """The one that takes the least time by the model, and for a reason what the others would take; none that gathers
+    queries, or more keys than a device has memory for, while there are others."""
+    most = machine.capacity * MOST_GATHERED
+    fitting = [plan for plan in plans if plan.gathered_bytes <= most and not plan.joint_axes] or plans
     best, *others = sorted(fitting, key=lambda plan: plan.us)
     told = f"{best.us:.0f} us on {machine.kind} by the model" + "".join(f", {p.exchange} {p.us:.0f}" for p in others)
     return dataclasses.replace(best, reason=f"{best.reason}; {told}")

@@ -17,7 +17,8 @@ from ringmoe.plan.cost import Machine
 
 SHARE = 0.98  # of the matmul rate that a TPU's kernel reaches
 VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
-EDGE = 0.45  # of a call's bytes that move before or after its matmuls
+EDGE = 0.2  # of a call's bytes that move before or after its matmuls
+PARTLY = 0.35  # at most of all keys, that a causal mask hides and blocks meet nevertheless
 LAUNCH = 0.3  # microseconds of a call
 LATE = 2.0  # of both ways round, where they are longer than the work: XLA starts some sends late
 BLOCK = 512  # queries that share what is fetched of keys
@@ -144,7 +145,9 @@ class Load:
             return min(total, band.left + band.right + 1 + BLOCK)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            return total / 2 + min(self.hops * self.ways * BLOCK, total / 2)  # and a block a call that is met in part
+            return total / 2 + min(
+                self.hops * self.ways * BLOCK, PARTLY * total
+            )  # and a block a call that is met in part
         return total
 
     def _walked(self) -> float:
