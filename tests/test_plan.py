@@ -85,6 +85,15 @@ def test_which_axes_cut_what_during_the_work(factors, heads, row, joint):
     assert (got.head_axes, got.row_axes, got.joint_axes) == (heads or (), row, joint)
 
 
+@pytest.mark.parametrize("queries", ["g", "b0"])
+def test_shares_of_other_heads_or_sequences_are_never_merged(queries):
+    """Over one axis keys, and of the queries something else than tokens: no device has all queries of its keys."""
+    factors = {queries: ("b",), "s": ("b",)}
+    with pytest.raises(ValueError, match=r"asked for, but keys are sharded over .* and so are query heads"):
+        attention(factors, exchange="merge")
+    assert attention(factors, t=1, s=2**20).exchange == "all_gather"
+
+
 def test_auto_takes_the_least_time_and_tells_the_others():
     factors = {"t": ("b",), "s": ("b",)}
     got = attention(factors)

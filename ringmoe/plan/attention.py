@@ -162,7 +162,11 @@ class _Call:
                 f"{moved} are not cut evenly by the {self.length[keys[-1]]} devices on {keys[-1]!r}: use another exchange"
             )
         joint = self._joint_axes()
-        if joint and self.rows_stay:
+        if busy & set(keys):
+            unable["merge"] = (
+                f"keys are sharded over {keys}, and so are query heads or sequences: use another exchange, which has them meet"
+            )
+        elif joint and self.rows_stay:
             unable["merge"] = "a bias or a mask of queries by keys would have to be gathered: use another exchange"
         elif joint is None:
             unable["merge"] = f"{where}: those that both are sharded over must be the last ones of the queries'"
