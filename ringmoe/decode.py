@@ -57,7 +57,8 @@ def decode_attention(
         have different ones. What is past them in the cache is not read, NaN or not.
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
-      implementation, return_residual, exchange: as in `dot_product_attention`.
+      implementation: "xla", which None means too; no other kernel takes these calls yet.
+      return_residual, exchange: as in `dot_product_attention`.
 
     Returns:
       output like query; with `return_residual` also the LSE [B, T, N]. A query before the sequence's start (where
@@ -89,7 +90,7 @@ def decode_attention(
         local_window_size=None if local_window_size is None else (local_window_size, 0),
         key_value_seq_lengths=lengths,
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
-        implementation=implementation,
+        implementation=implementation or "xla",
         return_residual=return_residual,
         exchange=exchange,
     )

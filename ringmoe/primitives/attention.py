@@ -9,7 +9,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from ringmoe import meshes, pallas
-from ringmoe.errors import warn_once
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.pallas import ring_tpu
 from ringmoe.plan import attention as plan
@@ -106,7 +105,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         kind,
         rows_stay=any(("t",) in dims for name, dims in zip(operands, rule.operands) if name in ("bias", "mask")),
         in_order=not {"query_positions", "key_positions"} & {*operands},
-        in_tiles=params["implementation"] == "tpu" or cost.family(kind) == "tpu",
+        in_tiles=params["implementation"] == "tpu" or (params["implementation"] is None and cost.family(kind) == "tpu"),
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
@@ -134,13 +133,9 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
 
 
 def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
-    """By remote DMA where the plan says so and nobody differentiates it, or partitions it further."""
-    if not plan.remote or params.get("uniform"):
-        return BY_XLA
-    if platform != "tpu":
-        warn_once(
-            "remote DMA of a ring", f"no remote DMA between devices on {platform}: blocks travel by XLA's permutes"
-        )
+    """By remote DMA where the plan says so, but not in what JAX differentiates or XLA partitions further, nor where the same
+    call is lowered for another platform too."""
+    if platform != "tpu" or not plan.remote or params.get("uniform"):
         return BY_XLA
     return Travel(
         lambda ring, trees, others: ring_tpu.start(ring.axes, trees, others),
