@@ -80,6 +80,28 @@ def test_equals_attention_to_the_whole_sequence(door, t, window):
     check(door, (2, 4), t=t, window=window)
 
 
+@pytest.mark.parametrize("door", [RINGMOE_JIT, ONE_DEVICE], ids=str)
+def test_of_many_blocks(door):
+    """Those that a sequence ends in, and those that a window begins in, are more than the first."""
+    check(door, (2, 4), t=3, s=8192, lengths=(7000, 900))
+    check(door, (2, 4), t=3, s=8192, lengths=(7000, 900), window=1500)
+
+
+def test_shares_of_logits_however_low():
+    """log l is less than one rounding of an LSE of -1e9, and tells how many keys a device has: it is kept beside it."""
+    mesh = make_mesh((8,), TYPES.axis_type)
+    q, k = (np.random.default_rng(i).normal(size=(1, n, 2, 8)).astype(np.float32) for i, n in enumerate((1, 64)))
+    q, k = put(mesh, (q, k), (P(), P(None, "a")))
+    bias, lengths = jnp.full((1, 1, 1, 64), -1e9), jnp.array([37], jnp.int32)
+    got, want = (
+        jax.jit(functools.partial(ringmoe.dot_product_attention, key_value_seq_lengths=lengths, exchange=how))(
+            q, k, k, bias
+        )
+        for how in ("merge", "all_gather")
+    )
+    assert_close(got, want, TOLERANCE[jnp.dtype(jnp.float32)][0])
+
+
 @given(
     st.sampled_from(FOUND), st.integers(1, 9), st.integers(1, 33), st.data(),
     st.sampled_from(("auto", "ring", "all_gather", "merge")), st.none() | st.integers(0, 9),

@@ -165,6 +165,10 @@ def test_where_permutes_are_synchronous_the_wire_is_hidden(backward):
     hops = [c.wire_bytes for c in travels]
     assert max(hops) == pytest.approx(2 * block + backward * 2 * 2 * block)  # what is owed is float32
     assert sum(c.wire_us for c in travels) > 0
+    kernels = [
+        op for line in report.timelines for op in line.operations if op.name.startswith(("ring_start", "ring_done"))
+    ]
+    assert sum(op.total_us for op in kernels) < 0.01 * report.us  # what they hand over they don't touch
     # The gradients' last way home is XLA's, and nothing hides it.
     assert sum(c.exposed_us for c in travels) < 0.1 * report.us
 
