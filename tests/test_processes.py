@@ -26,13 +26,16 @@ from ringmoe.router.config import PRIORITIES, SCOPES
 assert jax.device_count() == 8 and jax.local_device_count() == 4
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-q, k, v = normal(1, 16, 2, 4), normal(1, 16, 1, 4), normal(1, 16, 1, 4)
+q, k, v = normal(1, 16, 8, 4), normal(1, 16, 1, 4), normal(1, 16, 1, 4)
 x, router, w_in, w_out = normal(1, 32, 4), normal(4, 8), normal(8, 4, 6), normal(8, 6, 4)
 config = ringmoe.RouterConfig(8, top_k=2, capacity_factor=0.75, group_size=4)
 
-def attention(q, k, v):
-    out = ringmoe.dot_product_attention(q, k, v, is_causal=True)
-    return jnp.sum(out ** 2), out
+def attention(exchange):
+    def fun(q, k, v):
+        out = ringmoe.dot_product_attention(q, k, v, is_causal=True, exchange=exchange)
+        return jnp.sum(out ** 2), out
+    fun.__name__ = exchange
+    return fun
 
 def experts(x, router, w_in, w_out):
     y, metrics = ringmoe.moe_ffn(x, router, w_in, w_out, config=config)
@@ -46,7 +49,9 @@ def close(name, got, want, tolerance):
 
 sequence = P(None, "a")
 for fun, arrays, specs, collective in (
-    (attention, (q, k, v), (sequence,) * 3, "collective-permute"),
+    (attention("ring"), (q, k, v), (sequence,) * 3, "collective-permute"),
+    (attention("all_to_all"), (q, k, v), (sequence,) * 3, "all-to-all"),
+    (attention("merge"), (q, k, v), (sequence,) * 3, "reduce"),
     (experts, (x, router, w_in, w_out), (sequence, P(), P("a"), P("a")), "all-to-all"),
 ):
     gradient = jax.value_and_grad(fun, tuple(range(len(arrays))), has_aux=True)
@@ -122,7 +127,7 @@ def test_two_processes_agree_with_one(tmp_path):
     if codes != [0, 0]:
         pytest.fail(shown)
     for log in logs:
-        for op in ("attention", "experts"):
+        for op in ("ring", "all_to_all", "merge", "experts"):
             for door in ("types", "ringmoe.jit"):
                 assert f"OK {op} {door}" in log.read_text(), shown
         assert "OK kept" in log.read_text(), shown
