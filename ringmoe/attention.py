@@ -131,13 +131,12 @@ def dot_product_attention(
     Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward. A ring sends (P - 1) / P of
     K and V forward, three to five times that backward (fp32 dK, dV travel too), and has memory beyond the operands for the
     next K and V block and one fp32 output; an all-to-all sends (P - 1) / P of its own part of query, key, value and output; a
-    merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V. Any order of derivative exists; beyond the first reverse one they are taken of plain XLA
-    operations, slower and with the memory that those need. What a rematerialised layer can keep bears names:
-    `ringmoe.RESIDUAL_NAMES`.
+    merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V. Any order of
+    derivative exists; beyond the first reverse one they are taken of plain XLA operations, slower and with the memory that
+    those need. What a rematerialised layer can keep bears names: `ringmoe.RESIDUAL_NAMES`.
 
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Jacobs et al., DeepSpeed-Ulysses,
-    https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2,
-    https://arxiv.org/abs/2307.08691.
+    https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
