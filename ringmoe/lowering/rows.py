@@ -22,7 +22,9 @@ class Row:
     op: str
     where: str  # folder/file:line:column (function) of the caller
     shapes: str
-    exchange: str  # "ring", "all_gather", "all_to_all", "merge", "sum", "local", or "partitioner" where XLA decides later
+    exchange: (
+        str  # "ring", "all_gather", "all_to_all", "merge", "sum", "local", or "partitioner" where XLA decides later
+    )
     axes: tuple[str, ...]
     door: str  # which door found the sharding, see ringmoe/primitives/doors.py
     wire_bytes: int  # sent per device in one forward pass of the op
