@@ -20,7 +20,7 @@ VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
 EDGE = 0.2  # of a call's bytes that move before or after its matmuls
 PARTLY = 0.35  # at most of all keys, that a causal mask hides and blocks meet nevertheless
 LAUNCH = 0.3  # microseconds of a call
-LATE = 2.0  # of both ways round, where they are longer than the work: XLA starts some sends late
+LATE = 2.0  # of both ways round, where they are longer than the work: some sends start late, or share links with the other way's
 BLOCK = 512  # queries that share what is fetched of keys
 PASSES = 5  # over the float32 results that are merged, in memory
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
@@ -145,9 +145,8 @@ class Load:
             return min(total, band.left + band.right + 1 + BLOCK)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            return total / 2 + min(
-                self.hops * self.ways * BLOCK, PARTLY * total
-            )  # and a block a call that is met in part
+            in_part = self.hops * self.ways * BLOCK  # a block of each call
+            return total / 2 + min(in_part, PARTLY * total)
         return total
 
     def _walked(self) -> float:
