@@ -199,7 +199,8 @@ def test_a_gradient_outside_ringmoe_jit_on_tpu():
     mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Auto)
     sharding = NamedSharding(mesh, P("a", "b"))
     arrays = [jax.ShapeDtypeStruct((4, 512, n, 128), jnp.bfloat16, sharding=sharding) for n in (4, 2, 2)]
-    loss = lambda q, k, v: jnp.sum(ringmoe.dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32) ** 2)
+    ring = functools.partial(ringmoe.dot_product_attention, is_causal=True, exchange="ring")
+    loss = lambda q, k, v: jnp.sum(ring(q, k, v).astype(jnp.float32) ** 2)
     inner = ringmoe.jit(loss, in_shardings=(sharding,) * 3)
     outside = tpu_counts(jax.jit(jax.grad(inner, (0, 1, 2))), *arrays)
     assert outside == tpu_counts(ringmoe.jit(jax.grad(loss, (0, 1, 2))), *arrays)
@@ -218,7 +219,8 @@ def stack(policy, moe):
 
     def one(x, w):
         q = jnp.einsum("btd,dnh->btnh", x, w["q"])
-        x = x + jnp.einsum("btnh,dnh->btd", ringmoe.dot_product_attention(q, q, q, is_causal=True), w["q"])
+        attended = ringmoe.dot_product_attention(q, q, q, is_causal=True, exchange="ring")
+        x = x + jnp.einsum("btnh,dnh->btd", attended, w["q"])
         if moe:
             x = x + ringmoe.moe_ffn(x, w["router"], w["in"], w["out"], config=CONFIG)[0]
         return x, None
@@ -234,7 +236,8 @@ def bound(name, jaxpr):
 @pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_rematerialised_layer_runs_its_ring_once(door, moe):
-    mesh = make_mesh((2, 4), door.axis_type)
+    mesh, rng = make_mesh((2, 4), door.axis_type), np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) / 3  # larger ones grow from layer to layer
     ws = {"q": draw(3, D, 2, 4), "router": draw(3, D, E), "in": draw(3, E, D, F), "out": draw(3, E, F, D)}
     specs = {"q": P(), "router": P(), "in": P(None, "b"), "out": P(None, "b")}
     ws, (x,) = put(mesh, ws, specs), put(mesh, (draw(B, T, D),), (P("a", "b"),))

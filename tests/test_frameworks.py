@@ -66,13 +66,18 @@ def test_the_ordinary_programs_numbers(name, way, unoptimised, capsys):
 ON_TPU = [(name, "Auto") for name in NAMES] + [("flax_linen", "Explicit"), ("equinox_", "Explicit")]
 
 
+def gathered_by_xla(text):
+    """All-gathers that are not the exchange that an op chose."""
+    return [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line) and "ringmoe." not in line]
+
+
 @pytest.mark.parametrize(("name", "way"), ON_TPU)
 def test_on_tpu(name, way):
     keep, axis_type = WAYS[way]
     text = frameworks.compiled_text(frameworks.program(name, keep), tpu_mesh("v5e:2x4", (2, 4), axis_type, AXES))
     found = frameworks.counts(text)
-    assert found["collective-permute"] and found["all-to-all"] and found["kernels"], found
-    assert not found["all-gather"], "keys, values or weights are gathered"
+    assert found["all-to-all"] and found["kernels"], found
+    assert not gathered_by_xla(text), "keys, values or weights are gathered"
 
 
 def test_the_ordinary_program_gathers_keys_and_values_on_tpu():
@@ -80,7 +85,7 @@ def test_the_ordinary_program_gathers_keys_and_values_on_tpu():
     module = frameworks.program("flax_linen", ORDINARY)
     text = frameworks.compiled_text(module, tpu_mesh("v5e:2x4", (2, 4), AxisType.Auto, AXES))
     found = frameworks.counts(text)
-    assert not found["collective-permute"] and not found["kernels"]
+    assert gathered_by_xla(text) and not found["collective-permute"] and not found["kernels"]
     keys = re.findall(
         rf"\[2,{frameworks.TPU_LENGTH},2,128\]\S* all-gather", text
     )  # [B, T, N, H] of one row of the mesh
@@ -118,8 +123,8 @@ def test_nnx_jit_on_tpu_with_explicit_axes():
     with frameworks.around(mesh):
         text = nnx_step.lower(model, opt, tokens, tokens).compile().as_text()
     found = frameworks.counts(text)
-    assert found["collective-permute"] and found["all-to-all"] and found["kernels"], found
-    assert not found["all-gather"], "keys, values or weights are gathered"
+    assert found["all-to-all"] and found["kernels"], found
+    assert not gathered_by_xla(text), "keys, values or weights are gathered"
 
 
 # explain
