@@ -1,5 +1,7 @@
 """A layer that exchanges rows, for a machine; and the kernels of `pallas/exchange_tpu.py`, interpreted, with race detection."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -8,20 +10,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
-from ringmoe.pallas import exchange_tpu
+from ringmoe.pallas import exchange_tpu, remote_tpu
 from ringmoe.schedule.exchange import Travel
 
 
-def all_to_all(axes, arrays):
-    """Both in one: where kernels are interpreted a semaphore can't leave its kernel."""
-    names = jax.sharding.get_abstract_mesh().axis_names
+def interpreted(axes, arrays, kind, start_kernel, finish_kernel):
+    """Both kernels of an exchange in one: where they are interpreted a semaphore can't leave its kernel."""
     half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
 
     def both(*refs):
         places, *refs = refs
         sent, there, semaphores = refs[:half], refs[half : 2 * half], refs[2 * half :]
-        exchange_tpu._start_kernel(places, *sent, *sent, *there, *semaphores, half=half, names=names)
-        exchange_tpu._finish_kernel(*sent, *there, *semaphores, half=half)
+        start_kernel(places, *sent, *sent, *there, *semaphores)
+        finish_kernel(*sent, *there, *semaphores, half=half)
 
     return list(
         pl.pallas_call(
@@ -30,10 +31,16 @@ def all_to_all(axes, arrays):
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
             out_specs=(hbm,) * half,
             scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 2,
-            compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.barrier(axes), has_side_effects=True),
+            compiler_params=pltpu.CompilerParams(collective_id=remote_tpu.barrier(axes, kind), has_side_effects=True),
             interpret=pltpu.InterpretParams(detect_races=True),
-        )(exchange_tpu.devices(axes), *arrays)
+        )(remote_tpu.devices(axes), *arrays)
     )
+
+
+def all_to_all(axes, arrays):
+    names = jax.sharding.get_abstract_mesh().axis_names
+    start_kernel = functools.partial(exchange_tpu._start_kernel, half=len(arrays), names=names)
+    return interpreted(axes, arrays, exchange_tpu.KIND, start_kernel, exchange_tpu._finish_kernel)
 
 
 INTERPRETED = Travel(

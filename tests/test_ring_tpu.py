@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,42 +16,25 @@ from ringmoe import rules
 from ringmoe.inspector.wire import source_target_pairs
 from ringmoe.interface import AttentionSpec, Extras
 from ringmoe.masks import Band
-from ringmoe.pallas import attention_xla, exchange_tpu, ring_tpu
+from ringmoe.pallas import attention_xla, exchange_tpu, remote_tpu, ring_tpu
 from ringmoe.plan import attention as plan
 from ringmoe.plan.base import Ring, freeze
 from ringmoe.primitives import attention as primitive
 from ringmoe.schedule import attention as schedule
 from ringmoe.schedule.ring import BY_XLA, WAYS, Travel, send
+from tests.exchanges import interpreted
 from tests.helpers import collectives, make_mesh
 
 pytestmark = pytest.mark.oldest
 
 
-def hop(axes, trees):
-    """Both kernels in one: where kernels are interpreted a semaphore can't leave its kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
+def hop(names, trees):
+    """Of blocks in the interpreter."""
+    mesh, steps = jax.sharding.get_abstract_mesh(), ring_tpu.steps_of(trees)
     arrays, tree = jax.tree.flatten(list(trees))
-    steps = tuple(step for step, one in zip(ring_tpu.STEPS, trees) for _ in jax.tree.leaves(one))
-    half, hbm = len(arrays), pl.BlockSpec(memory_space=pltpu.HBM)
-    axes = tuple((name, mesh.shape[name]) for name in axes)
-
-    def both(*refs):
-        places, *refs = refs
-        sent, there, semaphores = refs[:half], refs[half : 2 * half], refs[2 * half :]
-        ring_tpu._start_kernel(places, *sent, *sent, *there, *semaphores, steps=steps, names=mesh.axis_names)
-        ring_tpu._finish_kernel(*sent, *there, *semaphores, half=half)
-
-    kind = ring_tpu.KINDS[tuple(sorted(set(steps)))]
-    came = pl.pallas_call(
-        both,
-        out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [hbm] * half,
-        out_specs=(hbm,) * half,
-        scratch_shapes=[pltpu.SemaphoreType.DMA(())] * 2,
-        compiler_params=pltpu.CompilerParams(collective_id=exchange_tpu.barrier(axes, kind), has_side_effects=True),
-        interpret=pltpu.InterpretParams(detect_races=True),
-    )(exchange_tpu.devices(axes), *arrays)
-    return tree.unflatten(came)
+    start_kernel = functools.partial(ring_tpu._start_kernel, steps=steps, names=mesh.axis_names)
+    axes, kind = tuple((name, mesh.shape[name]) for name in names), ring_tpu.KINDS[tuple(sorted(set(steps)))]
+    return tree.unflatten(interpreted(axes, arrays, kind, start_kernel, ring_tpu._finish_kernel))
 
 
 INTERPRETED = Travel(
@@ -110,12 +91,12 @@ def test_a_whole_ring_and_its_gradients(tokens, capfd):
 def test_nobody_counts_anothers_greetings():
     """A semaphore for each set of axes and each way: who is ahead in another exchange may greet before."""
     mesh = make_mesh((2, 2, 2), AxisType.Auto)
-    subsets = [s for s in (("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c"), ("a", "b", "c"))]
+    subsets = ("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c"), ("a", "b", "c")
     with jax.set_mesh(mesh):
         numbers = [
-            exchange_tpu.barrier(tuple((name, 2) for name in axes), kind)
+            remote_tpu.barrier(tuple((name, 2) for name in axes), kind)
             for axes in subsets
-            for kind in (0, *ring_tpu.KINDS.values())
+            for kind in (exchange_tpu.KIND, *ring_tpu.KINDS.values())
         ]
     assert len(set(numbers)) == len(numbers) == 28
 

@@ -1,6 +1,5 @@
-"""A ring's hops by remote DMA on TPUs, under way during other work, where XLA's permutes are not.
+"""A ring's hops by remote DMA on TPUs, under way during other work, where XLA's permutes are not: see `remote_tpu.py`.
 
-Two Pallas kernels, as in `exchange_tpu.py`: one starts the copies to the neighbours, another waits for what comes from them.
 Only neighbours wait for each other: a device tells each that sends to it that it has room, and waits to be told as much. None
 is told so too early: who is in the next hop has had what this device sends in this one.
 """
@@ -15,11 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ringmoe import compat
-from ringmoe.pallas.exchange_tpu import HBM, SEMAPHORE, Axes, barrier, devices, pinned
+from ringmoe.pallas import remote_tpu
+from ringmoe.pallas.remote_tpu import Axes
 
 STEPS = 1, -1  # places on that the first and the second tree go
-KINDS = {(1,): 1, (-1,): 2, (-1, 1): 3}  # of exchange, by where its arrays go: see `exchange_tpu.barrier`
+KINDS = {(1,): 1, (-1,): 2, (-1, 1): 3}  # of exchange, by where its arrays go: see `remote_tpu.barrier`
 
 
 def start(names: tuple[str, ...], trees: Sequence, others):
@@ -28,26 +27,21 @@ def start(names: tuple[str, ...], trees: Sequence, others):
     The trees that it gives are those to work on meanwhile: the memory of those that it took is theirs.
     """
     arrays, tree = jax.tree.flatten(list(trees))
-    steps = tuple(step for step, one in zip(STEPS, trees) for _ in jax.tree.leaves(one))
     if not arrays:
         return (tree, None), trees, others
-    mesh, half, total = jax.sharding.get_abstract_mesh(), len(arrays), sum(a.size * a.dtype.itemsize for a in arrays)
-    axes: Axes = tuple((name, mesh.shape[name]) for name in names)
-    ways = tuple(sorted(set(steps)))
-    places, *arrays = compat.vary_alike((devices(axes), *arrays))
-    *buffers, sent, came = pl.pallas_call(
+    mesh, steps = jax.sharding.get_abstract_mesh(), steps_of(trees)
+    axes, ways = tuple((name, mesh.shape[name]) for name in names), tuple(sorted(set(steps)))
+    flying, others = remote_tpu.start(
         functools.partial(_start_kernel, steps=steps, names=mesh.axis_names),
-        out_shape=(*map(pinned, arrays * 2), *(pltpu.SemaphoreType.DMA(()),) * 2),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] + [HBM] * half,
-        out_specs=(*(HBM,) * (2 * half), SEMAPHORE, SEMAPHORE),
-        input_output_aliases={1 + i: i for i in range(half)},
-        compiler_params=pltpu.CompilerParams(collective_id=barrier(axes, KINDS[ways]), has_side_effects=True),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0, remote_bytes_transferred=total),
+        axes,
+        arrays,
+        others,
+        sent=sum(a.size * a.dtype.itemsize for a in arrays),
+        kind=KINDS[ways],
         metadata={"collective": "collective-permute", "source_target_pairs": _pairs(axes, ways)},
         name="ring_start",
-    )(places, *(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays))
-    buffers, others = lax.optimization_barrier((buffers, others))
-    return (tree, (buffers, sent, came)), tree.unflatten(buffers[:half]), others
+    )
+    return (tree, flying), tree.unflatten(flying[0][: len(arrays)]), others
 
 
 def finish(under_way, after):
@@ -55,19 +49,14 @@ def finish(under_way, after):
     tree, flying = under_way
     if flying is None:
         return tree.unflatten([]), after
-    buffers, sent, came = flying
-    buffers, after = lax.optimization_barrier((buffers, after))
-    half = len(buffers) // 2
-    arrays = pl.pallas_call(
-        functools.partial(_finish_kernel, half=half),
-        out_shape=tuple(map(pinned, buffers[half:])),
-        in_specs=[HBM] * (2 * half) + [SEMAPHORE] * 2,
-        out_specs=(HBM,) * half,
-        input_output_aliases={half + i: i for i in range(half)},
-        compiler_params=pltpu.CompilerParams(has_side_effects=True),
-        name="ring_done",
-    )(*(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in buffers), sent, came)
+    kernel = functools.partial(_finish_kernel, half=len(flying[0]) // 2)
+    arrays, after = remote_tpu.finish(kernel, flying, after, name="ring_done")
     return tree.unflatten(arrays), after
+
+
+def steps_of(trees: Sequence) -> tuple[int, ...]:
+    """Places on that each array goes."""
+    return tuple(step for step, one in zip(STEPS, trees) for _ in jax.tree.leaves(one))
 
 
 def _start_kernel(*refs, steps: tuple[int, ...], names: tuple[str, ...]):

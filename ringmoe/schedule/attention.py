@@ -113,16 +113,20 @@ class _Moves:
         return balance.there(plan.ring, x, 2) if plan.pieces > 1 else x
 
     def back(self, x, dtype, num_heads: int | None = None):
-        """A result from there, in `dtype`. Of a gathered query it has its own rows already: see `merge.total`."""
-        plan = self.plan
+        """A result from there, in `dtype`; only what copies of a head came to is rounded after it is summed, and so sent wider.
+
+        Of a gathered query it has its own rows already: see `merge.total`.
+        """
+        plan, copies = self.plan, 1 if num_heads is None else max(1, self.plan.head_parts // num_heads)
+        x = x if copies > 1 else x.astype(dtype)
         if plan.pieces > 1:
             x = balance.back(plan.ring, x, 2)
-        return heads.back(plan.head_axes, plan.head_parts, x, num_heads or x.shape[1] * plan.head_parts, dtype)
+        return heads.back(plan.head_axes, x, copies).astype(dtype)
 
     def row_numbers(self, x):
         """Numbers of queries, [B, t]: of their segments, their positions."""
         plan = self.plan
-        x = heads.whole((*plan.head_axes, *plan.joint_axes), x, 1)
+        x = merge.gather((*plan.head_axes, *plan.joint_axes), x, 1)
         return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
 
 

@@ -10,30 +10,20 @@ import jax.numpy as jnp
 from ringmoe.meshes import Axes
 
 
-def there(axes: Axes, parts: int, tree):
-    """Arrays [B, heads, t, ...] as [B, max(heads, parts) / parts, parts t, ...]."""
-
-    def one(x):
-        x = jnp.repeat(x, max(1, parts // x.shape[1]), axis=1)
-        return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
-
-    return jax.tree.map(one, tree) if axes else tree
-
-
-def back(axes: Axes, parts: int, x, heads: int, dtype):
-    """The transpose of `there`, of an array that had so many heads, in `dtype`; what copies of a head came to is summed before
-    it is rounded."""
+def there(axes: Axes, parts: int, x):
+    """An array [B, heads, t, ...] as [B, max(heads, parts) / parts, parts t, ...]."""
     if not axes:
-        return x.astype(dtype)
-    copies = max(1, parts // heads)
-    x = x if copies > 1 else x.astype(dtype)
+        return x
+    x = jnp.repeat(x, max(1, parts // x.shape[1]), axis=1)
+    return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def back(axes: Axes, x, copies: int):
+    """The transpose of `there`, which copied each head so often: what the copies came to is summed."""
+    if not axes:
+        return x
     x = jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
-    return x.reshape(x.shape[0], heads, copies, *x.shape[2:]).sum(2).astype(dtype)
-
-
-def whole(axes: Axes, x, axis: int):
-    """What belongs to tokens and has no heads, of all of them."""
-    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+    return x.reshape(x.shape[0], -1, copies, *x.shape[2:]).sum(2)
 
 
 def mine(axes: Axes, parts: int, x):

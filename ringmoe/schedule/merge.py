@@ -14,9 +14,9 @@ from ringmoe.meshes import Axes
 from ringmoe.schedule.sums import sum_over
 
 
-def gather(joint: Axes, tree, axis: int = 2):
-    """Arrays with the rows of all devices along the `joint` axes."""
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, joint, axis=axis, tiled=True), tree) if joint else tree
+def gather(axes: Axes, x, axis: int):
+    """An array with the rows of all devices along these axes."""
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
 
 
 def total(axes: Axes, joint: Axes, tree):
