@@ -1,6 +1,7 @@
 """Public attention ops: docstring, checks, one bind each."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -8,10 +9,10 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ringmoe import compat, pallas
+from ringmoe import compat, dropout, pallas
 from ringmoe.errors import check
 from ringmoe.interface import AttentionSpec, Extras
-from ringmoe.masks import Band
+from ringmoe.masks import Band, Mask
 from ringmoe.plan.attention import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
 
@@ -31,6 +32,12 @@ class Options(TypedDict, total=False):
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None
     key_value_positions: ArrayLike | None
+    mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    dropout_rate: float
+    dropout_key: jax.Array | None
     axis_name: str | tuple[str, ...] | None
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"]
 
@@ -72,12 +79,18 @@ def dot_product_attention(
     key_value_segment_ids: ArrayLike | None = None,
     query_positions: ArrayLike | None = None,
     key_value_positions: ArrayLike | None = None,
+    mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention whose sequence may be sharded: a drop-in for `jax.nn.dot_product_attention`.
 
-        O = softmax(scale Q K^T + bias) V
+        O = dropout(softmax(cap(scale Q K^T + bias), sinks)) V,    cap(x) = logits_soft_cap tanh(x / logits_soft_cap)
 
     Every argument that `jax.nn` has means what it means there. Where we differ, it is on purpose:
 
@@ -91,12 +104,13 @@ def dot_product_attention(
     ======================  ==========================================  ==================================
 
     Letters: B batch (any number of dims), T query tokens, S key tokens, N query heads, K key heads (N a multiple of K),
-    H head dim. Where query and keys are sharded along T and S, K and V travel round a ring of those devices, or what `exchange`
+    H head dim, V that of values. Where query and keys are sharded along T and S, K and V travel round a ring of those devices, or what `exchange`
     says. A causal ring without a window, bias or mask is balanced: devices swap half of their rows, and back.
 
     Args:
       query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.
-      key, value: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
+      key: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
+      value: [B, S, K, V] or [S, K, V], of query's dtype; V need not be H (multi-head latent attention).
       bias: added to the logits, broadcastable to [B, N, T, S]; differentiable. A finite one is a number, however low; -inf
         masks.
       mask: boolean, broadcastable to [B, N, T, S]; True takes part.
@@ -111,7 +125,19 @@ def dot_product_attention(
         segment only (packed sequences).
       query_positions, key_value_positions: [B, T] and [B, S] int32, either or both: what is_causal and local_window_size
         compare, instead of places in the arrays; for tokens that are kept in another order, or of which some are elsewhere.
-        Lengths count places still. No TPU kernel takes them yet, and a ring meets every block and is not balanced.
+        Lengths and dropout count places still. A ring meets every block then and is not balanced.
+      mask_fn: `mask_fn(query_positions, key_positions) -> bool`, True where the key is seen, of two int32 arrays that it
+        broadcasts; beside is_causal and local_window_size. It is traced into the kernel, so it closes over no arrays, and no
+        mask is kept. One of `ringmoe.masks` also tells which blocks to skip: `Causal() | Prefix(256)`, `Chunks(8192)`; of
+        another every block that is_causal and the window leave is met. It is static: define it once, outside the function.
+      logits_soft_cap: caps the logits, bias included, at +- this; > 0 (Gemma 2).
+      sinks: [N] floats, one more logit of each head, which takes its share of the softmax and has no value; differentiable.
+      alibi_slopes: [N] floats: - slope |query's position - key's| is added to the logits, before a cap (Press et al., 2022,
+        https://arxiv.org/abs/2108.12409). Constants: no gradient goes to them.
+      dropout_rate: share of the weights that are left out, 0 <= rate < 1, the others multiplied by 1 / (1 - rate); the LSE
+        knows nothing of it. Which ones depends on the key, sequence, head and places alone, so it is the same on any mesh.
+      dropout_key: a `jax.random.key`, needed where the rate is not 0. Inside your own shard_map devices on axis_name need the
+        same one, and those on other axes one each.
       axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) over which the sequence is sharded; query,
         key and value are then one device's slices, and bias, mask, key_value_segment_ids and key_value_positions span the
         whole of S. Outside
@@ -122,13 +148,14 @@ def dot_product_attention(
         each device attends from all queries to its own keys, and the results are summed; for queries few beside the keys.
 
     Returns:
-      output like query; with `return_residual` also the LSE [B, T, N] (or [T, N]), log sum_j exp(logit_ij).
+      output [B, T, N, V] in query's dtype; with `return_residual` also the LSE [B, T, N] (or [T, N]),
+        log (sum_j exp(logit_ij) + exp(sink)).
 
     Raises:
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
       ExceptionGroup: of NotImplementedErrors, where the implementation that was asked for lacks something.
 
-    Cost per device of P: 4 B T S N H / P FLOPs forward (half if causal), 10 instead of 4 backward. A ring sends (P - 1) / P of
+    Cost per device of P: 2 B T S N (H + V) / P FLOPs forward (half if causal), 2.5 times as many backward. A ring sends (P - 1) / P of
     K and V forward, three to five times that backward (fp32 dK, dV travel too), and has memory beyond the operands for the
     next K and V block and one fp32 output; an all-to-all sends (P - 1) / P of its own part of query, key, value and output; a
     merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V. Any order of
@@ -139,9 +166,9 @@ def dot_product_attention(
     https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    shape = query.shape
     check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
     _check_arrays(query, key, value)
+    shape = (*query.shape[:-1], value.shape[-1])
     if query.ndim == 3:
         query, key, value = (x[None] for x in (query, key, value))
     query, scale = _scaled(query, scale)
@@ -160,13 +187,22 @@ def dot_product_attention(
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
         query_positions=_integers("query_positions", query_positions, (*batch, t)),
         key_positions=_integers("key_value_positions", key_value_positions, (*batch, columns)),
+        slopes=_of_heads("alibi_slopes", alibi_slopes, n),
+        seeds=_dropout_seeds(dropout_rate, dropout_key, tuple(batch), n),
+        sinks=_of_heads("sinks", sinks, n),
     )
     check(
         (extras.query_segments is None) == (extras.key_segments is None),
         "query_segment_ids and key_value_segment_ids: one was given, expected both or neither",
     )
-    band = Band.make(is_causal, local_window_size)
-    call = Call(AttentionSpec(scale, band), exchange, implementation, axes)
+    cap = logits_soft_cap
+    check(
+        cap is None or (isinstance(cap, int | float) and 0 < cap < math.inf),
+        f"logits_soft_cap={cap}, expected None or a number > 0, known while tracing",
+    )
+    band = Band.make(is_causal, local_window_size, _checked(mask_fn))
+    spec = AttentionSpec(scale, band, None if cap is None else float(cap), float(dropout_rate))
+    call = Call(spec, exchange, implementation, axes)
     output, lse = attention(call, *compat.vary_alike((query, key, value, extras)))
     output = output.reshape(shape)
     return (output, lse.reshape(shape[:-1])) if return_residual else output
@@ -184,12 +220,13 @@ def _check_arrays(query, key, value):
     *batch, _, n, h = query.shape
     expected = (*batch, key.shape[-3], key.shape[-2], h)
     check(key.shape == expected, f"{key.shape=}, expected [..., S, K, H] with query's leading dims {batch} and H={h}")
-    check(value.shape == expected, f"{value.shape=}, expected key's shape {expected}")
+    check(value.shape[:-1] == key.shape[:-1], f"{value.shape=}, expected key's shape {expected} but for the last dim")
     check(
         key.shape[-2] > 0 and n % key.shape[-2] == 0,
         f"{n} query heads and {key.shape[-2]} key heads, expected the first to be a multiple of the second",
     )
-    check(min(query.shape + key.shape) > 0, f"{query.shape=}, {key.shape=}, expected no dim of length 0")
+    lengths = query.shape + key.shape + value.shape
+    check(min(lengths) > 0, f"{query.shape=}, {key.shape=}, {value.shape=}, expected no dim of length 0")
 
 
 def _scaled(query, scale):
@@ -239,3 +276,45 @@ def _integers(name: str, x, shape: tuple[int, ...]):
         f"{name} has shape {x.shape} and dtype {x.dtype}, expected int32 {shape}",
     )
     return x
+
+
+def _of_heads(name: str, x, num_heads: int):
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    fits = x.shape == (num_heads,) and jnp.issubdtype(x.dtype, jnp.floating)
+    check(
+        fits, f"{name} has shape {x.shape} and dtype {x.dtype}, expected floats ({num_heads},), one for each query head"
+    )
+    return jax.lax.stop_gradient(x) if name == "alibi_slopes" else x
+
+
+def _dropout_seeds(rate, key, batch: tuple[int, ...], num_heads: int):
+    """uint32 [*batch, N], or None without dropout."""
+    known = isinstance(rate, int | float)
+    check(known and 0 <= rate < 1, f"dropout_rate={rate}, expected a number, 0 <= rate < 1, known while tracing")
+    if rate == 0:
+        return None
+    check(
+        key is not None, f"dropout_rate={rate} without a dropout_key, expected a jax.random.key, another for each step"
+    )
+    return dropout.seeds(key, batch, num_heads)
+
+
+def _checked(mask_fn):
+    """The mask_fn, called once to see what it gives."""
+    if mask_fn is None or isinstance(mask_fn, Mask):
+        return mask_fn
+    check(callable(mask_fn), f"{mask_fn=}, expected a function of query and key positions, or one of ringmoe.masks")
+    rows, keys = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    traced, out = jax.make_jaxpr(mask_fn, return_shape=True)(rows, keys)
+    check(
+        getattr(out, "dtype", None) == jnp.bool_ and jnp.broadcast_shapes(out.shape, (2, 3)) == (2, 3),
+        f"mask_fn gave {out} for positions [2, 1] and [1, 3], expected bool [2, 3], True where the key is seen",
+    )
+    check(
+        not traced.consts,
+        "mask_fn closes over arrays, expected a function of the two positions alone: what differs between sequences goes "
+        "into query_positions, segment ids, bias or mask",
+    )
+    return mask_fn

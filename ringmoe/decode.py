@@ -1,5 +1,6 @@
 """Attention to a cache of keys and values, and its update: one token after another, or a prompt chunk by chunk."""
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import jax
@@ -16,15 +17,17 @@ from ringmoe.primitives import cache as primitive
 @overload
 def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
-    local_window_size: int | None = None, implementation: Literal["tpu", "xla"] | None = None,
-    return_residual: Literal[False] = False,
+    local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
+    implementation: Literal["tpu", "xla"] | None = None, return_residual: Literal[False] = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
 @overload
 def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
-    local_window_size: int | None = None, implementation: Literal["tpu", "xla"] | None = None,
-    return_residual: bool,
+    local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
+    implementation: Literal["tpu", "xla"] | None = None, return_residual: bool,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 # fmt: on
@@ -38,6 +41,10 @@ def decode_attention(
     *,
     scale: ArrayLike | None = None,
     local_window_size: int | None = None,
+    mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     implementation: Literal["tpu", "xla"] | None = None,
     return_residual: bool = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
@@ -52,13 +59,13 @@ def decode_attention(
 
     Args:
       query: [B, T, N, H], the last T tokens of each sequence; any number of batch dims; bf16, fp16, fp32 or fp64.
-      key_cache, value_cache: [B, S, K, H] of query's dtype, N a multiple of K.
+      key_cache, value_cache: [B, S, K, H] and [B, S, K, V] of query's dtype, N a multiple of K.
       lengths: [B] int32, 0 <= length <= S: tokens of each sequence in the cache, the queries' own included. Sequences may
         have different ones. What is past them in the cache is not read, NaN or not.
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
       implementation: "xla", which None means too; no other kernel takes these calls yet.
-      return_residual, exchange: as in `dot_product_attention`.
+      mask_fn, logits_soft_cap, sinks, alibi_slopes, return_residual, exchange: as in `dot_product_attention`.
 
     Returns:
       output like query; with `return_residual` also the LSE [B, T, N]. A query before the sequence's start (where
@@ -88,6 +95,10 @@ def decode_attention(
         scale=scale,
         is_causal=True,
         local_window_size=None if local_window_size is None else (local_window_size, 0),
+        mask_fn=mask_fn,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
         key_value_seq_lengths=lengths,
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
         implementation=implementation or "xla",

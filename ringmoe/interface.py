@@ -1,14 +1,14 @@
 """What an attention kernel is: the types a schedule and a kernel share.
 
 A kernel is a module with the four functions below, on one device's arrays, head-major:
-q, do [B, N, T, H]; k, v [B, K, S, H] with N a multiple of K (query head n reads key head n // (N // K));
-lse, delta [B, N, T]. `acc` is float32, or float64 for float64 inputs. No kernel communicates and none knows the mesh:
-a schedule calls it once or twice a hop and tells it where in the sequence the local rows and keys stand.
+q [B, N, T, H]; do [B, N, T, V]; k [B, K, S, H]; v [B, K, S, V] with N a multiple of K (query head n reads key head
+n // (N // K)); lse, delta [B, N, T]. `acc` is float32, or float64 for float64 inputs. No kernel communicates and none
+knows the mesh: a schedule calls it once or twice a hop and tells it where in the sequence the local rows and keys stand.
 
-    check(spec, q, k, extras)                       raises NotImplementedError with what it lacks; nothing else
-    init(spec, q) -> state                          no key seen yet; an opaque pytree
+    check(spec, q, k, v, extras)                    raises NotImplementedError with what it lacks; nothing else
+    init(spec, q, v) -> state                       no key seen yet; an opaque pytree
     forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
-    finish(spec, state) -> (o [B, N, T, H], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
+    finish(spec, state) -> (o [B, N, T, V], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
     backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share
 """
 
@@ -31,10 +31,14 @@ number per row and head), and one like the tokens."""
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is computed, without shapes: `softmax(scale q k^T + bias, where band and mask) v`."""
+    """What is computed, without shapes: `dropout(softmax(cap(scale q k^T + bias), where band and mask)) v`."""
 
     scale: float
     band: Band = Band()
+    # Logits x are taken as `soft_cap tanh(x / soft_cap)`.
+    soft_cap: float | None = None
+    # The share of the pairs that are left out, at random: see dropout.py.
+    dropout_rate: float = 0.0
     # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
     # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
     interpret: bool = False
@@ -61,7 +65,8 @@ class Extras(NamedTuple):
 
     bias, mask: [B|1, N|1, T|1, S|1]; query_lengths, key_lengths: [B] int32, counted in global positions;
     query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only;
-    query_positions [B, T] and key_positions [B, S]: int32, what the band compares instead of places.
+    query_positions [B, T] and key_positions [B, S]: int32, what the band compares instead of places;
+    slopes [N]: float32, of ALiBi; seeds [B, N]: uint32, of dropout. Sinks [N] are a schedule's business.
     """
 
     bias: jax.Array | None = None
@@ -72,10 +77,13 @@ class Extras(NamedTuple):
     key_segments: jax.Array | None = None
     query_positions: jax.Array | None = None
     key_positions: jax.Array | None = None
+    slopes: jax.Array | None = None
+    seeds: jax.Array | None = None
+    sinks: jax.Array | None = None
 
 
 class Grads(NamedTuple):
-    """Gradients in acc's dtype: dq [B, N, T, H], dk, dv [B, K, S, H]; dbias shaped like extras.bias, or None."""
+    """Gradients in acc's dtype: dq [B, N, T, H], dk [B, K, S, H], dv [B, K, S, V]; dbias shaped like extras.bias, or None."""
 
     dq: jax.Array
     dk: jax.Array

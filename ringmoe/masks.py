@@ -2,11 +2,15 @@
 
 A mask that is a rule rather than an array costs no memory, and whole blocks of it can be proved empty (skipped) or full
 (not masked). Positions are global: a device that holds rows `offset .. offset + t` of a sequence passes `offset`.
+
+`Causal`, `Window`, `Prefix` and `Chunks` are for `mask_fn=` of `ringmoe.dot_product_attention`, joined by `&` and `|`:
+prefix-LM is `Causal() | Prefix(256)`.
 """
 
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringmoe.errors import check
+
+FAR = 2**30  # nothing is longer: positions and distances below it add up within int32
 
 
 class Places(NamedTuple):
@@ -39,22 +45,209 @@ class Places(NamedTuple):
         return functools.reduce(operator.add, (jnp.clip(place - start, 0, self.length) for start in self.starts))
 
 
+class Mask:
+    """A mask that knows more than its pairs: what rows can meet, and which blocks it hides nothing of."""
+
+    reach: tuple[int | None, int | None] = (None, None)  # no query sees keys farther to the left, to the right
+
+    def __call__(self, query_positions, key_positions):
+        """True where the key is seen, of the two (broadcast) arrays of positions."""
+        raise NotImplementedError
+
+    def keys_of(self, start, stop):
+        """`(low, high)`: no query at `start .. stop` sees a key outside `low .. high`. Python ints or traced int32."""
+        raise NotImplementedError
+
+    def queries_of(self, start, stop):
+        """`(low, high)`: no key at `start .. stop` is seen by a query outside `low .. high`."""
+        raise NotImplementedError
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        """True where every query of the block sees every key of it (no masking needed)."""
+        raise NotImplementedError
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Both(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Either(self, other) if isinstance(other, Mask) else NotImplemented
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+    """A query sees so many keys to its left and to its right, and the one at its own place; None: all of that side."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def __post_init__(self):
+        fits = all(side is None or (isinstance(side, int) and side >= 0) for side in (self.left, self.right))
+        check(fits, f"{self}, expected how many keys are seen on either side, >= 0, or None")
+
+    @property
+    def reach(self):
+        return self.left, self.right
+
+    def __call__(self, query_positions, key_positions):
+        return Band(self.left, self.right)(query_positions, key_positions)
+
+    def keys_of(self, start, stop):
+        return -FAR if self.left is None else start - self.left, FAR if self.right is None else stop + self.right
+
+    def queries_of(self, start, stop):
+        return Window(self.right, self.left).keys_of(start, stop)
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        return Band(self.left, self.right).is_full_block(q_start, q_stop, k_start, k_stop)
+
+
+def Causal() -> Window:
+    """A query sees the keys up to its own place."""
+    return Window(None, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Mask):
+    """Every query sees the first `length` keys, and no other."""
+
+    length: int
+
+    def __post_init__(self):
+        check(isinstance(self.length, int) and self.length >= 0, f"{self}, expected a number of keys, >= 0")
+
+    def __call__(self, query_positions, key_positions):
+        shape = jnp.broadcast_shapes(query_positions.shape, key_positions.shape)
+        return jnp.broadcast_to(key_positions < self.length, shape)
+
+    def keys_of(self, start, stop):
+        return -FAR, self.length
+
+    def queries_of(self, start, stop):
+        met = start < self.length
+        return jnp.where(met, -FAR, FAR), jnp.where(met, FAR, -FAR)
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        return k_stop <= self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Mask):
+    """A query sees the keys of its own chunk of `length` consecutive places."""
+
+    length: int
+
+    def __post_init__(self):
+        check(isinstance(self.length, int) and self.length > 0, f"{self}, expected the length of a chunk, > 0")
+
+    @property
+    def reach(self):
+        return self.length - 1, self.length - 1
+
+    def _chunk(self, place):
+        # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform.
+        place = jnp.asarray(place)
+        return jax.lax.div(place, place.dtype.type(self.length))
+
+    def __call__(self, query_positions, key_positions):
+        return self._chunk(query_positions) == self._chunk(key_positions)
+
+    def keys_of(self, start, stop):
+        return self._chunk(start) * self.length, (self._chunk(stop - 1) + 1) * self.length
+
+    queries_of = keys_of
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        first = self._chunk(q_start)
+        return functools.reduce(operator.and_, (first == self._chunk(x) for x in (q_stop - 1, k_start, k_stop - 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Mask):
+    """What both masks show: `a & b`."""
+
+    a: Mask
+    b: Mask
+
+    @property
+    def reach(self):
+        return tuple(map(_nearer, self.a.reach, self.b.reach))
+
+    def __call__(self, query_positions, key_positions):
+        return self.a(query_positions, key_positions) & self.b(query_positions, key_positions)
+
+    def keys_of(self, start, stop):
+        return _common(self.a.keys_of(start, stop), self.b.keys_of(start, stop))
+
+    def queries_of(self, start, stop):
+        return _common(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
+
+    def is_full_block(self, *block):
+        return self.a.is_full_block(*block) & self.b.is_full_block(*block)
+
+    def __str__(self) -> str:
+        return f"({self.a} & {self.b})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Either(Mask):
+    """What either mask shows: `a | b`."""
+
+    a: Mask
+    b: Mask
+
+    @property
+    def reach(self):
+        return tuple(None if None in sides else max(sides) for sides in zip(self.a.reach, self.b.reach))
+
+    def __call__(self, query_positions, key_positions):
+        return self.a(query_positions, key_positions) | self.b(query_positions, key_positions)
+
+    def keys_of(self, start, stop):
+        return _hull(self.a.keys_of(start, stop), self.b.keys_of(start, stop))
+
+    def queries_of(self, start, stop):
+        return _hull(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
+
+    def is_full_block(self, *block):
+        return self.a.is_full_block(*block) | self.b.is_full_block(*block)  # or by both together, which is not seen
+
+    def __str__(self) -> str:
+        return f"({self.a} | {self.b})"
+
+
+def _nearer(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _common(a, b):
+    return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
+
+
+def _hull(*spans):
+    """The least span that has both; one that is empty counts for nothing."""
+    low = [jnp.where(low < high, low, FAR) for low, high in spans]
+    high = [jnp.where(low < high, high, -FAR) for low, high in spans]
+    return jnp.minimum(*low), jnp.maximum(*high)
+
+
 @dataclasses.dataclass(frozen=True)
 class Band:
     """Query i sees key j if and only if `i - left <= j <= i + right`; None leaves that side open.
 
     Causal attention is `Band(right=0)`; a sliding window of w keys is `Band(w - 1, 0)`; no mask is `Band()`.
     Where a sequence was padded, `queries` and `keys` are its lengths before: only `i < queries` and `j < keys` take part.
+    `also` is one more condition on positions, of which blocks can be skipped where it is a `Mask`.
     """
 
     left: int | None = None
     right: int | None = None
     queries: int | None = None
     keys: int | None = None
+    also: Callable | None = None
 
     @classmethod
-    def make(cls, is_causal: bool, local_window_size: int | tuple[int, int] | None) -> "Band":
-        """The band that `jax.nn.dot_product_attention`'s two arguments describe together."""
+    def make(cls, is_causal: bool, local_window_size: int | tuple[int, int] | None, mask_fn=None) -> "Band":
+        """The band that the arguments of `dot_product_attention` describe together."""
         if isinstance(local_window_size, int):
             local_window_size = (local_window_size, local_window_size)
         left, right = local_window_size if local_window_size is not None else (None, None)
@@ -62,9 +255,12 @@ class Band:
             (left is None or left >= 0) and (right is None or right >= 0),
             f"{local_window_size=}, expected how many keys to the left and to the right are seen, both >= 0",
         )
-        # Nothing is longer than 2 ** 30: such a side is open, and no position plus a window leaves int32.
-        left, right = (None if side is None or side >= 2**30 else side for side in (left, right))
-        return cls(left, 0 if is_causal else right)
+        if is_causal:
+            right = 0
+        if isinstance(mask_fn, Mask):  # so that a mask that reaches no farther stops a ring as a window does
+            left, right = map(_nearer, (left, right), mask_fn.reach)
+        left, right = (None if side is None or side >= FAR else side for side in (left, right))
+        return cls(left, right, also=None if isinstance(mask_fn, Window) else mask_fn)
 
     @property
     def is_full(self) -> bool:
@@ -77,6 +273,8 @@ class Band:
             seen &= key_positions <= query_positions + self.right
         if self.left is not None:
             seen &= key_positions >= query_positions - self.left
+        if self.also is not None:
+            seen &= self.also(query_positions, key_positions)
         if self.queries is not None:
             seen &= query_positions < self.queries
         if self.keys is not None:
@@ -86,36 +284,46 @@ class Band:
     @property
     def window(self) -> "Band":
         """What it says of pairs."""
-        return Band(self.left, self.right)
+        return Band(self.left, self.right, also=self.also)
 
     @property
     def ends(self) -> "Band":
         """What it says of where sequences end."""
         return Band(queries=self.queries, keys=self.keys)
 
-    def transpose(self) -> "Band":
-        """The same mask with the roles swapped: which queries see a key."""
-        return Band(self.right, self.left, self.keys, self.queries)
-
-    def blocks(self, start, stop, other: Places, block: int):
-        """The blocks of the other side that rows `start .. stop` can meet: `(first, last)`, last exclusive.
+    def keys_met(self, start, stop, keys: Places, block: int):
+        """The blocks of keys that queries `start .. stop` can meet: `(first, last)`, last exclusive.
 
         Args:
           start, stop: positions of the rows, python ints or traced int32.
-          other: where the other side stands. block: its block length, which divides a piece.
+          keys: where the keys stand. block: their block length, which divides a piece.
         """
+        span = self.also.keys_of(start, stop) if isinstance(self.also, Mask) else None
+        return self._met(start, stop, (self.left, self.right), (self.queries, self.keys), span, keys, block)
+
+    def queries_met(self, start, stop, queries: Places, block: int):
+        """The same the other way round: the blocks of queries that can meet keys `start .. stop`."""
+        span = self.also.queries_of(start, stop) if isinstance(self.also, Mask) else None
+        return self._met(start, stop, (self.right, self.left), (self.keys, self.queries), span, queries, block)
+
+    @staticmethod
+    def _met(start, stop, sides, ends, span, other: Places, block: int):
         first, last = 0, -(-len(other.starts) * other.length // block)
         # lax.div, not //: the sign fix-ups of a floor division don't lower in a TPU kernel compiled on another platform;
         # of one dtype, which with 64-bit types a Python int would not be.
         div = lambda x: jax.lax.div(x, x.dtype.type(block))
-        if self.left is not None:
-            first = div(other.before(start - self.left))
-        if self.right is not None:
-            last = div(other.before(stop + self.right) + block - 1)
-        if self.keys is not None:
-            last = jnp.minimum(last, div(other.before(self.keys) + block - 1))
-        if self.queries is not None:
-            last = jnp.where(start < self.queries, jnp.asarray(last, jnp.int32), 0)
+        (before, after), (own_end, end) = sides, ends
+        if before is not None:
+            first = div(other.before(start - before))
+        if after is not None:
+            last = div(other.before(stop + after) + block - 1)
+        if span is not None:
+            first = jnp.maximum(first, div(other.before(jnp.asarray(span[0], jnp.int32))))
+            last = jnp.minimum(last, div(other.before(jnp.asarray(span[1], jnp.int32)) + block - 1))
+        if end is not None:
+            last = jnp.minimum(last, div(other.before(end) + block - 1))
+        if own_end is not None:
+            last = jnp.where(start < own_end, jnp.asarray(last, jnp.int32), 0)
         return first, last
 
     def met(self, queries: int, keys: int, block_q: int, block_k: int, apart: int | None, pieces: int = 1) -> int:
@@ -136,6 +344,22 @@ class Band:
         last = keys if self.right is None else -(-(start + block_q + self.right) // block_k) * block_k
         return block_q * int(np.maximum(np.clip(last, 0, keys) - np.clip(first, 0, keys), 0).sum())
 
+    def meets(self, q_start, q_stop, k_start, k_stop):
+        """False only where no query of the block sees any key of it."""
+        met = jnp.bool_(True)
+        if self.right is not None:
+            met &= k_start <= q_stop - 1 + self.right
+        if self.left is not None:
+            met &= k_stop - 1 >= q_start - self.left
+        if isinstance(self.also, Mask):
+            low, high = self.also.keys_of(q_start, q_stop)
+            met &= (k_start < high) & (k_stop > low)
+        if self.queries is not None:
+            met &= q_start < self.queries
+        if self.keys is not None:
+            met &= k_start < self.keys
+        return met
+
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
         """True where every query of the block sees every key of it (no masking needed)."""
         full = jnp.bool_(True)
@@ -143,6 +367,8 @@ class Band:
             full &= k_stop - 1 <= q_start + self.right
         if self.left is not None:
             full &= k_start >= q_stop - 1 - self.left
+        if self.also is not None:
+            full &= self.also.is_full_block(q_start, q_stop, k_start, k_stop) if isinstance(self.also, Mask) else False
         if self.queries is not None:
             full &= q_stop <= self.queries
         if self.keys is not None:
@@ -151,8 +377,15 @@ class Band:
 
     def __str__(self) -> str:
         if self.left is None and self.right is None:
-            return "full"
-        if self.left is None and self.right == 0:
-            return "causal"
-        left, right = ("all" if side is None else side for side in (self.left, self.right))
-        return f"window({left}, {right})"
+            text = "full"
+        elif self.left is None and self.right == 0:
+            text = "causal"
+        else:
+            left, right = ("all" if side is None else side for side in (self.left, self.right))
+            text = f"window({left}, {right})"
+        if self.also is None:
+            return text
+        also = (
+            str(self.also) if isinstance(self.also, Mask) else getattr(self.also, "__name__", type(self.also).__name__)
+        )
+        return also if text == "full" else f"{text} & {also}"

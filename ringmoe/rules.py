@@ -25,7 +25,7 @@ Dim = tuple[str, ...]  # the factors of one dim, major to minor
 ATTENTION = {
     "query": "... t (k g) h",
     "key": "... s k h",
-    "value": "... s k h",
+    "value": "... s k v",
     "bias": "... (k g) t u",
     "mask": "... (k g) t u",
     "query_lengths": "...",
@@ -34,13 +34,16 @@ ATTENTION = {
     "key_segments": "... u",
     "query_positions": "... t",
     "key_positions": "... u",
-    "output": "... t (k g) h",
+    "slopes": "(k g)",
+    "seeds": "... (k g)",
+    "sinks": "(k g)",
+    "output": "... t (k g) v",
     "lse": "... t (k g)",
     "lse_tail": "... t (k g)",
     "delta": "... t (k g)",
 }
-"""t query tokens, s key tokens, k key heads, g query heads of one key head, h head dim. `u` is s again in the arrays that
-each device keeps whole along the keys, because the columns it needs change from hop to hop."""
+"""t query tokens, s key tokens, k key heads, g query heads of one key head, h head dim, v that of values. `u` is s again in
+the arrays that each device keeps whole along the keys, because the columns it needs change from hop to hop."""
 
 EXPERTS = {
     "tokens": "... t d",
@@ -80,7 +83,7 @@ FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS, "cache
 MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e")}
 """The factors that a call's `axis_name` splits, inside the user's own shard_map."""
 
-WHOLE = frozenset({"h", "u", "i", "d", "c", "r"})
+WHOLE = frozenset({"h", "v", "u", "i", "d", "c", "r"})
 """Factors no schedule splits."""
 
 FILL = {"slot": -1}  # what the padding of an array holds, where zeros would mean something

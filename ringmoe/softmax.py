@@ -43,6 +43,17 @@ def finish(acc: jax.Array, m: jax.Array, l: jax.Array):
     return jnp.where(empty, 0, acc / jnp.where(empty, 1, l)), jnp.where(empty, -jnp.inf, lse), tail
 
 
+def with_sink(o: jax.Array, lse: jax.Array, tail: jax.Array, sink: jax.Array):
+    """What `finish` gave, with one more logit in the sum, `sink`, that has no value: all weights are less for it.
+
+    `lse` and `tail` are without the dim of `o` that holds values; `sink` broadcasts against them.
+    """
+    most = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(lse, sink), initial_max(lse.dtype)))
+    weight = jnp.exp(lse - most + tail)
+    o, lse, tail = finish(o * weight[..., None], most[..., None], (weight + jnp.exp(sink - most))[..., None])
+    return o, lse[..., 0], tail[..., 0]
+
+
 def finite_lse(lse: jax.Array) -> jax.Array:
     """The LSE to subtract in a backward pass: exp(-inf - 0) == 0 for rows without keys, never inf - inf."""
     return jnp.where(jnp.isneginf(lse), 0, lse)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
-from ringmoe import reference
+from ringmoe import dropout, reference
+from ringmoe.masks import Causal, Chunks, Prefix
 from tests.helpers import (
     AXES,
     DOORS,
@@ -38,7 +39,13 @@ from tests.helpers import (
 )  # fmt: skip
 
 ROLES = ("sequence", "batch", "heads", "groups", "keys only", "queries only", "nothing")
-WANTED = ("query", "key", "value", "bias")
+WANTED = ("query", "key", "value", "bias", "sinks")
+MASK_FNS = {
+    "prefix": Causal() | Prefix(5),
+    "chunks": Chunks(3) & Causal(),
+    "strided": lambda query, key: (query - key) % 3 == 0,
+}
+DROPOUT_KEY = 7  # of jax.random.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,12 @@ class Case:
     lengths: tuple[bool, bool] = (False, False)
     segments: bool = False
     positions: tuple[bool, bool] = (False, False)
+    mask_fn: str | None = None  # of MASK_FNS
+    cap: float | None = None
+    sinks: bool = False
+    slopes: bool = False
+    dropout: float = 0.0
+    v: int | None = None  # head dim of the values, where it is another
     seed: int = 0
 
     def axes(self, *roles: str) -> tuple[str, ...]:
@@ -84,15 +97,24 @@ class Case:
 
     @property
     def statics(self):
-        return {"is_causal": self.is_causal, "local_window_size": self.window}
+        mask_fn = None if self.mask_fn is None else MASK_FNS[self.mask_fn]
+        both = {"mask_fn": mask_fn, "logits_soft_cap": self.cap, "dropout_rate": self.dropout}
+        return {"is_causal": self.is_causal, "local_window_size": self.window, **both}
+
+    def kept(self):
+        """Which weights dropout keeps, [B, N, T, S]."""
+        b, t, s, _, n, _ = self.shape
+        seeds = dropout.seeds(jax.random.key(DROPOUT_KEY), (b,), n)[:, :, None, None]
+        return dropout.kept(self.dropout, seeds, jnp.arange(t)[:, None], jnp.arange(s))
 
     def arrays(self):
         b, t, s, k, n, h = self.shape
         rng = np.random.default_rng(self.seed)
-        floats = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, h)}
+        floats = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, self.v or h)}
         broadcast = lambda ones: tuple(1 if one else length for one, length in zip(ones, (b, n, t, s)))
         if self.bias is not None:
             floats["bias"] = broadcast(self.bias)
+        floats |= {name: (n,) for name, has in (("sinks", self.sinks), ("alibi_slopes", self.slopes)) if has}
         found = {name: rng.normal(size=shape).astype(jnp.dtype(self.dtype)) for name, shape in floats.items()}
         if self.mask is not None:
             found["mask"] = rng.random(broadcast(self.mask)) < 0.7
@@ -105,7 +127,10 @@ class Case:
         for name, length, given_ in zip(("query_positions", "key_value_positions"), (t, s), self.positions):
             if given_:
                 found[name] = rng.integers(0, length, (b, length)).astype(np.int32)
-        cotangents = rng.normal(size=(b, t, n, h)).astype(np.float32), rng.normal(size=(b, t, n)).astype(np.float32)
+        cotangents = (
+            rng.normal(size=(b, t, n, self.v or h)).astype(np.float32),
+            rng.normal(size=(b, t, n)).astype(np.float32),
+        )
         return found, cotangents
 
     @property
@@ -121,6 +146,7 @@ class Case:
             "bias": whole(self.bias or (), *logits), "mask": whole(self.mask or (), *logits),
             "query_seq_lengths": P(batch), "key_value_seq_lengths": P(batch),
             "query_segment_ids": P(batch, queries), "key_value_segment_ids": P(batch),
+            "sinks": P(heads), "alibi_slopes": P(heads),
             "query_positions": P(batch, queries), "key_value_positions": P(batch),
         }  # fmt: skip
         return specs, (P(batch, queries, heads), P(batch, queries, heads))
@@ -140,7 +166,8 @@ def oracle(case: Case):
     arrays, cotangents = case.arrays()
     with jax.enable_x64(True):
         arrays, cotangents = double(arrays), double(cotangents)
-        fun = functools.partial(reference.dot_product_attention, **case.statics)
+        kept = case.kept() if case.dropout else None
+        fun = functools.partial(reference.dot_product_attention, kept=kept, **case.statics)
         return value_and_gradients(fun, loss, WANTED, ONE_DEVICE, None, arrays, {}, cotangents)
 
 
@@ -153,6 +180,7 @@ def run(case: Case):
         return_residual=True,
         exchange=case.exchange,
         implementation=case.implementation,
+        dropout_key=jax.random.key(DROPOUT_KEY) if case.dropout else None,
         **case.statics,
     )
     with jax.enable_x64(case.dtype == "float64"):
@@ -203,7 +231,11 @@ def cases(draw):
         lengths=draw(st.sampled_from(((False, False), (True, False), (False, True), (True, True)))),
         segments=draw(st.booleans()), positions=draw(st.sampled_from((False, False, True)).flatmap(
             lambda some: st.tuples(st.booleans(), st.booleans()) if some else st.just((False, False))
-        )), seed=draw(st.integers(0, 99)),
+        )), mask_fn=draw(st.sampled_from((None, None, *MASK_FNS))), cap=draw(st.sampled_from((None, None, 1.5))),
+        sinks=draw(st.booleans()), slopes=draw(st.booleans()), v=draw(st.sampled_from((None, None, 3))),
+        # In the user's shard_map a device of other sequences or heads would need a key of its own.
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.4))) if not manual or {*roles} <= {"sequence"} else 0.0,
+        seed=draw(st.integers(0, 99)),
     )  # fmt: skip
 
 
@@ -263,6 +295,28 @@ LAYOUTS = {
     ),
     "merged over two axes, lengths": Case(
         mesh=(2, 4), roles=("sequence", "sequence"), exchange="merge", lengths=(True, True), b=2, window=(9, 0), t=3
+    ),
+    "soft cap, sinks, values of another width": Case(mesh=(4,), t=4, k=2, v=3, cap=1.5, sinks=True, is_causal=True),
+    "prefix, slopes, heads on another axis": Case(
+        mesh=(2, 4), roles=("heads", "sequence"), t=16, g=1, mask_fn="prefix", slopes=True, sinks=True, cap=2.0
+    ),
+    "balanced, dropout": Case(mesh=(4,), t=16, is_causal=True, dropout=0.4, slopes=True),
+    "chunks stop the ring, dropout": Case(t=4, mask_fn="chunks", dropout=0.3, segments=True, sinks=True),
+    "heads all to all, sinks, dropout, slopes": Case(
+        mesh=(4,), exchange="all_to_all", k=4, t=4, sinks=True, slopes=True, dropout=0.4, v=5, b=2
+    ),
+    "merged, sinks, strided": Case(mesh=(4,), exchange="merge", k=2, t=3, sinks=True, mask_fn="strided", cap=1.5, v=2),
+    "gathered, everything that has no rows": Case(
+        mesh=(2, 4),
+        roles=("heads", "sequence"),
+        exchange="all_gather",
+        t=4,
+        sinks=True,
+        slopes=True,
+        cap=1.0,
+        mask_fn="prefix",
+        positions=(True, True),
+        v=6,
     ),
     "packed, in bfloat16": Case(mesh=(2,), dtype="bfloat16", segments=True, b=2, t=4, k=2, g=3),
     "batch, sequence, heads": Case(

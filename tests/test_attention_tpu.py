@@ -73,7 +73,7 @@ def hops(k, v, num_hops, key_offset):
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_hops", "config"))
 def forward(spec, q, k, v, at=(0, 0), num_hops=1, config=TILES):
-    state = attention_tpu.init(spec, q)
+    state = attention_tpu.init(spec, q, v)
     for k_hop, v_hop, _, key_offset in hops(k, v, num_hops, at[1]):
         state = attention_tpu.forward(spec, state, q, k_hop, v_hop, Extras(), Offsets((at[0],), (key_offset,)), config)
     return attention_tpu.finish(spec, state)[:2]
@@ -180,11 +180,11 @@ def test_spec_interpret_needs_no_context():
     close(forward(spec, q, k, v), dense(spec, q, k, v, do)[:2], 1e-5)
 
 
-@pytest.mark.parametrize("name", Extras._fields)
+@pytest.mark.parametrize("name", ["bias", "mask"])
 def test_check_names_an_extra_it_lacks(name):
-    q, k, *_ = random_inputs()
-    with pytest.raises(NotImplementedError, match=name):
-        attention_tpu.check(AttentionSpec(1.0), q, k, Extras(**{name: jnp.zeros(1)}))
+    q, k, v, _ = random_inputs()
+    with pytest.raises(NotImplementedError, match=f"{name} is not supported: say it by mask_fn"):
+        attention_tpu.check(AttentionSpec(1.0), q, k, v, Extras(**{name: jnp.zeros(1)}))
 
 
 @pytest.mark.parametrize(
@@ -194,15 +194,20 @@ def test_check_names_an_extra_it_lacks(name):
         (((1, 1, 64, 64), "float64"), ((1, 1, 64, 64), "float64"), "float64"),
         (((1, 1, 64, 64), "float32"), ((1, 1, 64, 64), "bfloat16"), "bfloat16"),
         (((1, 1, 1, 64), "float32"), ((1, 1, 64, 64), "float32"), "1 queries"),
-        (((1, 1, 64, 512), "float32"), ((1, 1, 64, 512), "float32"), "head dim 512"),
+        (((1, 1, 64, 640), "float32"), ((1, 1, 64, 640), "float32"), "head dims 640 and 640"),
         (((1, 1, 64, 64), "float32"), ((1, 1, 7, 64), "float32"), "7 keys"),
-        (((1, 1, 4160, 64), "float32"), ((1, 1, 64, 64), "float32"), "4160 tokens"),
-        (((1, 1, 64, 64), "float32"), ((1, 1, 4104, 64), "float32"), "4104 tokens"),
     ],
 )
 def test_check_says_what_it_lacks(q, k, message):
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=message):
-        attention_tpu.check(AttentionSpec(1.0), jax.ShapeDtypeStruct(*q), jax.ShapeDtypeStruct(*k), Extras())
+        q, k = jax.ShapeDtypeStruct(*q), jax.ShapeDtypeStruct(*k)
+        attention_tpu.check(AttentionSpec(1.0), q, k, k, Extras())
+
+
+def test_check_refuses_pieces_that_no_block_divides():
+    q = jax.ShapeDtypeStruct((1, 1, 2 * 1100, 64), "float32")
+    with pytest.raises(NotImplementedError, match="1100 tokens, more than 512 and in no blocks of 128"):
+        attention_tpu.check(AttentionSpec(1.0, pieces=2), q, q, q, Extras())
 
 
 @pytest.mark.parametrize("field", [{"block_q": 64}, {"block_k": 24}, {"chunk": 0}, {"resident_bytes": 0}])
@@ -223,7 +228,7 @@ def ring_forward(spec, n, q, k, v):
         at = Offsets((me * q.shape[2],), ((me - i) % n * k.shape[2],))
         return (attention_tpu.forward(spec, state, q, k, v, Extras(), at), *following), None
 
-    state = jax.lax.scan(hop, (attention_tpu.init(spec, q), k, v), jnp.arange(n))[0][0]
+    state = jax.lax.scan(hop, (attention_tpu.init(spec, q, v), k, v), jnp.arange(n))[0][0]
     return attention_tpu.finish(spec, state)[:2]
 
 

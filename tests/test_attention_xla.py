@@ -133,9 +133,9 @@ def run(case: Case, args, do, dlse, dtype):
 
     forward = jax.jit(partial(kernel.forward, spec, config=config))
     backward = jax.jit(partial(kernel.backward, spec, config=config))
-    state = kernel.init(spec, q)
+    state = kernel.init(spec, q, v)
     for k, v, extras, at, _ in hops:
-        kernel.check(spec, q, k, extras)
+        kernel.check(spec, q, k, v, extras)
         state = forward(state, q, k, v, extras, at)
     o, lse, _ = kernel.finish(spec, state)
     assert o.dtype == lse.dtype == jnp.promote_types(jnp.float32, dtype)
@@ -238,7 +238,7 @@ def test_padding_is_skipped(monkeypatch):
     spec, config = AttentionSpec(1.0, Band(right=0)), kernel.Config(1, 1, 4, 4)
     x = jnp.ones((1, 1, 32, 2))
     extras = Extras(key_lengths=jnp.array([9], jnp.int32))
-    state = jax.jit(lambda: kernel.forward(spec, kernel.init(spec, x), x, x, x, extras, Offsets((0,), (0,)), config))()
+    state = jax.jit(lambda: kernel.forward(spec, kernel.init(spec, x, x), x, x, x, extras, Offsets((0,), (0,)), config))()
     jax.block_until_ready(state)
     jax.effects_barrier()
     # Row blocks 0, 1 and 2..7 see 1, 2 and 3 key blocks; the diagonal and the block that holds the end are masked.
@@ -279,7 +279,7 @@ def plain(q, k, v, *, band=CAUSAL, config=None, axis=None, num_hops=1):
 
     def attend_forward(q, k, v):
         q, k, v = swap(q), swap(k), swap(v)
-        state, kv = kernel.init(spec, q), (k, v)
+        state, kv = kernel.init(spec, q, v), (k, v)
         for hop in range(num_hops):
             state = kernel.forward(spec, state, q, *kv, Extras(), at(hop), config)
             kv = jax.tree.map(shift, kv)
@@ -327,7 +327,7 @@ def test_ring_inside_shard_map(check_vma):
 def test_rows_without_keys_are_zero_and_give_no_gradient():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 8, 4))
     spec, at = AttentionSpec(1.0, Band(right=0)), Offsets((-5,), (0,))  # only queries 5, 6, 7 see a key
-    state = kernel.forward(spec, kernel.init(spec, q), q, k, v, Extras(), at, kernel.Config(1, 1, 4, 4))
+    state = kernel.forward(spec, kernel.init(spec, q, v), q, k, v, Extras(), at, kernel.Config(1, 1, 4, 4))
     o, lse, _ = kernel.finish(spec, state)
     assert jnp.all(o[:, :, :5] == 0) and jnp.all(jnp.isneginf(lse[:, :, :5]))
     assert jnp.all(jnp.isfinite(lse[:, :, 5:]))
@@ -340,7 +340,7 @@ def test_bias_of_minus_infinity_masks():
     q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, 1, 4, 4))
     bias = jnp.zeros((1, 1, 4, 4)).at[:, :, 1].set(-jnp.inf).at[:, :, 2, :3].set(-jnp.inf)
     spec, extras, at = AttentionSpec(1.0), Extras(bias), Offsets((0,), (0,))
-    o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q), q, k, v, extras, at))
+    o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q, v), q, k, v, extras, at))
     assert jnp.all(o[0, 0, 1] == 0) and jnp.isneginf(lse[0, 0, 1])
     assert_close(o[0, 0, 2], v[0, 0, 3], 1e-6)
     zeros = jnp.zeros_like(q)
@@ -411,7 +411,7 @@ def test_oracle_equals_jax_nn(shared):
 def test_reject_what_is_not_supported():
     q = jnp.ones((1, 1, 2, 2), jnp.int32)
     with pytest.raises(NotImplementedError, match="int32"):
-        kernel.check(AttentionSpec(1.0), q, q, Extras())
+        kernel.check(AttentionSpec(1.0), q, q, q, Extras())
 
 
 @pytest.mark.parametrize(("q_shape", "k_shape"), [
@@ -445,7 +445,7 @@ def test_the_error_does_not_grow_with_the_hops(dtype):
     def errors(hops):
         parts = [(i, x, y) for i, (x, y) in enumerate(zip(*(jnp.split(x, hops, 2) for x in (k, v))))]
         at = lambda i: Offsets((0,), (i * (4096 // hops),))
-        state = kernel.init(spec, q)
+        state = kernel.init(spec, q, v)
         for i, x, y in parts:
             state = kernel.forward(spec, state, q, x, y, Extras(), at(i))
         o, lse, _ = kernel.finish(spec, state)

@@ -10,7 +10,6 @@ pair: dk and dv stay in VMEM while the queries go by, dq (transposed) stays ther
 import dataclasses
 import functools
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
@@ -22,13 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.masks import Places
+from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks
 
-LANES = 128
-LOG2E = math.log2(math.e)
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
 AHEAD = 2  # chunks scored before the first softmax; with one, v6e and v7x wait 10% longer
-MAX_HEAD_DIM = 256  # float32 at 256 needs 32 MiB of VMEM beside dq
+WIDE, MAX_HEAD_DIM = 256, 576  # above WIDE blocks are smaller; float32 at 256 needs 32 MiB of VMEM beside dq
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -52,9 +49,11 @@ class Config:
             if value < unit or value % unit:
                 raise ValueError(f"{name}={value}, expected a positive multiple of {unit}")
 
-    def blocks(self, num_queries: int, num_keys: int) -> tuple[int, int]:
-        """(block_q, block_k) that divide these lengths; NotImplementedError where the TPU's tiling allows none."""
-        return _divisor(num_queries, self.block_q, LANES), _divisor(num_keys, self.block_k, SUBLANES)
+    def blocks(self, spec: AttentionSpec, q, k, v) -> tuple[int, int]:
+        """(block_q, block_k); of several pieces they divide a piece, else the last one may end after the array."""
+        smaller = 1 if max(q.shape[3], v.shape[3]) <= WIDE else 2
+        of = lambda length, limit: _block(length // spec.pieces, limit // smaller, exact=spec.pieces > 1)
+        return of(q.shape[2], self.block_q), of(k.shape[2], self.block_k)
 
 
 FORWARD = Config()
@@ -62,7 +61,7 @@ BACKWARD = Config(block_q=512, block_k=512, chunk=512)
 
 
 class State(NamedTuple):
-    """Float32 acc [B, N, H, T] = sum of v^T 2^(s - m), m [B, N, 1, T] = max of s, l [B, N, 1, T] = sum of 2^(s - m).
+    """Float32 acc [B, N, V, T] = sum of v^T 2^(s - m), m [B, N, 1, T] = max of s, l [B, N, 1, T] = sum of 2^(s - m).
 
     The logits s are in units of log 2.
     """
@@ -72,28 +71,31 @@ class State(NamedTuple):
     l: jax.Array
 
 
-def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, extras: Extras) -> None:
+def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks."""
-    for name, extra in extras._asdict().items():
-        if extra is not None:
-            raise _lacks(f"{name} is not supported")
+    for name in ("bias", "mask"):
+        if getattr(extras, name) is not None:
+            raise _lacks(
+                f"{name} is not supported: say it by mask_fn, segments, lengths or alibi_slopes, where one can"
+            )
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise _lacks(f"{q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
     (t, h), s = q.shape[2:], k.shape[2]
     if min(t, s) < 8:
         raise _lacks(f"{t} queries, {s} keys, supported: 8 or more")
-    if h > MAX_HEAD_DIM:
-        raise _lacks(f"head dim {h}, supported: up to {MAX_HEAD_DIM}")
+    if max(h, v.shape[3]) > MAX_HEAD_DIM:
+        raise _lacks(f"head dims {h} and {v.shape[3]}, supported: up to {MAX_HEAD_DIM}")
     for config in (FORWARD, BACKWARD):
-        block_q, _ = config.blocks(t // spec.pieces, s // spec.pieces)
+        block_q, _ = config.blocks(spec, q, k, v)
         if spec.pieces > 1 and block_q % LANES:
             raise _lacks(f"pieces of {t // spec.pieces} tokens, supported: multiples of {LANES}")
 
 
-def init(spec: AttentionSpec, q: jax.Array) -> State:
-    b, n, t, h = q.shape
+def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> State:
+    b, n, t, _ = q.shape
     row = jnp.zeros((b, n, 1, t), jnp.float32)
-    return _varying_like(State(jnp.zeros((b, n, h, t), jnp.float32), row + softmax.initial_max(jnp.float32), row), q)
+    acc = jnp.zeros((b, n, v.shape[3], t), jnp.float32)
+    return _varying_like(State(acc, row + softmax.initial_max(jnp.float32), row), q, v)
 
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -112,49 +114,54 @@ def forward(
     at: Offsets,
     config: Config = FORWARD,
 ) -> State:
-    check(spec, q, k, extras)
+    check(spec, q, k, v, extras)
     state = _varying_like(state, q, k, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
-    block_q, block_k = config.blocks(t // spec.pieces, s // spec.pieces)
-    num_q, num_k = t // block_q, s // block_k
+    blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
+    block_q, block_k = blocks.block_q, blocks.block_k
     pairs = spec.band.met(t, s, block_q, block_k, _apart(at), spec.pieces)
-    places = functools.partial(_places, spec, t, s)
 
-    def q_block(b, n, i, j, offsets):
+    def q_block(b, n, i, j, scalars):
         return b, n, i, 0
 
-    def k_block(b, n, i, j, offsets):
-        rows, keys = places(offsets)
-        start = rows.of(i * block_q)
-        needed = spec.band.blocks(start, start + block_q, keys, block_k)
-        return b, lax.div(n * kv_heads, q.shape[1]), _within(j, needed, num_k), 0
+    def k_block(b, n, i, j, scalars):
+        return b, lax.div(n * kv_heads, q.shape[1]), _within(j, blocks.keys_met(scalars, b, i), blocks.num_k), 0
 
-    def state_block(b, n, i, j, offsets):
+    def state_block(b, n, i, j, scalars):
         return b, n, 0, i
 
-    q_spec = pl.BlockSpec((None, None, block_q, h), q_block)
-    k_spec = pl.BlockSpec((None, None, block_k, h), k_block)
-    acc_spec = pl.BlockSpec((None, None, h, block_q), state_block)
+    k_spec, v_spec = (pl.BlockSpec((None, None, block_k, x.shape[3]), k_block) for x in (k, v))
+    acc_spec = pl.BlockSpec((None, None, v.shape[3], block_q), state_block)
     row_spec = pl.BlockSpec((None, None, 1, block_q), state_block)
+    rows = lambda *step: (step[0], 0, step[2])
+    columns = lambda *step: (step[0], 0, k_block(*step)[2])
     new = pl.pallas_call(
-        functools.partial(_forward_kernel, spec=spec, chunk=config.chunk, places=places),
+        functools.partial(_forward_kernel, blocks=blocks, chunk=config.chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b, n, num_q, num_k),
-            in_specs=[q_spec, k_spec, k_spec, acc_spec, row_spec, row_spec],
+            grid=(b, n, blocks.num_q, blocks.num_k),
+            in_specs=[
+                pl.BlockSpec((None, None, block_q, h), q_block),
+                k_spec,
+                v_spec,
+                _vector_specs(blocks, vectors, rows, columns),
+                acc_spec,
+                row_spec,
+                row_spec,
+            ],
             out_specs=[acc_spec, row_spec, row_spec],
         ),
         out_shape=[_shape(x) for x in state],
-        input_output_aliases={4: 0, 5: 1, 6: 2},
+        input_output_aliases={4 + len(vectors) + n: n for n in range(3)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=4 * b * n * pairs * h,
+            flops=2 * b * n * pairs * (h + v.shape[3]),
             transcendentals=b * n * pairs,
-            bytes_accessed=_nbytes(q, *state, *state) + n // kv_heads * num_q * _nbytes(k, v),
+            bytes_accessed=_nbytes(q, *state, *state) + n // kv_heads * blocks.num_q * _nbytes(k, v),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_forward",
-    )(_scalars(*at.query, *at.key), q, k, v, *state)
+    )(scalars, q, k, v, vectors, *state)
     return State(*new)
 
 
@@ -164,17 +171,20 @@ def _apart(at: Offsets) -> int | None:
     return None if unknown else int(at.query[0]) - int(at.key[0])
 
 
-def _places(spec: AttentionSpec, num_queries: int, num_keys: int, offsets) -> tuple[Places, Places]:
-    """Where queries and keys stand, by the scalars that a kernel is given first."""
-    starts = [offsets[i] for i in range(2 * spec.pieces)]
-    return Offsets(tuple(starts[: spec.pieces]), tuple(starts[spec.pieces :])).places(num_queries, num_keys)
+def _vector_specs(blocks: Blocks, vectors, rows, columns):
+    """Of numbers of queries and of keys, whose blocks `rows` and `columns` give."""
+    of_query = lambda name: name.startswith("query")
+    return {
+        name: pl.BlockSpec(
+            (None, 1, blocks.block_q if of_query(name) else blocks.block_k), rows if of_query(name) else columns
+        )
+        for name in vectors
+    }
 
 
-def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l, *, spec, chunk, places):
-    i, j = pl.program_id(2), pl.program_id(3)
-    (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    rows, keys = places(offsets)
-    q_start, k_start = rows.of(i * block_q), keys.of(j * block_k)
+def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, acc, m, l, *, blocks: Blocks, chunk):
+    b, n, i, j = map(pl.program_id, range(4))
+    pair = blocks.pair(scalars, vectors, b, n, i, j)
 
     # Invariant: after step j, (acc, m, l) is the state after the keys that came in with it and those of blocks 0 .. j.
     @pl.when(j == 0)
@@ -182,15 +192,18 @@ def _forward_kernel(offsets, q_ref, k_ref, v_ref, acc_in, m_in, l_in, acc, m, l,
         acc[...], m[...], l[...] = acc_in[...], m_in[...], l_in[...]
 
     def block(masked: bool):
+        def scores(c):
+            return pair.logits(_dot(k_ref[c], q_ref[...], 1, 1), c, masked)[0]
+
         def accumulate(c, s):
             m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
-            v = v_ref[c]
-            acc[...] = acc[...] * alpha + _dot(v, p.astype(v.dtype), 0, 0)
+            v = pair.inside(v_ref[c], "keys", c.start) if masked else v_ref[c]
+            acc[...] = acc[...] * alpha + _dot(v, pair.drop(p, c).astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
 
-        _chunks(block_k, chunk, lambda c: _scores(spec, q_ref, k_ref, c, q_start, k_start, masked), accumulate)
+        _chunks(blocks.block_k, chunk, scores, accumulate)
 
-    _if_seen(spec.band, q_start, block_q, k_start, block_k, block)
+    pair.run(block)
 
 
 @jax.named_scope("ringmoe_attention_backward")
@@ -207,91 +220,102 @@ def backward(
     at: Offsets,
     config: Config = BACKWARD,
 ) -> Grads:
-    check(spec, q, k, extras)
+    check(spec, q, k, v, extras)
     grads = _varying_like(grads, q, k, v, do)
-    block_q, _ = config.blocks(q.shape[2] // spec.pieces, k.shape[2] // spec.pieces)
+    make = functools.partial(Blocks.make, spec, q, k, extras, at, *config.blocks(spec, q, k, v))
+    blocks, _, _ = make()
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
-    rows = q.shape[1] // k.shape[1] * (q.shape[2] // block_q)
-    fitting = max(1, config.resident_bytes // (block_q * q.shape[3] * 4))
+    rows = q.shape[1] // k.shape[1] * blocks.num_q
+    fitting = max(1, config.resident_bytes // (blocks.block_q * q.shape[3] * 4))
     run = max(d for d in range(1, min(rows, fitting) + 1) if rows % d == 0)
-    add = functools.partial(_backward_run, spec, q, k, v, do, lse[:, :, None], delta[:, :, None], at, config, run)
+    add = lambda first, grads: _backward_run(
+        *make(first=first), config.chunk, run, (q, k, v, do, lse[:, :, None], delta[:, :, None]), grads, _apart(at)
+    )
     if run == rows:
         return add(0, grads)
     return lax.fori_loop(0, rows // run, lambda i, grads: add(i * run, grads), grads)
 
 
-def _backward_run(spec, q, k, v, do, lse, delta, at, config, run, first, grads):
-    """Adds to `grads` what query blocks `first .. first + run` of every kv head give; `first` may be traced."""
-    (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
-    block_q, block_k = config.blocks(t // spec.pieces, s // spec.pieces)
-    num_q, num_k, group = t // block_q, s // block_k, n // kv_heads
-    places, first_row = functools.partial(_places, spec, t, s), 2 * spec.pieces  # in the scalars
+def _backward_run(blocks: Blocks, scalars, vectors, chunk: int, run: int, arrays, grads: Grads, apart) -> Grads:
+    """Adds to `grads` what so many query blocks of every kv head give, from the one on that `scalars` say."""
+    q, k, v, do = arrays[:4]
+    (b, n, t, h), (kv_heads, s), spec = q.shape, k.shape[1:3], blocks.spec
+    block_q, block_k, num_q, num_k, group = blocks.block_q, blocks.block_k, blocks.num_q, blocks.num_k, n // kv_heads
 
-    def row(kv, r, offsets):
+    def row(kv, r, scalars):
         """Query head and block of the run's r-th row."""
-        r = offsets[first_row] + r
+        r = blocks.number(scalars, "first") + r
         return kv * group + lax.div(r, num_q), lax.rem(r, num_q)
 
-    def q_block(b, kv, j, r, offsets):
-        rows, keys = places(offsets)
-        start = keys.of(j * block_k)
-        needed = spec.band.transpose().blocks(start, start + block_k, rows, block_q)
-        n, i = row(kv, r, offsets)
-        return b, n, _within(i, needed, num_q), 0
+    def q_block(b, kv, j, r, scalars):
+        n, i = row(kv, r, scalars)
+        return b, n, _within(i, blocks.queries_met(scalars, b, j), num_q), 0
 
     def lse_block(*step):
         b, n, i, _ = q_block(*step)
         return b, n, 0, i
 
-    def k_block(b, kv, j, r, offsets):
+    def k_block(b, kv, j, r, scalars):
         return b, kv, j, 0
 
-    def dq_block(b, kv, j, r, offsets):  # stays at the run's first block until the last keys, when each is written once
-        n, i = row(kv, jnp.where(j == num_k - 1, r, 0), offsets)
+    def dq_block(b, kv, j, r, scalars):  # stays at the run's first block until the last keys, when each is written once
+        n, i = row(kv, jnp.where(j == num_k - 1, r, 0), scalars)
         return b, n, i, 0
 
-    q_spec = pl.BlockSpec((None, None, block_q, h), q_block)
-    k_spec = pl.BlockSpec((None, None, block_k, h), k_block)
-    row_spec = pl.BlockSpec((None, None, 1, block_q), lse_block)
-    dq_spec = pl.BlockSpec((None, None, block_q, h), dq_block)
+    of_rows = lambda x, index: pl.BlockSpec((None, None, block_q, x.shape[3]), index)
+    k_spec, v_spec = (pl.BlockSpec((None, None, block_k, x.shape[3]), k_block) for x in (k, v))
+    row_spec, dq_spec = pl.BlockSpec((None, None, 1, block_q), lse_block), of_rows(q, dq_block)
+    rows = lambda *step: (step[0], 0, q_block(*step)[2])
+    columns = lambda *step: (step[0], 0, step[2])
     dq, dk, dv = grads.dq, grads.dk, grads.dv
-    pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, _apart(at), spec.pieces) // t
+    pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, apart, spec.pieces) // t
+    wide = max(1, -(-max(h, v.shape[3]) // (2 * LANES)))
     new = pl.pallas_call(
-        functools.partial(_backward_kernel, spec=spec, chunk=config.chunk, num_q=num_q, places=places),
+        functools.partial(_backward_kernel, blocks=blocks, group=group, chunk=chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, kv_heads, num_k, run),
-            in_specs=[q_spec, k_spec, k_spec, q_spec, row_spec, row_spec, dq_spec, k_spec, k_spec],
-            out_specs=[dq_spec, k_spec, k_spec],
+            in_specs=[
+                of_rows(q, q_block),
+                k_spec,
+                v_spec,
+                of_rows(do, q_block),
+                row_spec,
+                row_spec,
+                _vector_specs(blocks, vectors, rows, columns),
+                dq_spec,
+                k_spec,
+                v_spec,
+            ],
+            out_specs=[dq_spec, k_spec, v_spec],
             scratch_shapes=[pltpu.VMEM((run, h, block_q), jnp.float32), pltpu.VMEM((block_k, h), jnp.float32)],
         ),
         out_shape=[_shape(x) for x in (dq, dk, dv)],
-        input_output_aliases={7: 0, 8: 1, 9: 2},
+        input_output_aliases={7 + len(vectors) + n: n for n in range(3)},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=(8 * q.dtype.itemsize * 2**20) + run * block_q * h * 4,  # blocks, spills; dq
+            vmem_limit_bytes=(8 * q.dtype.itemsize * wide * 2**20) + run * block_q * h * 4,  # blocks, spills; dq
         ),
         cost_estimate=pl.CostEstimate(
-            flops=10 * pairs * h,
+            flops=pairs * (6 * h + 4 * v.shape[3]),
             transcendentals=pairs,
             bytes_accessed=_nbytes(k, v, dk, dk, dv, dv)
             + (num_k * _nbytes(q, do) + 2 * _nbytes(dq)) * run // (group * num_q),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_backward",
-    )(_scalars(*at.query, *at.key, first), q, k, v, do, lse, delta, dq, dk, dv)
+    )(scalars, *arrays, vectors, dq, dk, dv)
     return Grads(*new)
 
 
 def _backward_kernel(
-    offsets, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
-    *, spec, chunk, num_q, places,
+    scalars, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, vectors, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
+    *, blocks: Blocks, group: int, chunk: int,
 ):  # fmt: skip
-    j, r = pl.program_id(2), pl.program_id(3)
-    (block_q, _), (block_k, _) = q_ref.shape, k_ref.shape
-    rows, keys = places(offsets)
-    q_start = rows.of(lax.rem(offsets[2 * spec.pieces] + r, num_q) * block_q)
-    k_start = keys.of(j * block_k)
+    b, kv, j, r = map(pl.program_id, range(4))
+    row = blocks.number(scalars, "first") + r
+    n, i = kv * group + lax.div(row, blocks.num_q), lax.rem(row, blocks.num_q)
+    pair, scale = blocks.pair(scalars, vectors, b, n, i, j), blocks.spec.scale
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are
     # the sums over rows 0 .. r for key block j; dv_ref began with what came in.
@@ -305,40 +329,35 @@ def _backward_kernel(
         dv_ref[...] = dv_in[...]
 
     def block(masked: bool):
-        lse = softmax.finite_lse(lse_ref[...]) * LOG2E
+        inside = pair.inside if masked else lambda x, *_: x
+        q, do = lambda: inside(q_ref[...], "queries"), lambda: inside(do_ref[...], "queries")
+        lse, delta = (inside(ref[...], "queries", 0, 1) for ref in (lse_ref, delta_ref))
+        lse = softmax.finite_lse(lse) * LOG2E
+        keys = lambda ref, c: inside(ref[c], "keys", c.start)
 
         def scores(c):
-            return _scores(spec, q_ref, k_ref, c, q_start, k_start, masked), _dot(v_ref[c], do_ref[...], 1, 1)
+            return pair.logits(_dot(keys(k_ref, c), q(), 1, 1), c, masked), _dot(keys(v_ref, c), do(), 1, 1)
 
-        def accumulate(c, s_and_dp):
-            s, dp = s_and_dp
+        def accumulate(c, found):
+            (s, slope), dp = found
             p = jnp.exp2(s - lse)
-            ds = (p * (dp - delta_ref[...])).astype(q_ref.dtype)
-            dv_ref[c] += _dot(p.astype(do_ref.dtype), do_ref[...], 1, 0)
-            dk[c] += _dot(ds, q_ref[...], 1, 0)
-            dq[r] += _dot(k_ref[c], ds, 0, 0)
+            ds = p * (pair.drop(dp, c) - delta)
+            ds = (ds if slope is None else ds * slope).astype(q_ref.dtype)
+            dv_ref[c] += _dot(pair.drop(p, c).astype(do_ref.dtype), do(), 1, 0)
+            dk[c] += _dot(ds, q(), 1, 0)
+            dq[r] += _dot(keys(k_ref, c), ds, 0, 0)
 
-        _chunks(block_k, chunk, scores, accumulate)
+        _chunks(blocks.block_k, chunk, scores, accumulate)
 
-    _if_seen(spec.band, q_start, block_q, k_start, block_k, block)
+    pair.run(block)
 
     @pl.when(r == pl.num_programs(3) - 1)
     def store_dk():
-        dk_ref[...] = dk_in[...] + dk[...] * spec.scale
+        dk_ref[...] = dk_in[...] + dk[...] * scale
 
     @pl.when(j == pl.num_programs(2) - 1)
     def store_dq():
-        dq_ref[...] = dq_in[...] + dq[r].T * spec.scale
-
-
-def _scores(spec, q_ref, k_ref, c, q_start, k_start, masked):
-    """Logits [chunk, block_q] of the keys `c` of the block, in units of log 2."""
-    s = _dot(k_ref[c], q_ref[...], 1, 1) * (spec.scale * LOG2E)
-    if masked:
-        key = k_start + c.start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
-        query = q_start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        s = jnp.where(spec.band(query, key), s, softmax.MASKED)
-    return s
+        dq_ref[...] = dq_in[...] + dq[r].T * scale
 
 
 def _chunks(block: int, chunk: int, start, finish) -> None:
@@ -355,17 +374,6 @@ def _chunks(block: int, chunk: int, start, finish) -> None:
         finish(c, started.pop(0))
 
 
-def _if_seen(band, q_start, block_q, k_start, block_k, block) -> None:
-    """Runs `block(masked)` unless the band hides all of it; one that it hides nothing of isn't masked."""
-    if band.is_full:
-        block(False)
-        return
-    hidden, seen = band.blocks(q_start, q_start + block_q, Places((k_start,), block_k), block_k)
-    full = band.is_full_block(q_start, q_start + block_q, k_start, k_start + block_k)
-    pl.when(full)(lambda: block(False))
-    pl.when((hidden < seen) & ~full)(lambda: block(True))
-
-
 def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((a_dim,), (b_dim,)), ((), ()))
@@ -376,24 +384,23 @@ def _lacks(what: str) -> NotImplementedError:
     return NotImplementedError(f"TPU attention kernel: {what}")
 
 
-def _divisor(length: int, limit: int, unit: int) -> int:
-    """The largest block up to `limit` that divides `length`, whole or in units."""
+def _block(length: int, limit: int, exact: bool) -> int:
+    """A block up to `limit`: the largest in lanes that divides `length`, or, where that is small and needn't be, one whose last
+    ends after the array does."""
     if length <= limit:
         return length
-    for block in range(limit, 0, -unit):
-        if length % block == 0:
-            return block
-    raise _lacks(f"{length} tokens, more than {limit} and in no blocks of {unit}; pad them to a multiple of {LANES}")
+    dividing = next((block for block in range(limit, 0, -LANES) if length % block == 0), None)
+    if dividing is not None and (exact or dividing >= limit // 2):
+        return dividing
+    if exact:
+        raise _lacks(f"{length} tokens, more than {limit} and in no blocks of {LANES}")
+    return -(-length // -(-length // limit) // LANES) * LANES
 
 
 def _within(i, needed, num_blocks: int):
     """Block `i` clamped to those needed, so that a skipped step fetches nothing new."""
     first, last = needed
     return jnp.clip(jnp.clip(i, first, last - 1), 0, num_blocks - 1)
-
-
-def _scalars(*values) -> jax.Array:
-    return jnp.stack([jnp.asarray(x, jnp.int32) for x in values])
 
 
 def _varying_like(tree, *operands: jax.Array):

@@ -9,7 +9,7 @@ neighbour did are masked, and a masked pair changes nothing. A non-finite query,
 see it and touches no other, forward and backward.
 
 Inside, heads are [K, G] (G = N // K query heads share a key head) and einsum letters name dimensions:
-b batch, k key heads, g group, t queries, s keys, h head dim.
+b batch, k key heads, g group, t queries, s keys, h head dim, v that of values.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringmoe import softmax
+from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.masks import Places
+from ringmoe.masks import Band, Places
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head
@@ -56,16 +56,17 @@ def _divisor(n: int, most: int) -> int:
     return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
 
 
-def check(spec: AttentionSpec, q, k, extras: Extras) -> None:
+def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
     if q.dtype not in DTYPES:
         raise NotImplementedError(f"{q.dtype=}, expected one of {[d.name for d in DTYPES]}")
 
 
-def init(spec: AttentionSpec, q):
-    """The state `(acc, m, l)`: unnormalised output [B, N, T, H], running maximum and sum [B, N, T, 1]."""
+def init(spec: AttentionSpec, q, v):
+    """The state `(acc, m, l)`: unnormalised output [B, N, T, V], running maximum and sum [B, N, T, 1]."""
     dtype = _acc_dtype(q)
     row = jnp.zeros((*q.shape[:-1], 1), dtype)
-    return _same_varying((jnp.zeros(q.shape, dtype), row + softmax.initial_max(dtype), row), q)[0]
+    acc = jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype)
+    return _same_varying((acc, row + softmax.initial_max(dtype), row), q, v)[0]
 
 
 def finish(spec: AttentionSpec, state):
@@ -80,14 +81,15 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
 
     def step(carry, tile, masked):
         acc, m, l = carry
-        v_tile = _cut(v, "bksh", tile)
+        v_tile = _cut(v, "bksv", tile)
         s, seen = walk.logits(_cut(q, "bkgth", tile), _cut(k, "bksh", tile), tile, masked)
         if seen is not None:
             poison = jnp.where(jnp.all(jnp.isfinite(v_tile), -1), 0, jnp.nan).astype(s.dtype)
             s = jnp.where(seen, s + poison[:, :, None, None], softmax.MASKED)
             v_tile = _finite(v_tile)
         m, l, alpha, p = softmax.step(m, l, s, -1)
-        return acc * alpha + _dot("bkgts,bksh->bkgth", p.astype(v.dtype), v_tile), m, l
+        p = walk.kept(p, tile)
+        return acc * alpha + _dot("bkgts,bksv->bkgtv", p.astype(v.dtype), v_tile), m, l
 
     def rows(n, state):
         tile = walk.tile(n, "t")
@@ -127,7 +129,9 @@ def backward(
         k_tile, v_tile = (_cut(x, "bksh", tile) for x in (k, v))
         s, seen = walk.logits(q_tile, k_tile, tile, masked)
         p = jnp.exp(s - lse_tile)
-        ds = p * (_dot("bkgth,bksh->bkgts", do_tile, v_tile) - delta_tile)
+        dp = walk.kept(_dot("bkgtv,bksv->bkgts", do_tile, v_tile), tile)
+        ds = p * (dp - delta_tile) * walk.slope_of_cap(s)
+        p = walk.kept(p, tile)
         if seen is not None:
             # A row whose do is not finite has such a delta too: adding it keeps the NaN that `_finite` takes from dv.
             p = jnp.where(seen, p + 0 * delta_tile, 0)
@@ -137,7 +141,7 @@ def backward(
         return Grads(
             _dot("bkgts,bksh->bkgth", low, k_tile) * spec.scale,
             _dot("bkgth,bkgts->bkhs", q_tile, low) * spec.scale,
-            _dot("bkgth,bkgts->bkhs", do_tile, p.astype(do.dtype)),
+            _dot("bkgtv,bkgts->bkvs", do_tile, p.astype(do.dtype)),
             None if dbias is None else _sum_to(ds, dbias.shape),
         )
 
@@ -187,6 +191,8 @@ class _Walk:
     positions: dict[str, jax.Array]  # of the same shapes; only those given
     bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
     mask: jax.Array | None
+    slopes: jax.Array | None  # [1, K, G, 1, 1]
+    seeds: jax.Array | None  # [B, K, G, 1, 1]
 
     @classmethod
     def make(cls, spec, config, q, k, extras: Extras, at: Offsets) -> "_Walk":
@@ -203,11 +209,12 @@ class _Walk:
             {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
             along(extras.query_segments, extras.key_segments),
             along(extras.query_positions, extras.key_positions),
-            None,
-            None,
+            *[None] * 4,
         )
+        per_head = lambda x: None if x is None else walk.group(x)[..., None, None]
         bias, mask = (None if x is None else walk.group_pairs(x) for x in (extras.bias, extras.mask))
-        return dataclasses.replace(walk, bias=bias, mask=mask)
+        slopes = None if extras.slopes is None else per_head(extras.slopes[None])
+        return dataclasses.replace(walk, bias=bias, mask=mask, slopes=slopes, seeds=per_head(extras.seeds))
 
     def group(self, x):
         """[B, N, ...] to [B, K, G, ...]."""
@@ -242,14 +249,12 @@ class _Walk:
         if self.spec.uniform:
             return 0, self.num_blocks(dim)
         other = "s" if dim == "t" else "t"
-        band = self.spec.band if dim == "s" else self.spec.band.transpose()
-        size = getattr(self.config, dim)
-        if not self.positions:
-            first, last = band.blocks(*self.ends(tile, other), self.places[dim], size)
-        else:
-            first, last = band.ends.blocks(*self.ends(tile, other), self.places[dim], size)
+        blocks_of = Band.keys_met if dim == "s" else Band.queries_met
+        band, size = self.spec.band, getattr(self.config, dim)
+        own = band.ends if self.positions else band
+        first, last = blocks_of(own, *self.ends(tile, other), self.places[dim], size)
         if self.positions and dim not in self.positions:  # else in no order, and any block may be met
-            nearest, farthest = band.window.blocks(*self.compared(tile, other), self.places[dim], size)
+            nearest, farthest = blocks_of(band.window, *self.compared(tile, other), self.places[dim], size)
             first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         for side, lengths in self.lengths.items():
             longest = self.places[side].before(jnp.max(_cut(lengths, "b", tile)))
@@ -294,18 +299,22 @@ class _Walk:
         return lax.cond(full, lambda c: fun(c, tile, False), lambda c: fun(c, tile, True), carry)
 
     def logits(self, q_tile, k_tile, tile, masked: bool):
-        """`scale q k^T + bias` of a block, not masked yet, and which pairs are seen (None where `masked` is false)."""
+        """The logits of a block, not masked yet, and which pairs are seen (None where `masked` is false)."""
         s = _dot("bkgth,bksh->bkgts", q_tile, k_tile) * self.spec.scale
         if self.bias is not None:
             s = s + _cut(self.bias, "bkgts", tile).astype(s.dtype)
+        rows, keys = self.indices(tile)
+        position = {"t": self.places["t"].of(rows), "s": self.places["s"].of(keys)}
+        compared = position | {dim: _cut(x, "bkgts", tile) for dim, x in self.positions.items()}
+        if self.slopes is not None:
+            apart = jnp.abs(compared["t"] - compared["s"]).astype(s.dtype)
+            s = s - _cut(self.slopes, "bkgts", tile).astype(s.dtype) * apart
+        if self.spec.soft_cap is not None:
+            s = self.spec.soft_cap * jnp.tanh(s / self.spec.soft_cap)
         if not masked:
             return s, None
-        rows = tile["t"].start + jnp.arange(tile["t"].size, dtype=jnp.int32)[:, None]
-        keys = tile["s"].start + jnp.arange(tile["s"].size, dtype=jnp.int32)
         seen = (rows >= tile["t"].first) & (keys >= tile["s"].first)
-        position = {"t": self.places["t"].of(rows), "s": self.places["s"].of(keys)}
         seen &= self.spec.band.ends(position["t"], position["s"])
-        compared = position | {dim: _cut(x, "bkgts", tile) for dim, x in self.positions.items()}
         seen = seen & self.spec.band.window(compared["t"], compared["s"])
         for side, lengths in self.lengths.items():
             seen = seen & (position[side] < _cut(lengths, "b", tile))
@@ -314,6 +323,23 @@ class _Walk:
         if self.mask is not None:
             seen = seen & _cut(self.mask, "bkgts", tile)
         return s, seen
+
+    def indices(self, tile):
+        """Of a tile's rows, as a column, and of its keys."""
+        rows, keys = (tile[dim].start + jnp.arange(tile[dim].size, dtype=jnp.int32) for dim in "ts")
+        return rows[:, None], keys
+
+    def kept(self, x, tile):
+        """Of pairs [b, k, g, t, s]: zero where dropout leaves one out, larger where not."""
+        if self.seeds is None:
+            return x
+        rows, keys = self.indices(tile)
+        seeds = _cut(self.seeds, "bkgts", tile)
+        return dropout.drop(x, self.spec.dropout_rate, seeds, self.places["t"].of(rows), self.places["s"].of(keys))
+
+    def slope_of_cap(self, s):
+        """The derivative of the capped logits `s` by those before the cap."""
+        return 1.0 if self.spec.soft_cap is None else 1 - (s / self.spec.soft_cap) ** 2
 
 
 def _for(bounds, fun, carry):

@@ -260,7 +260,7 @@ class _Call:
             key_heads=of("k"),
             queries=of("t"),
             keys=of("s"),
-            width=of("h"),
+            width=(of("h") + of("v")) // 2,
             size=self.devices(self.key_axes),
             mesh_size=math.prod(self.length.values()),
             **how,

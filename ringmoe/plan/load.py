@@ -41,7 +41,7 @@ class Load:
     key_heads: int
     queries: int
     keys: int
-    width: int  # head dim
+    width: int  # head dim, the mean of the keys' and the values'
     size: int  # devices that share the keys
     mesh_size: int
     head_parts: int

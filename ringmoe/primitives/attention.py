@@ -80,12 +80,20 @@ def _tangent_transpose(cotangents, *arrays, **params):
     # ds = p (dp - delta) with delta = sum_h do o - dlse: a cotangent of the LSE is one more term of delta.
     delta = jnp.sum(do.astype(lse.dtype) * output.astype(lse.dtype), -1) - dlse
     kept = {n: x for n, x in named.items() if not n.endswith("_tangent") and n not in RESULTS}
-    inputs = {name: kept.pop(name) for name in INPUTS}
+    inputs, sinks = {name: kept.pop(name) for name in INPUTS}, kept.pop("sinks", None)
     operands = inputs | dict(zip(SAVED, (lse, named["lse_tail"], do, delta))) | kept
     wanted = INPUTS + (("bias",) if "bias" in kept else ())
     grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
     found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
+    if "sinks_tangent" in asked:
+        found["sinks_tangent"] = _sinks_gradient(sinks, lse, named["lse_tail"], delta)
     return [found[name] if name in asked else None for name in named]
+
+
+def _sinks_gradient(sinks, lse, tail, delta):
+    """A sink is a logit whose value is 0: its ds = p (0 - delta), summed over all rows [*batch, T, N]."""
+    share = jnp.where(jnp.isneginf(sinks), 0, jnp.exp(sinks.astype(lse.dtype) - lse - tail))
+    return -jnp.sum(share * delta, range(lse.ndim - 1)).astype(sinks.dtype)
 
 
 def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
@@ -112,7 +120,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
     return dataclasses.replace(found, bias_sum_axes=summed)
 
 
-def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extras):
+def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extras: Extras):
     """The kernel for one device's arrays, and the spec it runs with."""
     spec = dataclasses.replace(
         params["spec"],
@@ -126,10 +134,9 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, extras: Extr
     )
     q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
     met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.ways
-    k = head_major(key, max(key.shape[-2], plan.head_parts), met)
-    return pallas.pick(
-        "attention", platform, params["implementation"], lambda kernel: kernel.check(spec, q, k, extras)
-    ), spec
+    k, v = (head_major(x, max(x.shape[-2], plan.head_parts), met) for x in (key, value))
+    accepts = lambda kernel: kernel.check(spec, q, k, v, extras)
+    return pallas.pick("attention", platform, params["implementation"], accepts), spec
 
 
 def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
@@ -147,7 +154,7 @@ def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
 def _forward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, *rest):
         extras = Extras(**dict(zip(params["operands"][3:], rest)))
-        kernel, spec = _kernel(plan, platform, params, query, key, extras)
+        kernel, spec = _kernel(plan, platform, params, query, key, value, extras)
         travel = _travel(plan, platform, params)
         return list(schedule.forward(plan, kernel, spec, query, key, value, extras, travel))
 
@@ -157,7 +164,7 @@ def _forward_body(plan: AttentionPlan, platform: str, params):
 def _backward_body(plan: AttentionPlan, platform: str, params):
     def run(query, key, value, lse, tail, do, delta, *rest):
         extras = Extras(**dict(zip(params["operands"][len(INPUTS) + len(SAVED) :], rest)))
-        kernel, spec = _kernel(plan, platform, params, query, key, extras)
+        kernel, spec = _kernel(plan, platform, params, query, key, value, extras)
         travel = _travel(plan, platform, params)
         *grads, dbias = schedule.backward(plan, kernel, spec, query, key, value, lse, tail, do, delta, extras, travel)
         return grads if dbias is None else [*grads, dbias]

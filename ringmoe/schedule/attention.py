@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule import balance, heads, merge
@@ -29,7 +30,8 @@ def forward(
     extras: Extras,
     travel: Travel = BY_XLA,
 ):
-    """Returns output like query, and in the accumulator's dtype the LSE [*batch, t, N] and its tail: see softmax.finish."""
+    """Returns output [*batch, t, N, V] in query's dtype, and in the accumulator's the LSE [*batch, t, N] and its tail: see
+    softmax.finish."""
     moves = _Moves(plan)
     q, k, v = moves.queries(_head_major(query)), *map(moves.keys, map(_head_major, (key, value)))
     blocks = _Blocks(plan, query, key, q, k, extras)
@@ -40,10 +42,12 @@ def forward(
         return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
 
     parts = blocks.cut(blocks.gather((k, v)))
-    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q), parts, travel=travel)
+    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, travel=travel)
     output, lse, tail = kernel.finish(spec, state)
     if plan.exchange == "merge":
         output, lse, tail = merge.shares(plan.axes, plan.joint_axes, output, lse, tail)
+    if blocks.sinks is not None:
+        output, lse, tail = softmax.with_sink(output, lse, tail, blocks.sinks[:, :, None].astype(lse.dtype))
     per_row = lambda x: moves.back(x, x.dtype).swapaxes(1, 2).reshape(*query.shape[:-1])
     return _public(moves.back(output, query.dtype), query), *map(per_row, (lse, tail))
 
@@ -96,6 +100,9 @@ def backward(
     return *map(_public, grads, like), dbias
 
 
+PER_HEAD = ("slopes", "sinks")  # extras without batch dims
+
+
 class _Moves:
     """Arrays [B, N, t, ...] on their way to where the plan has them worked on, and back."""
 
@@ -142,7 +149,9 @@ class _Blocks:
         me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
-        whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in extras)))
+        per_head = {name: getattr(extras, name)[None] for name in PER_HEAD if getattr(extras, name) is not None}
+        here = extras._replace(**dict.fromkeys(PER_HEAD))
+        whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in here)))
         rows = lambda x: None if x is None else _Moves(plan).row_numbers(x)
         mine = lambda x: None if x is None else heads.mine(plan.head_axes, plan.head_parts, x)
         self.whole = whole._replace(
@@ -150,7 +159,10 @@ class _Blocks:
             mask=mine(whole.mask),
             query_segments=rows(whole.query_segments),
             query_positions=rows(whole.query_positions),
+            seeds=mine(whole.seeds),
+            slopes=mine(per_head["slopes"])[0] if "slopes" in per_head else None,
         )
+        self.sinks = mine(per_head.get("sinks"))  # [1, heads]
 
     def _starts(self, device, length: int) -> tuple:
         """Where the pieces of a device's block begin."""

@@ -1,0 +1,283 @@
+"""The logits of a pair of blocks in a TPU's attention kernel, and what is known of them before they are computed.
+
+`Blocks` lays a call out: numbers that a kernel is given first (where blocks stand, lengths, the least and greatest segment and
+position of each block, a head's slope and dropout seed) in one int32 vector, and numbers of queries and keys as `[B, 1, T]`
+and `[B, 1, S]`. By the numbers a block pair is skipped, or computed without a mask, or with one. A `Pair` is one such pair
+within a kernel. Logits are transposed, keys by queries, and in units of log 2.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ringmoe import dropout, softmax
+from ringmoe.interface import AttentionSpec, Extras, Offsets
+from ringmoe.masks import Places
+
+LANES = 128
+LOG2E = math.log2(math.e)
+ROWS = ("query_segments", "query_positions")
+COLUMNS = ("key_segments", "key_positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Where the numbers of a call are, all static; `scalars` is always the vector or its ref."""
+
+    spec: AttentionSpec
+    num_queries: int
+    num_keys: int
+    block_q: int
+    block_k: int
+    layout: tuple[tuple[str, int, tuple[int, ...]], ...] = ()  # name, place in the vector, shape
+
+    @classmethod
+    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_q: int, block_k: int, first=0):
+        """`(blocks, scalars, vectors)` of a call; `first` is the first query block of a backward run."""
+        numbers = {"query": jnp.stack(_int32(at.query)), "key": jnp.stack(_int32(at.key)), "first": _int32([first])[0]}
+        found = {name: x for name, x in extras._asdict().items() if x is not None}
+        for name in ("query_lengths", "key_lengths", "slopes", "seeds"):
+            if name in found:
+                numbers[name] = found[name]
+        vectors = {name: found[name][:, None] for name in (*ROWS, *COLUMNS) if name in found}
+        for name, x in vectors.items():
+            numbers[name] = _ranges(x[:, 0], block_q if name in ROWS else block_k)
+        layout, parts, place = [], [], 0
+        for name, x in numbers.items():
+            layout.append((name, place, x.shape))
+            parts.append(_as_int32(x).reshape(-1))
+            place += x.size
+        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, tuple(layout))
+        return blocks, jnp.concatenate(parts), vectors
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.num_queries // self.block_q)
+
+    @property
+    def num_k(self) -> int:
+        return -(-self.num_keys // self.block_k)
+
+    @functools.cached_property
+    def _at(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        return {name: (place, shape) for name, place, shape in self.layout}
+
+    def has(self, *names: str) -> bool:
+        return any(name in self._at for name in names)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block ends after the array does; what is there then is no number that anybody wrote."""
+        return self.num_queries % self.block_q > 0 or self.num_keys % self.block_k > 0
+
+    def number(self, scalars, name: str, *index):
+        place, shape = self._at[name]
+        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        return scalars[functools.reduce(operator.add, map(operator.mul, index, strides), place)]
+
+    def places(self, scalars) -> tuple[Places, Places]:
+        """Where queries and keys stand."""
+        pieces = range(self.spec.pieces)
+        starts = (tuple(self.number(scalars, side, n) for n in pieces) for side in ("query", "key"))
+        return Offsets(*starts).places(self.num_queries, self.num_keys)
+
+    def query_span(self, scalars, i):
+        start = self.places(scalars)[0].of(i * self.block_q)
+        return start, start + self.block_q
+
+    def key_span(self, scalars, j):
+        start = self.places(scalars)[1].of(j * self.block_k)
+        return start, start + self.block_k
+
+    def keys_met(self, scalars, b, i):
+        """First and last (exclusive) block of keys that query block i of sequence b needs, as far as places tell."""
+        band = self.spec.band.ends if self.has("query_positions", "key_positions") else self.spec.band
+        keys = self.places(scalars)[1]
+        first, last = band.keys_met(*self.query_span(scalars, i), keys, self.block_k)
+        if self.has("key_lengths"):
+            last = jnp.minimum(last, _blocks_before(self.number(scalars, "key_lengths", b), keys, self.block_k))
+        return first, last
+
+    def queries_met(self, scalars, b, j):
+        """The same of query blocks, for key block j."""
+        band = self.spec.band.ends if self.has("query_positions", "key_positions") else self.spec.band
+        rows = self.places(scalars)[0]
+        first, last = band.queries_met(*self.key_span(scalars, j), rows, self.block_q)
+        if self.has("query_lengths"):
+            last = jnp.minimum(last, _blocks_before(self.number(scalars, "query_lengths", b), rows, self.block_q))
+        return first, last
+
+    def pair(self, scalars, vectors: dict[str, Any], b, n, i, j) -> "Pair":
+        return Pair(self, scalars, vectors, b, n, i, j)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Query block i and key block j of sequence b, for query head n, inside a kernel."""
+
+    blocks: Blocks
+    scalars: Any
+    vectors: dict[str, Any]  # refs [1, block] of its rows and columns
+    b: Any
+    n: Any
+    i: Any
+    j: Any
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.blocks.spec
+
+    @functools.cached_property
+    def spans(self):
+        """Places of the queries and of the keys: (start, stop) of each."""
+        return self.blocks.query_span(self.scalars, self.i), self.blocks.key_span(self.scalars, self.j)
+
+    def _range(self, name: str):
+        index = self.i if name in ROWS else self.j
+        number = functools.partial(self.blocks.number, self.scalars, name, self.b, index)
+        return number(0), number(1)
+
+    def _compared(self):
+        """What the band compares of them."""
+        names = ("query_positions", "key_positions")
+        return [self._range(name) if self.blocks.has(name) else span for name, span in zip(names, self.spans)]
+
+    def run(self, block: Callable[[bool], None]) -> None:
+        """Calls `block(masked)`, unless no query sees any key; one of which nothing is hidden isn't masked."""
+        blocks, band = self.blocks, self.spec.band
+        extras = ("query_lengths", "key_lengths", *ROWS, *COLUMNS)
+        if band.is_full and not blocks.has(*extras) and not blocks.ragged:
+            block(False)
+            return
+        seen, full = self._seen_and_full()
+        pl.when(full)(lambda: block(False))
+        pl.when(seen & ~full)(lambda: block(True))
+
+    def _seen_and_full(self):
+        blocks, (queries, keys), compared = self.blocks, self.spans, self._compared()
+        window, ends = self.spec.band.window, self.spec.band.ends
+        seen = window.meets(*compared[0], *compared[1]) & ends.meets(*queries, *keys)
+        full = window.is_full_block(*compared[0], *compared[1]) & ends.is_full_block(*queries, *keys)
+        for name, (start, stop) in (("query_lengths", queries), ("key_lengths", keys)):
+            if blocks.has(name):
+                length = blocks.number(self.scalars, name, self.b)
+                seen, full = seen & (start < length), full & (stop <= length)
+        if blocks.has("query_segments"):
+            (q_low, q_high), (k_low, k_high) = self._range("query_segments"), self._range("key_segments")
+            seen &= (q_low < k_high) & (k_low < q_high)
+            full &= (q_low == k_low) & (q_high == k_high) & (q_high == q_low + 1)
+        for index, block, length in (
+            (self.i, blocks.block_q, blocks.num_queries),
+            (self.j, blocks.block_k, blocks.num_keys),
+        ):
+            if length % block:
+                full &= (index + 1) * block <= length
+        return seen, full
+
+    def logits(self, dot, c, masked: bool):
+        """`(s, slope)` of the keys `c`: logits [chunk, block_q], and the derivative of a soft cap there, or None."""
+        spec, slope = self.spec, None
+        if not self.blocks.has("slopes") and spec.soft_cap is None:
+            s = dot * (spec.scale * LOG2E)
+        else:
+            s = dot * spec.scale
+            if self.blocks.has("slopes"):
+                key, query = self._compared_within(c)
+                per_head = lax.bitcast_convert_type(self.blocks.number(self.scalars, "slopes", self.n), jnp.float32)
+                s = s - per_head * jnp.abs(query - key).astype(jnp.float32)
+            if spec.soft_cap is not None:
+                tanh = jnp.tanh(s * (1 / spec.soft_cap))
+                s, slope = tanh * spec.soft_cap, 1 - tanh * tanh
+            s = s * LOG2E
+        return (jnp.where(self._seen(c), s, softmax.MASKED) if masked else s), slope
+
+    def drop(self, x, c):
+        """What belongs to the pairs of the keys `c`, without those that dropout leaves out."""
+        if not self.blocks.has("seeds"):
+            return x
+        key, query = self._places_within(c)
+        seed = lax.bitcast_convert_type(self.blocks.number(self.scalars, "seeds", self.b, self.n), jnp.uint32)
+        return dropout.drop(x, self.spec.dropout_rate, seed, query, key)
+
+    def inside(self, x, which: str, start: int = 0, axis: int = 0):
+        """A block of an array of "queries" or "keys" from `start` on, with zeros where it ends after the array does."""
+        index, block, length = (
+            (self.i, self.blocks.block_q, self.blocks.num_queries)
+            if which == "queries"
+            else (self.j, self.blocks.block_k, self.blocks.num_keys)
+        )
+        if length % block == 0:
+            return x
+        local = index * block + start + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        return jnp.where(local < length, x, jnp.zeros_like(x))
+
+    def _places_within(self, c):
+        """Places of the keys `c` [chunk, 1] and of the queries [1, block_q]."""
+        (q_start, _), (k_start, _) = self.spans
+        key = k_start + c.start + lax.broadcasted_iota(jnp.int32, (c.size, 1), 0)
+        return key, q_start + lax.broadcasted_iota(jnp.int32, (1, self.blocks.block_q), 1)
+
+    def _compared_within(self, c):
+        """What the band compares of them."""
+        key, query = self._places_within(c)
+        if "key_positions" in self.vectors:
+            key = self._column("key_positions", c)
+        if "query_positions" in self.vectors:
+            query = self.vectors["query_positions"][...]
+        return key, query
+
+    def _seen(self, c):
+        """Which pairs take part, [chunk, block_q]."""
+        blocks, band, shape = self.blocks, self.spec.band, (c.size, self.blocks.block_q)
+        key, query = (jnp.broadcast_to(x, shape) for x in self._compared_within(c))
+        seen = band.window(query, key)
+        key, query = (jnp.broadcast_to(x, shape) for x in self._places_within(c))
+        seen &= band.ends(query, key)
+        for name, place in (("query_lengths", query), ("key_lengths", key)):
+            if blocks.has(name):
+                seen &= place < blocks.number(self.scalars, name, self.b)
+        if "query_segments" in self.vectors:
+            seen &= self._column("key_segments", c) == self.vectors["query_segments"][...]
+        if blocks.num_keys % blocks.block_k:
+            local = self.j * blocks.block_k + c.start + lax.broadcasted_iota(jnp.int32, shape, 0)
+            seen &= local < blocks.num_keys
+        if blocks.num_queries % blocks.block_q:
+            local = self.i * blocks.block_q + lax.broadcasted_iota(jnp.int32, shape, 1)
+            seen &= local < blocks.num_queries
+        return seen
+
+    def _column(self, name: str, c):
+        """Numbers of the keys `c`, turned from a row into [chunk, block_q], alike in every lane."""
+        row, width = self.vectors[name][:, c], self.blocks.block_q
+        tile = jnp.broadcast_to(row, (LANES, c.size)).T
+        repeats = -(-width // LANES)
+        return jnp.concatenate([tile] * repeats, axis=1)[:, :width]
+
+
+def _blocks_before(length, places: Places, block: int):
+    return lax.div(places.before(length) + block - 1, jnp.int32(block))
+
+
+def _ranges(x, block: int):
+    """The least of each block of the last dim of [B, T], and one more than the greatest: [B, blocks, 2]."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge").reshape(x.shape[0], -1, block)
+    return jnp.stack([x.min(-1), x.max(-1) + 1], -1)
+
+
+def _int32(values) -> list[jax.Array]:
+    return [jnp.asarray(x, jnp.int32) for x in values]
+
+
+def _as_int32(x):
+    """Its bits, where it is no integer."""
+    if x.dtype == jnp.int32:
+        return x
+    return lax.bitcast_convert_type(x if x.dtype == jnp.uint32 else x.astype(jnp.float32), jnp.int32)
