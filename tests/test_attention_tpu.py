@@ -199,8 +199,8 @@ def test_check_names_an_extra_it_lacks(name):
     ],
 )
 def test_check_says_what_it_lacks(q, k, message):
+    q, k = jax.ShapeDtypeStruct(*q), jax.ShapeDtypeStruct(*k)
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=message):
-        q, k = jax.ShapeDtypeStruct(*q), jax.ShapeDtypeStruct(*k)
         attention_tpu.check(AttentionSpec(1.0), q, k, k, Extras())
 
 

@@ -133,7 +133,7 @@ def run(case: Case, args, do, dlse, dtype):
 
     forward = jax.jit(partial(kernel.forward, spec, config=config))
     backward = jax.jit(partial(kernel.backward, spec, config=config))
-    state = kernel.init(spec, q, v)
+    state = kernel.init(spec, q, hops[0][1])
     for k, v, extras, at, _ in hops:
         kernel.check(spec, q, k, v, extras)
         state = forward(state, q, k, v, extras, at)
@@ -238,7 +238,9 @@ def test_padding_is_skipped(monkeypatch):
     spec, config = AttentionSpec(1.0, Band(right=0)), kernel.Config(1, 1, 4, 4)
     x = jnp.ones((1, 1, 32, 2))
     extras = Extras(key_lengths=jnp.array([9], jnp.int32))
-    state = jax.jit(lambda: kernel.forward(spec, kernel.init(spec, x, x), x, x, x, extras, Offsets((0,), (0,)), config))()
+    state = jax.jit(
+        lambda: kernel.forward(spec, kernel.init(spec, x, x), x, x, x, extras, Offsets((0,), (0,)), config)
+    )()
     jax.block_until_ready(state)
     jax.effects_barrier()
     # Row blocks 0, 1 and 2..7 see 1, 2 and 3 key blocks; the diagonal and the block that holds the end are masked.

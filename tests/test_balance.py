@@ -65,7 +65,7 @@ def test_blocks_of_two_pieces_are_those_that_are_met(i, j, left, block):
     band, starts = Band(left, 0), (int(places[j][0]), int(places[j][4]))
     for row in range(0, 8, 2):
         rows = places[i][row : row + 2]
-        first, last = band.blocks(int(rows[0]), int(rows[-1]) + 1, Places(starts, 4), block)
+        first, last = band.keys_met(int(rows[0]), int(rows[-1]) + 1, Places(starts, 4), block)
         seen = np.asarray(band(jnp.asarray(rows)[:, None], jnp.asarray(places[j])))
         met = seen.any(0).reshape(-1, block).any(1)
         inside = [int(first) <= n < int(last) for n in range(8 // block)]

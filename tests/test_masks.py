@@ -1,4 +1,4 @@
-"""Bands against brute force: who sees whom, and which blocks are met or full."""
+"""Bands and masks against brute force: who sees whom, and which blocks are met or full."""
 
 import hypothesis.strategies as st
 import jax
@@ -7,14 +7,36 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ringmoe.masks import Band, Places
+from ringmoe.masks import Band, Both, Causal, Chunks, Either, Mask, Places, Prefix, Window
 
 SIDES = st.none() | st.integers(0, 9)
-BANDS = st.builds(Band, SIDES, st.none() | st.integers(-3, 9))
+MASKS = st.recursive(
+    st.builds(Window, SIDES, SIDES) | st.builds(Prefix, st.integers(0, 20)) | st.builds(Chunks, st.integers(1, 9)),
+    lambda masks: st.builds(Both, masks, masks) | st.builds(Either, masks, masks),
+    max_leaves=4,
+)
+PLAIN = st.builds(Band, SIDES, st.none() | st.integers(-3, 9))
+BANDS = PLAIN | st.builds(Band, SIDES, SIDES, also=MASKS)
+
+
+def shows(mask: Mask, i: int, j: int) -> bool:
+    match mask:
+        case Both(a, b):
+            return shows(a, i, j) and shows(b, i, j)
+        case Either(a, b):
+            return shows(a, i, j) or shows(b, i, j)
+        case Prefix(length):
+            return j < length
+        case Chunks(length):
+            return i // length == j // length
+        case Window(left, right):
+            return (left is None or i - j <= left) and (right is None or j - i <= right)
+    raise AssertionError(mask)
 
 
 def sees(band: Band, i: int, j: int) -> bool:
-    return (band.left is None or j >= i - band.left) and (band.right is None or j <= i + band.right)
+    near = (band.left is None or j >= i - band.left) and (band.right is None or j <= i + band.right)
+    return near and (band.also is None or shows(band.also, i, j))
 
 
 @given(BANDS, st.integers(0, 5), st.integers(0, 5))
@@ -23,21 +45,21 @@ def test_positions(band, q0, k0):
     queries, keys = q0 + np.arange(6), k0 + np.arange(7)
     want = [[sees(band, i, j) for j in keys] for i in queries]
     np.testing.assert_array_equal(band(jnp.asarray(queries)[:, None], jnp.asarray(keys)), want)
-    transposed = band.transpose()(jnp.asarray(keys)[:, None], jnp.asarray(queries))
-    np.testing.assert_array_equal(transposed, np.transpose(want))
 
 
-@given(BANDS, *map(st.integers, (0, 1, 0, 1, 1), (20, 6, 20, 5, 5)), st.booleans(), st.booleans())
-@settings(max_examples=150)
-def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blocks, traced, wide):
-    """Every block outside (first, last) is empty; both ends are met, where any block is."""
-    bounds = lambda start, offset: band.blocks(start, start + rows, Places((offset,), block * num_blocks), block)
+@given(BANDS, *map(st.integers, (0, 1, 0, 1, 1), (20, 6, 20, 5, 5)), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=200)
+def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blocks, traced, wide, of_keys):
+    """Every block outside (first, last) is empty; of a plain band both ends are met, where any block is."""
+    met_by = band.keys_met if of_keys else band.queries_met
+    bounds = lambda start, offset: met_by(start, start + rows, Places((offset,), block * num_blocks), block)
+    sees_ = sees if of_keys else lambda band, i, j: sees(band, j, i)
     with jax.enable_x64(wide):
         positions = (jnp.int32(start), jnp.int32(offset)) if traced else (start, offset)
         first, last = (jax.jit(bounds) if traced else bounds)(*positions)
     met = [
         any(
-            sees(band, i, j)
+            sees_(band, i, j)
             for i in range(start, start + rows)
             for j in range(offset + n * block, offset + (n + 1) * block)
         )
@@ -45,6 +67,8 @@ def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blo
     ]
     inside = [int(first) <= n < int(last) for n in range(num_blocks)]
     assert all(a <= b for a, b in zip(met, inside)), (met, first, last)
+    if band.also is not None:
+        return
     if any(met):
         assert inside == met
     else:
@@ -54,9 +78,33 @@ def test_blocks_are_those_that_are_met(band, start, rows, offset, block, num_blo
 @given(BANDS, st.integers(0, 9), st.integers(1, 5), st.integers(0, 9), st.integers(1, 5))
 @settings(max_examples=150)
 def test_full_blocks_are_full(band, q_start, rows, k_start, keys):
-    got = band.is_full_block(q_start, q_start + rows, k_start, k_start + keys)
-    want = all(sees(band, i, j) for i in range(q_start, q_start + rows) for j in range(k_start, k_start + keys))
-    assert bool(got) == want
+    """None that isn't is said to be full, or empty; of a plain band it is always known."""
+    block = q_start, q_start + rows, k_start, k_start + keys
+    seen = [sees(band, i, j) for i in range(q_start, q_start + rows) for j in range(k_start, k_start + keys)]
+    full, met = bool(band.is_full_block(*block)), bool(band.meets(*block))
+    assert full <= all(seen) and met >= any(seen)
+    if band.also is None and (None in (band.left, band.right) or band.left + band.right >= 0):
+        assert full == all(seen) and met == any(seen)
+
+
+def test_a_mask_as_one_expects_it_to_skip():
+    """Prefix-LM: of queries 512 .. 1024 no key from 1024 on is met, and the prefix is full; chunks leave all others out."""
+    prefix = Band.make(False, None, Causal() | Prefix(256))
+    first, last = prefix.keys_met(512, 1024, Places((0,), 4096), 256)
+    assert (int(first), int(last)) == (0, 4)
+    assert prefix.is_full_block(512, 1024, 0, 256) and not prefix.is_full_block(512, 1024, 512, 768)
+    first, last = prefix.queries_met(512, 768, Places((0,), 4096), 256)
+    assert (int(first), int(last)) == (2, 16)
+    chunks = Band.make(True, None, Chunks(1024))
+    first, last = chunks.keys_met(2048, 2304, Places((0,), 4096), 256)
+    assert (int(first), int(last)) == (8, 9) and (chunks.left, chunks.right) == (1023, 0)
+
+
+def test_a_band_says_what_it_is():
+    assert str(Band.make(True, None, Chunks(8))) == "window(7, 0) & Chunks(length=8)"
+    assert str(Band.make(False, None, Causal() | Prefix(3))) == "(Window(left=None, right=0) | Prefix(length=3))"
+    assert str(Band.make(True, None, lambda q, k: q == k)) == "causal & <lambda>"
+    assert Band.make(False, None, Causal()) == Band.make(True, None)
 
 
 @pytest.mark.parametrize(("is_causal", "window", "band", "text"), [

@@ -1,0 +1,232 @@
+"""All that the TPU attention kernel takes, in Pallas's interpreter against the dense oracle in float64, and compiled."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe import dropout, reference
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Band, Causal, Chunks, Prefix
+from ringmoe.pallas import attention_tpu, attention_xla
+from tests.helpers import assert_close, double, no_cost_warnings, tpu_devices, tpu_mesh
+
+TILES = attention_tpu.Config(block_q=128, block_k=128, chunk=64)
+
+
+@pytest.fixture
+def races(capfd):
+    """Interprets TPU kernels on two simulated cores and fails on a data race; what nobody wrote is NaN."""
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
+    ):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Two hops of keys, the later ones first. `extras`: those that are given, of Extras' names."""
+
+    t: int = 256
+    s: int = 256
+    h: int = 16
+    v: int = 16
+    n: int = 2
+    k: int = 1
+    b: int = 1
+    band: Band = Band()
+    cap: float | None = None
+    rate: float = 0.0
+    extras: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    @property
+    def ragged(self) -> bool:
+        """Then by Pallas's plain interpreter, where what is past an array's end is NaN too: the TPU's (jax 0.12.0.1) gives
+        aliased results of such lengths back with their padding."""
+        return any(n > 128 and n % 128 for n in (self.t, self.s // 2))
+
+    def arrays(self):
+        rng = np.random.default_rng(0)
+        shapes = (self.n, self.t, self.h), (self.k, self.s, self.h), (self.k, self.s, self.v), (self.n, self.t, self.v)
+        q, k, v, do = (rng.normal(size=(self.b, *shape)).astype(jnp.dtype(self.dtype)) for shape in shapes)
+        length = {"query": self.t, "key": self.s}
+        found: dict[str, Any] = {}
+        for name in self.extras:
+            side = name.split("_")[0]
+            match name.split("_")[-1]:
+                case "lengths":
+                    found[name] = rng.integers(0, length[side] + 1, self.b)
+                case "segments":
+                    found[name] = np.sort(rng.integers(0, 4, (self.b, length[side])), 1)
+                case "positions":
+                    found[name] = rng.integers(0, length[side], (self.b, length[side]))
+                case "slopes":
+                    found[name] = rng.random(self.n).astype(np.float32) / 10
+        found = {n: x if x.dtype == np.float32 else x.astype(np.int32) for n, x in found.items()}
+        if self.rate:
+            found["seeds"] = np.asarray(dropout.seeds(jax.random.key(1), (self.b,), self.n))
+        return (q, k, v, do), found
+
+
+def oracle(case: Case):
+    (q, k, v, do), found = case.arrays()
+    names = {
+        "query_lengths": "query_seq_lengths", "key_lengths": "key_value_seq_lengths", "query_segments": "query_segment_ids",
+        "key_segments": "key_value_segment_ids", "key_positions": "key_value_positions", "slopes": "alibi_slopes",
+    }  # fmt: skip
+    seeds = found.pop("seeds", None)
+    kept = None
+    if seeds is not None:
+        at = np.arange(case.t, dtype=np.int32)[:, None], np.arange(case.s, dtype=np.int32)
+        kept = dropout.kept(case.rate, jnp.asarray(seeds)[:, :, None, None], *map(jnp.asarray, at))
+    with jax.enable_x64(True):
+        extras = double({names.get(name, name): x for name, x in found.items()})
+        fun = functools.partial(
+            reference.dot_product_attention, mask_fn=case.band, logits_soft_cap=case.cap, kept=kept,
+            dropout_rate=case.rate, **extras,
+        )  # fmt: skip
+        q, k, v, do = (x.swapaxes(1, 2) for x in double((q, k, v, do)))
+        (o, lse), transpose = jax.vjp(fun, q, k, v)
+        grads = transpose((do, jnp.zeros_like(lse)))
+        return [np.asarray(x.swapaxes(1, 2)) for x in (o, lse, *grads)]
+
+
+def run(case: Case, kernel=attention_tpu):
+    (q, k, v, do), found = case.arrays()
+    spec = AttentionSpec(1 / math.sqrt(case.h), case.band, case.cap, case.rate, interpret=case.ragged)
+    options = {"config": TILES} if kernel is attention_tpu else {}
+    half = case.s // 2
+
+    def hops(x, axis):
+        cut = lambda x, first: jax.lax.slice_in_dim(x, first, first + half, axis=axis)
+        return [cut(x, first) for first in (half, 0)]
+
+    def here(extras: Extras, first):
+        cut = lambda x: None if x is None else jax.lax.slice_in_dim(x, first, first + half, axis=1)
+        return extras._replace(key_segments=cut(extras.key_segments), key_positions=cut(extras.key_positions))
+
+    @jax.jit
+    def both(q, k, v, do, extras):
+        state = kernel.init(spec, q, v)
+        offsets = [(Offsets((0,), (first,)), here(extras, first)) for first in (half, 0)]
+        for k_, v_, (at, own) in zip(hops(k, 2), hops(v, 2), offsets):
+            kernel.check(spec, q, k_, v_, own)
+            state = kernel.forward(spec, state, q, k_, v_, own, at, **options)
+        o, lse, _ = kernel.finish(spec, state)
+        delta, zeros = jnp.sum(o * do.astype(o.dtype), -1), lambda x: jnp.zeros(x.shape, jnp.float32)
+        dq, dkv = zeros(q), []
+        for k_, v_, (at, own) in zip(hops(k, 2), hops(v, 2), offsets):
+            start = Grads(dq, zeros(k_), zeros(v_))
+            grads = kernel.backward(spec, start, q, k_, v_, do, lse, delta, own, at, **options)
+            dq, dkv = grads.dq, [(grads.dk, grads.dv), *dkv]
+        return o, lse, dq, *(jnp.concatenate(x, 2) for x in zip(*dkv))
+
+    return both(*map(jnp.asarray, (q, k, v, do)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))
+
+
+CAUSAL = Band(right=0)
+POSITIONS, SEGMENTS = ("query_positions", "key_positions"), ("query_segments", "key_segments")
+CASES = {
+    "soft cap": Case(band=CAUSAL, cap=1.5),
+    "values of another width": Case(band=CAUSAL, v=24, n=4, k=2),
+    "lengths": Case(extras=("query_lengths", "key_lengths"), b=3),
+    "segments": Case(extras=SEGMENTS, b=2, band=CAUSAL),
+    "positions of queries": Case(extras=POSITIONS[:1], band=CAUSAL),
+    "positions of both, window": Case(extras=POSITIONS, band=Band(60, 20)),
+    "prefix": Case(band=Band.make(False, None, Causal() | Prefix(70))),
+    "chunks": Case(band=Band.make(True, None, Chunks(100))),
+    "strided": Case(band=Band.make(True, None, lambda query, key: (query - key) % 3 == 0)),
+    "slopes": Case(extras=("slopes",), band=CAUSAL, n=4, k=2),
+    "dropout": Case(rate=0.4, b=2, n=4, k=2),
+    "lengths that no block divides": Case(t=300, s=2 * 333, band=CAUSAL),
+    "few keys of many, ragged": Case(t=40, s=2 * 150),
+    "all, ragged, bfloat16": Case(
+        t=300, s=600, band=Band.make(True, None, Chunks(210)), cap=2.0, rate=0.2, b=2, v=8, n=4, k=2, dtype="bfloat16",
+        extras=(*POSITIONS, *SEGMENTS, "query_lengths", "key_lengths", "slopes"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_the_oracles(name, request):
+    case = CASES[name]
+    if not case.ragged:
+        request.getfixturevalue("races")
+    forward, gradient = (1e-5, 1e-4) if case.dtype == "float32" else (2e-2, 6e-2)
+    expected = oracle(case)
+    actual = run(case)
+    for what, a, e in zip(("output", "LSE", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert_close(a, e, forward if what in ("output", "LSE") else gradient, what)
+
+
+PAIRS = [
+    (a, b) for n, a in enumerate(CASES) for b in list(CASES)[:n] if "ragged" not in a + b and "no block" not in a + b
+]
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_pairs_are_the_oracles(first):
+    """Every pair of features, by the kernel in plain operations and, of every sixth, by the TPU's."""
+    for n, (a, b) in enumerate(PAIRS[first::6]):
+        one, other = CASES[a], CASES[b]
+        band = dataclasses.replace(one.band, also=one.band.also or other.band.also)
+        if other.band.right is not None:
+            band = dataclasses.replace(band, right=0)
+        case = Case(
+            b=2, n=4, k=2, v=max(one.v, other.v), band=band, cap=one.cap or other.cap, rate=one.rate or other.rate,
+            extras=tuple({*one.extras, *other.extras}), t=96, s=128,
+        )  # fmt: skip
+        expected = oracle(case)
+        for kernel in (attention_xla, attention_tpu)[: 2 if n % 6 == 0 else 1]:
+            with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+                actual = run(case, kernel)
+            for what, x, e in zip(("output", "LSE", "dq", "dk", "dv"), actual, expected, strict=True):
+                assert_close(x, e, 1e-5 if what in ("output", "LSE") else 1e-4, f"{a} and {b}, {what}")
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2"])
+@pytest.mark.parametrize("kind", ["masks", "logits", "wide", "float32"])
+def test_compiles_without_falling_back(target, kind):
+    """Over a ring, forward and backward."""
+    n = len(tpu_devices(target))
+    mesh = tpu_mesh(target, (n,), AxisType.Explicit)
+    t, h, v, dtype = {
+        "masks": (1024, 128, 128, "bfloat16"), "logits": (1100, 64, 64, "bfloat16"),
+        "wide": (1024, 576, 512, "bfloat16"), "float32": (1024, 192, 128, "float32"),
+    }[kind]  # fmt: skip
+    shape = lambda dims, dtype, *spec: jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
+    rows = lambda dtype: shape((1, n * t), dtype, None, "a")
+    q, key, value = (shape((1, n * t, heads, width), dtype, None, "a") for heads, width in ((4, h), (2, h), (2, v)))
+    extras: dict[str, Any] = {}
+    if kind in ("masks", "float32"):
+        extras |= {"query_segment_ids": rows("int32"), "key_value_segment_ids": rows("int32")}
+        extras |= {"query_positions": rows("int32"), "key_value_positions": rows("int32")}
+        extras |= {"query_seq_lengths": shape((1,), "int32"), "key_value_seq_lengths": shape((1,), "int32")}
+    if kind in ("logits", "float32"):
+        extras |= {"sinks": shape((4,), "float32"), "alibi_slopes": shape((4,), "float32")}
+    statics = {
+        "masks": {"mask_fn": Causal() | Prefix(300), "exchange": "ring"},
+        "logits": {"logits_soft_cap": 30.0, "dropout_rate": 0.1, "is_causal": True},
+        "wide": {"is_causal": True},
+        "float32": {"logits_soft_cap": 30.0, "dropout_rate": 0.1, "mask_fn": lambda q, k: (q - k) & 3 == 0},
+    }[kind]
+
+    def loss(q, k, v, extras, seed):
+        dropped = {"dropout_key": jax.random.key(seed)} if "dropout_rate" in statics else {}
+        out = ringmoe.dot_product_attention(q, k, v, implementation="tpu", **extras, **statics, **dropped)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with no_cost_warnings(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, key, value, extras, shape((), "uint32")).compile().as_text()
+    assert "ringmoe_attention_forward" in text and "ringmoe_attention_backward" in text
