@@ -268,18 +268,21 @@ class Band:
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Boolean mask of the two (broadcast) position arrays: True where the key is seen."""
-        seen = jnp.ones(jnp.broadcast_shapes(query_positions.shape, key_positions.shape), bool)
+        shape = jnp.broadcast_shapes(query_positions.shape, key_positions.shape)
+        conditions = []
         if self.right is not None:
-            seen &= key_positions <= query_positions + self.right
+            conditions.append(key_positions <= query_positions + self.right)
         if self.left is not None:
-            seen &= key_positions >= query_positions - self.left
+            conditions.append(key_positions >= query_positions - self.left)
         if self.also is not None:
-            seen &= self.also(query_positions, key_positions)
+            conditions.append(self.also(query_positions, key_positions))
         if self.queries is not None:
-            seen &= query_positions < self.queries
+            conditions.append(query_positions < self.queries)
         if self.keys is not None:
-            seen &= key_positions < self.keys
-        return seen
+            conditions.append(key_positions < self.keys)
+        if not conditions:
+            return jnp.ones(shape, bool)
+        return jnp.broadcast_to(functools.reduce(operator.and_, conditions), shape)
 
     @property
     def window(self) -> "Band":

@@ -378,6 +378,40 @@ def test_the_tpu_kernel_at_balanced_places_and_both_ways_round(door):
     check(Case(door=door, mesh=(3,), implementation="tpu", is_causal=True, t=512, g=1, h=8))
 
 
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT, PARTITIONER, MANUAL, ONE_DEVICE], ids=str)
+def test_the_tpu_kernel_with_all_it_takes(door):
+    mesh, roles, t = ((), (), 150) if door is ONE_DEVICE else ((3,), ("sequence",), 50)
+    check(Case(
+        door=door, mesh=mesh, roles=roles, implementation="tpu", mask_fn="prefix", t=t, g=2, h=8, v=16, cap=2.0, sinks=True,
+        slopes=True, dropout=0.3, segments=True, lengths=(True, True), positions=(True, True), b=2,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_the_first_two_derivatives_by_sinks(implementation):
+    """And their limits: a sink of -inf is none, one far above all logits leaves nothing."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 8, 2, 4)), jnp.float32) for _ in range(3))
+
+    def loss(fun, q, sinks):
+        out, lse = fun(q, k, v, sinks=sinks, is_causal=True)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    ours = functools.partial(ringmoe.dot_product_attention, return_residual=True, implementation=implementation)
+    sinks = jnp.array([0.5, -1.0])
+    for derivative in (jax.grad, jax.hessian):
+        got, want = (
+            derivative(functools.partial(loss, fun), 1)(q, sinks) for fun in (ours, reference.dot_product_attention)
+        )
+        assert_close(got, want, 1e-4)
+    plain = ours(q, k, v)
+    none = ours(q, k, v, sinks=jnp.full(2, -jnp.inf))
+    assert_close(none[0], plain[0], 1e-6)
+    assert_close(none[1], plain[1], 1e-6)
+    assert float(jnp.abs(ours(q, k, v, sinks=jnp.full(2, 1e4))[0]).max()) == 0.0
+    assert_close(jax.grad(functools.partial(loss, ours), 1)(q, jnp.full(2, -jnp.inf)), jnp.zeros(2), 0.0)
+
+
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 def test_ring_equals_all_gather_equals_one_device(door):
     case = Case(door=door, is_causal=True, t=4, bias=(True, False, False, False))

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import errors, pallas
+from ringmoe.masks import Chunks, Prefix, Window
 from ringmoe.primitives import attention as attention_primitive
 from ringmoe.primitives import doors
 from tests.helpers import RINGMOE_JIT, TYPES, assert_close, make_mesh, put
@@ -231,6 +232,51 @@ CASES = {
     "positions of floats": (
         lambda: attention(key_value_positions=jnp.zeros((B, S))),
         r"key_value_positions has shape \(2, 8\) and dtype float32, expected int32",
+    ),
+    # attention: masks, caps, sinks, slopes, dropout
+    "a mask_fn that isn't one": (
+        lambda: attention(mask_fn=3),
+        "mask_fn=3, expected a function of query and key positions",
+    ),
+    "a mask_fn of numbers": (
+        lambda: attention(mask_fn=lambda q, k: q - k),
+        r"mask_fn gave ShapeDtypeStruct\(shape=\(2, 3\), dtype=int32\) for positions .*, expected bool \[2, 3\]",
+    ),
+    "a mask_fn of another shape": (
+        lambda: attention(mask_fn=lambda q, k: (q > k)[None]),
+        r"mask_fn gave .*shape=\(1, 2, 3\).*, expected bool \[2, 3\]",
+    ),
+    "a mask_fn that closes over arrays": (
+        lambda: attention(mask_fn=lambda q, k: q + lengths(1) >= k),
+        "mask_fn closes over arrays, expected a function of the two positions alone: .* goes into query_positions",
+    ),
+    "a window of half a key": (lambda: Window(0.5, 1), r"Window\(left=0.5, right=1\), expected how many keys .* >= 0"),
+    "a negative prefix": (lambda: Prefix(-1), r"Prefix\(length=-1\), expected a number of keys, >= 0"),
+    "chunks of nothing": (lambda: Chunks(0), r"Chunks\(length=0\), expected the length of a chunk, > 0"),
+    "a soft cap of 0": (lambda: attention(logits_soft_cap=0.0), "logits_soft_cap=0.0, expected None or a number > 0"),
+    "a traced soft cap": (
+        lambda: jax.jit(lambda cap: attention(logits_soft_cap=cap))(2.0),
+        "logits_soft_cap=.*, expected None or a number > 0, known while tracing",
+    ),
+    "sinks of key heads": (
+        lambda: attention(sinks=jnp.zeros(K)),
+        r"sinks has shape \(2,\) and dtype float32, expected floats \(4,\), one for each query head",
+    ),
+    "slopes of integers": (
+        lambda: attention(alibi_slopes=jnp.zeros(N, int)),
+        r"alibi_slopes has shape \(4,\) and dtype int32, expected floats \(4,\)",
+    ),
+    "dropout of everything": (
+        lambda: attention(dropout_rate=1.0, dropout_key=jax.random.key(0)),
+        "dropout_rate=1.0, expected a number, 0 <= rate < 1, known while tracing",
+    ),
+    "dropout without a key": (
+        lambda: attention(dropout_rate=0.1),
+        "dropout_rate=0.1 without a dropout_key, expected a jax.random.key, another for each step",
+    ),
+    "values of no width": (
+        lambda: attention(value=KV[..., :0]),
+        r"value.shape=\(2, 8, 2, 0\), expected no dim of length 0",
     ),
     # a cache
     "decoding without a batch": (

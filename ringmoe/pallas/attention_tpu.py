@@ -10,6 +10,7 @@ pair: dk and dv stay in VMEM while the queries go by, dq (transposed) stays ther
 import dataclasses
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -191,7 +192,7 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
     def load():
         acc[...], m[...], l[...] = acc_in[...], m_in[...], l_in[...]
 
-    def block(masked: bool):
+    def block(masked: bool, first, keys: int):
         def scores(c):
             return pair.logits(_dot(k_ref[c], q_ref[...], 1, 1), c, masked)[0]
 
@@ -201,7 +202,7 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
             acc[...] = acc[...] * alpha + _dot(v, pair.drop(p, c).astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
 
-        _chunks(blocks.block_k, chunk, scores, accumulate)
+        _chunks(first, keys, chunk, scores, accumulate)
 
     pair.run(block)
 
@@ -328,7 +329,7 @@ def _backward_kernel(
         dk[...] = jnp.zeros_like(dk)
         dv_ref[...] = dv_in[...]
 
-    def block(masked: bool):
+    def block(masked: bool, first, size: int):
         inside = pair.inside if masked else lambda x, *_: x
         q, do = lambda: inside(q_ref[...], "queries"), lambda: inside(do_ref[...], "queries")
         lse, delta = (inside(ref[...], "queries", 0, 1) for ref in (lse_ref, delta_ref))
@@ -347,7 +348,7 @@ def _backward_kernel(
             dk[c] += _dot(ds, q(), 1, 0)
             dq[r] += _dot(keys(k_ref, c), ds, 0, 0)
 
-        _chunks(blocks.block_k, chunk, scores, accumulate)
+        _chunks(first, size, chunk, scores, accumulate)
 
     pair.run(block)
 
@@ -360,13 +361,16 @@ def _backward_kernel(
         dq_ref[...] = dq_in[...] + dq[r].T * scale
 
 
-def _chunks(block: int, chunk: int, start, finish) -> None:
-    """Calls `finish(c, start(c))` for each chunk `c` of the block, two starts ahead: the MXU works during the softmax.
+def _chunks(first, size: int, chunk: int, start, finish) -> None:
+    """Calls `finish(c, start(c))` for each chunk `c` of so many keys, two starts ahead: the MXU works during the softmax.
 
     The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
     """
-    edges = [0, *range(chunk // 2, block - SUBLANES + 1, chunk), block]
-    chunks = [pl.ds(low, high - low) for low, high in itertools.pairwise(edges)]
+    edges = [0, *range(chunk // 2, size - SUBLANES + 1, chunk), size]
+    at = lambda low: (
+        low if isinstance(first, int) else pl.multiple_of(first + low, math.gcd(low, LANES) if low else LANES)
+    )
+    chunks = [pl.ds(at(low), high - low) for low, high in itertools.pairwise(edges)]
     started = [start(c) for c in chunks[:AHEAD]]
     for i, c in enumerate(chunks):
         if i + AHEAD < len(chunks):

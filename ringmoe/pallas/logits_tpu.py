@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
-from ringmoe.masks import Places
+from ringmoe.masks import Band, Places
 
 LANES = 128
 LOG2E = math.log2(math.e)
@@ -77,6 +77,12 @@ class Blocks:
     def ragged(self) -> bool:
         """Whether the last block ends after the array does; what is there then is no number that anybody wrote."""
         return self.num_queries % self.block_q > 0 or self.num_keys % self.block_k > 0
+
+    @property
+    def halves(self) -> bool:
+        """Whether a boundary can leave half of a block's keys unseen by all of its queries."""
+        narrow = self.block_k >= 2 * self.block_q and self.block_k % (2 * LANES) == 0
+        return narrow and not self.spec.band.window.is_full and not self.has("key_positions")
 
     def number(self, scalars, name: str, *index):
         place, shape = self._at[name]
@@ -150,16 +156,25 @@ class Pair:
         names = ("query_positions", "key_positions")
         return [self._range(name) if self.blocks.has(name) else span for name, span in zip(names, self.spans)]
 
-    def run(self, block: Callable[[bool], None]) -> None:
-        """Calls `block(masked)`, unless no query sees any key; one of which nothing is hidden isn't masked."""
-        blocks, band = self.blocks, self.spec.band
+    def run(self, block: Callable[..., None]) -> None:
+        """Calls `block(masked, first, keys)` of so many keys from `first` on; not at all where no query sees any of them.
+
+        A block of which nothing is hidden isn't masked, and of one whose other half nobody sees only a half is computed.
+        """
+        blocks, band, size = self.blocks, self.spec.band, self.blocks.block_k
         extras = ("query_lengths", "key_lengths", *ROWS, *COLUMNS)
         if band.is_full and not blocks.has(*extras) and not blocks.ragged:
-            block(False)
+            block(False, 0, size)
             return
         seen, full = self._seen_and_full()
-        pl.when(full)(lambda: block(False))
-        pl.when(seen & ~full)(lambda: block(True))
+        pl.when(full)(lambda: block(False, 0, size))
+        if not blocks.halves:
+            pl.when(seen & ~full)(lambda: block(True, 0, size))
+            return
+        queries, (start, _), half = self._compared()[0], self.spans[1], size // 2
+        earlier, later = (band.window.meets(*queries, at, at + half) for at in (start, start + half))
+        pl.when(seen & ~full & earlier & later)(lambda: block(True, 0, size))
+        pl.when(seen & ~full & (earlier ^ later))(lambda: block(True, jnp.where(later, half, 0), half))
 
     def _seen_and_full(self):
         blocks, (queries, keys), compared = self.blocks, self.spans, self._compared()
@@ -237,22 +252,22 @@ class Pair:
     def _seen(self, c):
         """Which pairs take part, [chunk, block_q]."""
         blocks, band, shape = self.blocks, self.spec.band, (c.size, self.blocks.block_q)
-        key, query = (jnp.broadcast_to(x, shape) for x in self._compared_within(c))
-        seen = band.window(query, key)
-        key, query = (jnp.broadcast_to(x, shape) for x in self._places_within(c))
-        seen &= band.ends(query, key)
+        key, query = self._compared_within(c)
+        seen = [band.window(query, key)] if band.window != Band() else []
+        key, query = self._places_within(c)
+        seen += [band.ends(query, key)] if band.ends != Band() else []
         for name, place in (("query_lengths", query), ("key_lengths", key)):
             if blocks.has(name):
-                seen &= place < blocks.number(self.scalars, name, self.b)
+                seen.append(place < blocks.number(self.scalars, name, self.b))
         if "query_segments" in self.vectors:
-            seen &= self._column("key_segments", c) == self.vectors["query_segments"][...]
+            seen.append(self._column("key_segments", c) == self.vectors["query_segments"][...])
         if blocks.num_keys % blocks.block_k:
-            local = self.j * blocks.block_k + c.start + lax.broadcasted_iota(jnp.int32, shape, 0)
-            seen &= local < blocks.num_keys
+            first = self.j * blocks.block_k + c.start
+            seen.append(first + lax.broadcasted_iota(jnp.int32, (c.size, 1), 0) < blocks.num_keys)
         if blocks.num_queries % blocks.block_q:
-            local = self.i * blocks.block_q + lax.broadcasted_iota(jnp.int32, shape, 1)
-            seen &= local < blocks.num_queries
-        return seen
+            first = self.i * blocks.block_q
+            seen.append(first + lax.broadcasted_iota(jnp.int32, (1, blocks.block_q), 1) < blocks.num_queries)
+        return jnp.broadcast_to(functools.reduce(operator.and_, seen), shape)
 
     def _column(self, name: str, c):
         """Numbers of the keys `c`, turned from a row into [chunk, block_q], alike in every lane."""

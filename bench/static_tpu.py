@@ -1,0 +1,142 @@
+"""What the attention kernels cost a TPU for a pair of blocks, by its compiler: ours beside JAX's splash attention.
+
+    python -m bench.static_tpu [TARGET ...]
+
+Needs libtpu, and no TPU. A TPU issues its bundles in order, so they are cycles but for waits for memory. Counted are those from
+the first to the last that uses a matrix unit, of 512 queries and 1024 keys: of a block that nothing is hidden of, of one that
+the causal boundary crosses, and of one with segments. `causal call` is all blocks of 8192 tokens as they occur, in kilobundles.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from ringmoe.inspector import kernels
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Band
+from ringmoe.pallas import attention_tpu
+from ringmoe.pallas.logits_tpu import Pair
+
+TARGETS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2")
+ROWS, KEYS, LENGTH = 512, 1024, 8192  # of the pair that is counted; of the call
+HEADS = 4
+
+
+def bundles(target: str, fun, *args) -> list[kernels.Kernel]:
+    """The compiler's schedules of the Pallas kernels in `fun`."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), args)
+    with kernels.dumping() as dumps:
+        jax.jit(fun).lower(*args).compile()
+        return [
+            kernel
+            for path in sorted(set(dumps.tpu.glob(kernels._SCHEDULE)) - dumps.before)
+            if (kernel := kernels.tpu_kernel(path.name, path.read_text())).units.get("MXU", 0) > 0.02
+        ]
+
+
+def shapes(length: int, head_dim: int, dtype: str):
+    """q, k, v, do [1, N, T, H], lse and delta."""
+    one = jax.ShapeDtypeStruct((1, HEADS, length, head_dim), dtype)
+    row = jax.ShapeDtypeStruct((1, HEADS, length), jnp.float32)
+    return one, one, one, one, row, row
+
+
+def ours(
+    target: str, head_dim: int, dtype: str, direction: str, masked: bool, segments: bool = False, half: bool = False
+) -> float:
+    """Bundles of one pair of blocks, or of half of its keys; of the backward kernel, whose blocks are smaller, of as many as make up a pair."""
+    spec, at = AttentionSpec(head_dim**-0.5, Band(right=0)), Offsets((0,), (0,))
+    ids = (jax.ShapeDtypeStruct((1, 2048), jnp.int32),) * 2 if segments else ()
+
+    def forward(q, k, v, do, lse, delta, *ids):
+        extras = Extras(query_segments=ids[0], key_segments=ids[1]) if ids else Extras()
+        if direction == "forward":
+            return attention_tpu.forward(spec, attention_tpu.init(spec, q, v), q, k, v, extras, at)
+        zero = Grads(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+        return attention_tpu.backward(spec, zero, q, k, v, do, lse, delta, extras, at)
+
+    def run(self, block):
+        self._seen_and_full()
+        block(masked, 0, self.blocks.block_k // (2 if half else 1))
+
+    with mock.patch.object(Pair, "run", run):
+        (kernel,) = bundles(target, forward, *shapes(2048, head_dim, dtype), *ids)
+    config = attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD
+    return kernel.busy_bundles * (ROWS * KEYS) / (config.block_q * config.block_k)
+
+
+@functools.cache
+def splash(target: str, head_dim: int, dtype: str, direction: str) -> float:
+    """The fewest bundles of a pair, over some of its block sizes; the two backward kernels together."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    def call(compute: int, q, k, v, do):
+        sizes = splash_attention_kernel.BlockSizes(
+            block_q=ROWS, block_kv=KEYS, block_kv_compute=compute, block_q_dkv=ROWS, block_kv_dkv=KEYS,
+            block_kv_dkv_compute=compute, block_q_dq=ROWS, block_kv_dq=KEYS,
+        )  # fmt: skip
+        masks = [splash_attention_mask.CausalMask((2048, 2048)) for _ in range(HEADS)]
+        kernel = splash_attention_kernel.make_splash_mha_single_device(
+            splash_attention_mask.MultiHeadMask(masks), block_sizes=sizes
+        )
+        if direction == "forward":
+            return kernel(q[0], k[0], v[0])
+        return jax.vjp(kernel, q[0], k[0], v[0])[1](do[0].astype(q.dtype))
+
+    found = []
+    for compute in (256, 512, 1024):
+        try:
+            every = bundles(target, functools.partial(call, compute), *shapes(2048, head_dim, dtype)[:4])
+        except Exception as error:  # too large for VMEM, say
+            print(f"splash {compute}: {str(error)[:80]}", file=sys.stderr)
+            continue
+        every = (
+            every
+            if direction == "forward"
+            else [kernel for kernel in every if "dq" in kernel.name or "dkv" in kernel.name]
+        )
+        found.append(sum(kernel.busy_bundles for kernel in every))
+    return min(found)
+
+
+def call(block: int, full: float, crossed: float, half: float) -> float:
+    """Kilobundles of a causal call in blocks of so many keys: ROWS queries meet those before their end, of which the boundary
+    crosses the last one, or half of it."""
+    ends = [(i + 1) * ROWS for i in range(LENGTH // ROWS)]
+    last = [crossed if end % block == 0 else half for end in ends]
+    return (sum(-(-end // block) - 1 for end in ends) * full + sum(last)) * block / KEYS / 1000
+
+
+def main() -> None:
+    kernels.request()  # before libtpu starts
+    print("| target | H | dtype | direction | full | crossed | segments | splash | causal call | splash | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for target in sys.argv[1:] or TARGETS:
+        for head_dim, dtype in ((128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (128, "float32")):
+            for direction in ("forward", "backward"):
+                full, crossed = (ours(target, head_dim, dtype, direction, masked) for masked in (False, True))
+                packed = ours(target, head_dim, dtype, direction, True, segments=True)
+                peer = splash(target, head_dim, dtype, direction)
+                half = ours(target, head_dim, dtype, direction, True, half=True) if direction == "forward" else crossed
+                block = (attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD).block_k
+                mine, theirs = call(block, full, crossed, half), call(KEYS, peer, peer, peer)
+                words = (target, head_dim, dtype, direction, *(f"{x:.0f}" for x in (full, crossed, packed, peer)))
+                print(
+                    "|", " | ".join(map(str, words)), f"| {mine:.0f} | {theirs:.0f} | {mine / theirs:.2f} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
