@@ -56,7 +56,8 @@ def shapes(length: int, head_dim: int, dtype: str):
 def ours(
     target: str, head_dim: int, dtype: str, direction: str, masked: bool, segments: bool = False, half: bool = False
 ) -> float:
-    """Bundles of one pair of blocks, or of half of its keys; of the backward kernel, whose blocks are smaller, of as many as make up a pair."""
+    """Bundles of one pair of blocks, or of half of its keys; of the backward kernel, whose blocks are smaller, of as many as
+    make up a pair."""
     spec, at = AttentionSpec(head_dim**-0.5, Band(right=0)), Offsets((0,), (0,))
     ids = (jax.ShapeDtypeStruct((1, 2048), jnp.int32),) * 2 if segments else ()
 

@@ -104,8 +104,9 @@ def dot_product_attention(
     ======================  ==========================================  ==================================
 
     Letters: B batch (any number of dims), T query tokens, S key tokens, N query heads, K key heads (N a multiple of K),
-    H head dim, V that of values. Where query and keys are sharded along T and S, K and V travel round a ring of those devices, or what `exchange`
-    says. A causal ring without a window, bias or mask is balanced: devices swap half of their rows, and back.
+    H head dim, V that of values. Where query and keys are sharded along T and S, K and V travel round a ring of those
+    devices, or what `exchange` says. A causal ring without a window, bias or mask is balanced: devices swap half of their
+    rows, and back.
 
     Args:
       query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.
@@ -155,12 +156,14 @@ def dot_product_attention(
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
       ExceptionGroup: of NotImplementedErrors, where the implementation that was asked for lacks something.
 
-    Cost per device of P: 2 B T S N (H + V) / P FLOPs forward (half if causal), 2.5 times as many backward. A ring sends (P - 1) / P of
-    K and V forward, three to five times that backward (fp32 dK, dV travel too), and has memory beyond the operands for the
-    next K and V block and one fp32 output; an all-to-all sends (P - 1) / P of its own part of query, key, value and output; a
-    merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V. Any order of
-    derivative exists; beyond the first reverse one they are taken of plain XLA operations, slower and with the memory that
-    those need. What a rematerialised layer can keep bears names: `ringmoe.RESIDUAL_NAMES`.
+    Cost per device of P: 2 B T S N (H + V) / P FLOPs forward (half if causal), 2.5 times as many backward. A ring sends
+    (P - 1) / P of K and V forward, three to five times that backward (fp32 dK, dV travel too), and has memory beyond the
+    operands for the next K and V block and one fp32 output; an all-to-all sends (P - 1) / P of its own part of query, key,
+    value and output; a merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V.
+    On a TPU everything runs in the Pallas kernel but float16, fewer than 8 tokens, and the gradient of a bias (say
+    `jax.lax.stop_gradient` where it needs none). Any order of derivative exists; beyond the first reverse one they are taken
+    of plain XLA operations, slower and with the memory that those need. What a rematerialised layer can keep bears names:
+    `ringmoe.RESIDUAL_NAMES`.
 
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Jacobs et al., DeepSpeed-Ulysses,
     https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691.

@@ -39,6 +39,8 @@ class AttentionSpec:
     soft_cap: float | None = None
     # The share of the pairs that are left out, at random: see dropout.py.
     dropout_rate: float = 0.0
+    # Whether a backward pass is asked for the bias's gradient.
+    bias_gradient: bool = False
     # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
     # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
     interpret: bool = False

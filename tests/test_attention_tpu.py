@@ -180,11 +180,10 @@ def test_spec_interpret_needs_no_context():
     close(forward(spec, q, k, v), dense(spec, q, k, v, do)[:2], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["bias", "mask"])
-def test_check_names_an_extra_it_lacks(name):
+def test_check_refuses_the_gradient_of_a_bias():
     q, k, v, _ = random_inputs()
-    with pytest.raises(NotImplementedError, match=f"{name} is not supported: say it by mask_fn"):
-        attention_tpu.check(AttentionSpec(1.0), q, k, v, Extras(**{name: jnp.zeros(1)}))
+    with pytest.raises(NotImplementedError, match="the gradient of a bias is not supported"):
+        attention_tpu.check(AttentionSpec(1.0, bias_gradient=True), q, k, v, Extras(bias=jnp.zeros((1, 1, 256, 256))))
 
 
 @pytest.mark.parametrize(

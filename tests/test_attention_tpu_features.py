@@ -50,6 +50,7 @@ class Case:
     extras: tuple[str, ...] = ()
     dtype: str = "float32"
     block_k: int = 128
+    ones: tuple[bool, ...] = (False,) * 4  # which dims of a bias or mask are broadcast
 
     @property
     def ragged(self) -> bool:
@@ -72,9 +73,14 @@ class Case:
                     found[name] = np.sort(rng.integers(0, 4, (self.b, length[side])), 1)
                 case "positions":
                     found[name] = rng.integers(0, length[side], (self.b, length[side]))
+                case "mask" | "bias":
+                    shape = (self.b, self.n, self.t, self.s)
+                    shape = [1 if one else n for one, n in zip(self.ones, shape)]
+                    found[name] = rng.normal(size=shape).astype(np.float32)
+                    found[name] = found[name] > -0.5 if name == "mask" else found[name]
                 case "slopes":
                     found[name] = rng.random(self.n).astype(np.float32) / 10
-        found = {n: x if x.dtype == np.float32 else x.astype(np.int32) for n, x in found.items()}
+        found = {n: x if x.dtype in (np.float32, bool) else x.astype(np.int32) for n, x in found.items()}
         if self.rate:
             found["seeds"] = np.asarray(dropout.seeds(jax.random.key(1), (self.b,), self.n))
         return (q, k, v, do), found
@@ -114,8 +120,12 @@ def run(case: Case, kernel=attention_tpu):
         return [cut(x, first) for first in (half, 0)]
 
     def here(extras: Extras, first):
-        cut = lambda x: None if x is None else jax.lax.slice_in_dim(x, first, first + half, axis=1)
-        return extras._replace(key_segments=cut(extras.key_segments), key_positions=cut(extras.key_positions))
+        def cut(x):
+            return x if x is None or x.shape[-1] == 1 else x[..., first : first + half]
+
+        return extras._replace(
+            **{name: cut(getattr(extras, name)) for name in ("key_segments", "key_positions", "bias", "mask")}
+        )
 
     @jax.jit
     def both(q, k, v, do, extras):
@@ -150,6 +160,15 @@ CASES = {
     "strided": Case(band=Band.make(True, None, lambda query, key: (query - key) % 3 == 0)),
     "slopes": Case(extras=("slopes",), band=CAUSAL, n=4, k=2),
     "dropout": Case(rate=0.4, b=2, n=4, k=2),
+    "mask": Case(extras=("mask",), band=CAUSAL, n=4, k=2, b=2),
+    "bias": Case(extras=("bias",), band=CAUSAL, n=4, k=2, b=2, ones=(True, False, False, False)),
+    "mask of keys": Case(extras=("mask",), b=2, ones=(False, True, True, False)),
+    "mask of queries": Case(extras=("mask",), b=2, ones=(False, True, False, True)),
+    "mask of sequences": Case(extras=("mask",), b=4, ones=(False, True, True, True)),
+    "bias of keys, ragged": Case(extras=("bias",), t=300, s=600, cap=1.0, ones=(True, False, True, False)),
+    "bias and mask, half of a block, ragged": Case(
+        extras=("bias", "mask"), t=600, s=1200, block_k=256, band=CAUSAL, cap=1.0, ones=(True, True, False, False)
+    ),
     "half of a block, causal": Case(band=CAUSAL, block_k=256, t=512, s=1024),
     "half of a block, window": Case(band=Band(100, 30), block_k=512, t=512, s=1024, extras=SEGMENTS),
     "half of a block, queries in any order": Case(
@@ -176,7 +195,11 @@ def test_each_is_the_oracles(name, request):
         assert_close(a, e, forward if what in ("output", "LSE") else gradient, what)
 
 
-SPECIAL = {name for name in CASES if any(word in name for word in ("ragged", "no block", "half"))}
+SPECIAL = {
+    name
+    for name in CASES
+    if any(word in name for word in ("ragged", "no block", "half", "of keys", "of queries", "of sequences"))
+}
 PAIRS = [
     (a, b) for n, a in enumerate(CASES) for b in list(CASES)[:n] if "ragged" not in a + b and "no block" not in a + b
 ]
@@ -192,7 +215,7 @@ def test_pairs_are_the_oracles(first):
             band = dataclasses.replace(band, right=0)
         case = Case(
             b=2, n=4, k=2, v=max(one.v, other.v), band=band, cap=one.cap or other.cap, rate=one.rate or other.rate,
-            extras=tuple({*one.extras, *other.extras}), t=96, s=128,
+            extras=tuple({*one.extras, *other.extras}), t=96, s=128, ones=one.ones if any(one.ones) else other.ones,
         )  # fmt: skip
         expected = oracle(case)
         for kernel in (attention_xla, attention_tpu)[: 2 if n % 6 == 0 else 1]:
@@ -220,6 +243,11 @@ def test_compiles_without_falling_back(target, kind):
         extras |= {"query_segment_ids": rows("int32"), "key_value_segment_ids": rows("int32")}
         extras |= {"query_positions": rows("int32"), "key_value_positions": rows("int32")}
         extras |= {"query_seq_lengths": shape((1,), "int32"), "key_value_seq_lengths": shape((1,), "int32")}
+    if kind == "logits":
+        extras |= {"query_segment_ids": rows("int32"), "key_value_segment_ids": rows("int32")}
+    if kind == "wide":
+        extras |= {"mask": shape((1, 1, n * t, n * t), "bool", None, None, "a")}
+        extras |= {"bias": shape((4, 1, n * t), "bfloat16", None, None, None)}
     if kind in ("logits", "float32"):
         extras |= {"sinks": shape((4,), "float32"), "alibi_slopes": shape((4,), "float32")}
     statics = {

@@ -74,11 +74,8 @@ class State(NamedTuple):
 
 def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks."""
-    for name in ("bias", "mask"):
-        if getattr(extras, name) is not None:
-            raise _lacks(
-                f"{name} is not supported: say it by mask_fn, segments, lengths or alibi_slopes, where one can"
-            )
+    if spec.bias_gradient:
+        raise _lacks("the gradient of a bias is not supported; one under jax.lax.stop_gradient is")
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise _lacks(f"{q.dtype=}, {k.dtype=}, supported: both bfloat16 or both float32")
     (t, h), s = q.shape[2:], k.shape[2]
@@ -134,8 +131,7 @@ def forward(
     k_spec, v_spec = (pl.BlockSpec((None, None, block_k, x.shape[3]), k_block) for x in (k, v))
     acc_spec = pl.BlockSpec((None, None, v.shape[3], block_q), state_block)
     row_spec = pl.BlockSpec((None, None, 1, block_q), state_block)
-    rows = lambda *step: (step[0], 0, step[2])
-    columns = lambda *step: (step[0], 0, k_block(*step)[2])
+    pair = lambda *step: (*step[:3], k_block(*step)[2])
     new = pl.pallas_call(
         functools.partial(_forward_kernel, blocks=blocks, chunk=config.chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -145,7 +141,7 @@ def forward(
                 pl.BlockSpec((None, None, block_q, h), q_block),
                 k_spec,
                 v_spec,
-                _vector_specs(blocks, vectors, rows, columns),
+                blocks.specs(vectors, pair),
                 acc_spec,
                 row_spec,
                 row_spec,
@@ -170,17 +166,6 @@ def _apart(at: Offsets) -> int | None:
     """How far the first query is from the first key, None where only the run knows."""
     unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
     return None if unknown else int(at.query[0]) - int(at.key[0])
-
-
-def _vector_specs(blocks: Blocks, vectors, rows, columns):
-    """Of numbers of queries and of keys, whose blocks `rows` and `columns` give."""
-    of_query = lambda name: name.startswith("query")
-    return {
-        name: pl.BlockSpec(
-            (None, 1, blocks.block_q if of_query(name) else blocks.block_k), rows if of_query(name) else columns
-        )
-        for name in vectors
-    }
 
 
 def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, acc, m, l, *, blocks: Blocks, chunk):
@@ -266,8 +251,7 @@ def _backward_run(blocks: Blocks, scalars, vectors, chunk: int, run: int, arrays
     of_rows = lambda x, index: pl.BlockSpec((None, None, block_q, x.shape[3]), index)
     k_spec, v_spec = (pl.BlockSpec((None, None, block_k, x.shape[3]), k_block) for x in (k, v))
     row_spec, dq_spec = pl.BlockSpec((None, None, 1, block_q), lse_block), of_rows(q, dq_block)
-    rows = lambda *step: (step[0], 0, q_block(*step)[2])
-    columns = lambda *step: (step[0], 0, step[2])
+    pair = lambda *step: (*q_block(*step)[:3], step[2])
     dq, dk, dv = grads.dq, grads.dk, grads.dv
     pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, apart, spec.pieces) // t
     wide = max(1, -(-max(h, v.shape[3]) // (2 * LANES)))
@@ -283,7 +267,7 @@ def _backward_run(blocks: Blocks, scalars, vectors, chunk: int, run: int, arrays
                 of_rows(do, q_block),
                 row_spec,
                 row_spec,
-                _vector_specs(blocks, vectors, rows, columns),
+                blocks.specs(vectors, pair),
                 dq_spec,
                 k_spec,
                 v_spec,

@@ -1,9 +1,9 @@
 """The logits of a pair of blocks in a TPU's attention kernel, and what is known of them before they are computed.
 
-`Blocks` lays a call out: numbers that a kernel is given first (where blocks stand, lengths, the least and greatest segment and
-position of each block, a head's slope and dropout seed) in one int32 vector, and numbers of queries and keys as `[B, 1, T]`
-and `[B, 1, S]`. By the numbers a block pair is skipped, or computed without a mask, or with one. A `Pair` is one such pair
-within a kernel. Logits are transposed, keys by queries, and in units of log 2.
+`Blocks` lays a call out: numbers that a kernel is given first (where blocks stand, lengths, the least and greatest segment
+and position of each block, a head's slope and dropout seed) in one int32 vector, numbers of queries and keys as `[B, 1, T]`
+and `[B, 1, S]`, and a bias and a mask as they are. By the numbers a block pair is skipped, or computed without a mask, or
+with one. A `Pair` is one such pair within a kernel. Logits are transposed, keys by queries, and in units of log 2.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ LANES = 128
 LOG2E = math.log2(math.e)
 ROWS = ("query_segments", "query_positions")
 COLUMNS = ("key_segments", "key_positions")
+PAIRS = ("bias", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Blocks:
     num_keys: int
     block_q: int
     block_k: int
+    arrays: tuple[str, ...] = ()  # those of PAIRS that are given
     layout: tuple[tuple[str, int, tuple[int, ...]], ...] = ()  # name, place in the vector, shape
 
     @classmethod
@@ -50,12 +52,16 @@ class Blocks:
         vectors = {name: found[name][:, None] for name in (*ROWS, *COLUMNS) if name in found}
         for name, x in vectors.items():
             numbers[name] = _ranges(x[:, 0], block_q if name in ROWS else block_k)
+        vectors |= {name: found[name] for name in PAIRS if name in found}
+        if "mask" in vectors:  # of bytes, where there are many
+            vectors["mask"] = vectors["mask"].astype(jnp.int8 if min(vectors["mask"].shape[2:]) > 1 else jnp.int32)
         layout, parts, place = [], [], 0
         for name, x in numbers.items():
             layout.append((name, place, x.shape))
             parts.append(_as_int32(x).reshape(-1))
             place += x.size
-        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, tuple(layout))
+        arrays = tuple(name for name in PAIRS if name in vectors)
+        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, arrays, tuple(layout))
         return blocks, jnp.concatenate(parts), vectors
 
     @property
@@ -121,6 +127,19 @@ class Blocks:
             last = jnp.minimum(last, _blocks_before(self.number(scalars, "query_lengths", b), rows, self.block_q))
         return first, last
 
+    def specs(self, vectors, pair: Callable) -> dict[str, pl.BlockSpec]:
+        """Of the vectors and arrays; `pair(*step)` is (b, n, i, j), the sequence, query head and blocks of a grid's step."""
+
+        def of(name: str, x):
+            if name not in PAIRS:
+                which, block = (2, self.block_q) if name in ROWS else (3, self.block_k)
+                return pl.BlockSpec((None, 1, block), lambda *step: (pair(*step)[0], 0, pair(*step)[which]))
+            block = (None, None, *(1 if n == 1 else size for n, size in zip(x.shape[2:], (self.block_q, self.block_k))))
+            whole = [n == 1 for n in x.shape]
+            return pl.BlockSpec(block, lambda *step: tuple(0 if one else at for one, at in zip(whole, pair(*step))))
+
+        return {name: of(name, x) for name, x in vectors.items()}
+
     def pair(self, scalars, vectors: dict[str, Any], b, n, i, j) -> "Pair":
         return Pair(self, scalars, vectors, b, n, i, j)
 
@@ -163,7 +182,7 @@ class Pair:
         """
         blocks, band, size = self.blocks, self.spec.band, self.blocks.block_k
         extras = ("query_lengths", "key_lengths", *ROWS, *COLUMNS)
-        if band.is_full and not blocks.has(*extras) and not blocks.ragged:
+        if band.is_full and not blocks.has(*extras) and not blocks.ragged and "mask" not in blocks.arrays:
             block(False, 0, size)
             return
         seen, full = self._seen_and_full()
@@ -195,15 +214,17 @@ class Pair:
         ):
             if length % block:
                 full &= (index + 1) * block <= length
-        return seen, full
+        return seen, full & ("mask" not in blocks.arrays)
 
     def logits(self, dot, c, masked: bool):
         """`(s, slope)` of the keys `c`: logits [chunk, block_q], and the derivative of a soft cap there, or None."""
         spec, slope = self.spec, None
-        if not self.blocks.has("slopes") and spec.soft_cap is None:
+        if not self.blocks.has("slopes") and "bias" not in self.vectors and spec.soft_cap is None:
             s = dot * (spec.scale * LOG2E)
         else:
             s = dot * spec.scale
+            if "bias" in self.vectors:
+                s = s + self._turned("bias", c).astype(jnp.float32)
             if self.blocks.has("slopes"):
                 key, query = self._compared_within(c)
                 per_head = lax.bitcast_convert_type(self.blocks.number(self.scalars, "slopes", self.n), jnp.float32)
@@ -212,7 +233,11 @@ class Pair:
                 tanh = jnp.tanh(s * (1 / spec.soft_cap))
                 s, slope = tanh * spec.soft_cap, 1 - tanh * tanh
             s = s * LOG2E
-        return (jnp.where(self._seen(c), s, softmax.MASKED) if masked else s), slope
+        if not masked:
+            return s, slope
+        seen = self._seen(c)
+        # A slope of what a block's last rows hold may be NaN.
+        return jnp.where(seen, s, softmax.MASKED), None if slope is None else jnp.where(seen, slope, 0.0)
 
     def drop(self, x, c):
         """What belongs to the pairs of the keys `c`, without those that dropout leaves out."""
@@ -267,14 +292,31 @@ class Pair:
         if blocks.num_queries % blocks.block_q:
             first = self.i * blocks.block_q
             seen.append(first + lax.broadcasted_iota(jnp.int32, (1, blocks.block_q), 1) < blocks.num_queries)
+        if "mask" in self.vectors:
+            seen.append(self._turned("mask", c) != 0)
         return jnp.broadcast_to(functools.reduce(operator.and_, seen), shape)
 
     def _column(self, name: str, c):
         """Numbers of the keys `c`, turned from a row into [chunk, block_q], alike in every lane."""
-        row, width = self.vectors[name][:, c], self.blocks.block_q
-        tile = jnp.broadcast_to(row, (LANES, c.size)).T
-        repeats = -(-width // LANES)
-        return jnp.concatenate([tile] * repeats, axis=1)[:, :width]
+        return _across(self.vectors[name][:, c], self.blocks.block_q)
+
+    def _turned(self, name: str, c):
+        """The columns `c` of a bias or a mask, [1 or chunk, 1 or block_q]."""
+        ref = self.vectors[name]
+        rows, columns = ref.shape
+        x = ref[...] if columns == 1 else ref[:, c]
+        x = x.astype(jnp.float32 if name == "bias" else jnp.int32)
+        if rows == columns == 1:
+            return x
+        if columns == 1:
+            return jnp.broadcast_to(x, (rows, LANES)).T[:1]
+        return _across(x, self.blocks.block_q) if rows == 1 else x.T
+
+
+def _across(row, width: int):
+    """A row [1, n] as [n, width], alike in every lane."""
+    tile = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+    return jnp.concatenate([tile] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _blocks_before(length, places: Places, block: int):

@@ -82,7 +82,7 @@ def _tangent_transpose(cotangents, *arrays, **params):
     kept = {n: x for n, x in named.items() if not n.endswith("_tangent") and n not in RESULTS}
     inputs, sinks = {name: kept.pop(name) for name in INPUTS}, kept.pop("sinks", None)
     operands = inputs | dict(zip(SAVED, (lse, named["lse_tail"], do, delta))) | kept
-    wanted = INPUTS + (("bias",) if "bias" in kept else ())
+    wanted = INPUTS + (("bias",) if "bias_tangent" in asked else ())
     grads = BACKWARD.primitive.bind(*operands.values(), **params | {"operands": tuple(operands), "results": wanted})
     found = {f"{name}_tangent": grad for name, grad in zip(wanted, grads)}
     if "sinks_tangent" in asked:
@@ -128,6 +128,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         interpret=platform != "tpu",
         uniform=params.get("uniform", False),
         pieces=plan.pieces,
+        bias_gradient="bias" in params["results"],
     )
     head_major = lambda x, heads, length: jax.ShapeDtypeStruct(
         (math.prod(x.shape[:-3]), heads // plan.head_parts, length * plan.head_parts, x.shape[-1]), x.dtype

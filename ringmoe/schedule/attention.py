@@ -86,11 +86,11 @@ def backward(
         k, v = part
         first = blocks.first_keys(owner, n)
         here = blocks.extras(first)
-        zero = Grads(dq, acc(k), acc(v), None if here.bias is None else acc(here.bias))
+        zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
         grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(first))
         return (grads.dq, blocks.add_columns(dbias, grads.dbias, first)), (grads.dk, grads.dv)
 
-    dbias = None if blocks.whole.bias is None else acc(blocks.whole.bias)
+    dbias = acc(blocks.whole.bias) if spec.bias_gradient else None
     owed = [jax.tree.map(acc, part) for part in parts]
     (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed, travel)
     dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
