@@ -48,7 +48,10 @@ class Places(NamedTuple):
 class Mask:
     """A mask that knows more than its pairs: what rows can meet, and which blocks it hides nothing of."""
 
-    reach: tuple[int | None, int | None] = (None, None)  # no query sees keys farther to the left, to the right
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """No query sees keys farther to the left, to the right; None: any."""
+        return None, None
 
     def __call__(self, query_positions, key_positions):
         """True where the key is seen, of the two (broadcast) arrays of positions."""
@@ -170,7 +173,8 @@ class Both(Mask):
 
     @property
     def reach(self):
-        return tuple(map(_nearer, self.a.reach, self.b.reach))
+        (left, right), (other_left, other_right) = self.a.reach, self.b.reach
+        return _nearer(left, other_left), _nearer(right, other_right)
 
     def __call__(self, query_positions, key_positions):
         return self.a(query_positions, key_positions) & self.b(query_positions, key_positions)
@@ -181,7 +185,8 @@ class Both(Mask):
     def queries_of(self, start, stop):
         return _common(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
 
-    def is_full_block(self, *block):
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        block = q_start, q_stop, k_start, k_stop
         return self.a.is_full_block(*block) & self.b.is_full_block(*block)
 
     def __str__(self) -> str:
@@ -197,7 +202,8 @@ class Either(Mask):
 
     @property
     def reach(self):
-        return tuple(None if None in sides else max(sides) for sides in zip(self.a.reach, self.b.reach))
+        (left, right), (other_left, other_right) = self.a.reach, self.b.reach
+        return _farther(left, other_left), _farther(right, other_right)
 
     def __call__(self, query_positions, key_positions):
         return self.a(query_positions, key_positions) | self.b(query_positions, key_positions)
@@ -208,7 +214,8 @@ class Either(Mask):
     def queries_of(self, start, stop):
         return _hull(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
 
-    def is_full_block(self, *block):
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        block = q_start, q_stop, k_start, k_stop
         return self.a.is_full_block(*block) | self.b.is_full_block(*block)  # or by both together, which is not seen
 
     def __str__(self) -> str:
@@ -217,6 +224,10 @@ class Either(Mask):
 
 def _nearer(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
+
+
+def _farther(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else max(a, b)
 
 
 def _common(a, b):

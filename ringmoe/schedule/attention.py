@@ -149,20 +149,20 @@ class _Blocks:
         me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
-        per_head = {name: getattr(extras, name)[None] for name in PER_HEAD if getattr(extras, name) is not None}
         here = extras._replace(**dict.fromkeys(PER_HEAD))
         whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in here)))
         rows = lambda x: None if x is None else _Moves(plan).row_numbers(x)
-        mine = lambda x: None if x is None else heads.mine(plan.head_axes, plan.head_parts, x)
+        mine = lambda x: heads.mine(plan.head_axes, plan.head_parts, x)
+        if_given = lambda x: None if x is None else mine(x)
         self.whole = whole._replace(
-            bias=mine(whole.bias),
-            mask=mine(whole.mask),
+            bias=if_given(whole.bias),
+            mask=if_given(whole.mask),
             query_segments=rows(whole.query_segments),
             query_positions=rows(whole.query_positions),
-            seeds=mine(whole.seeds),
-            slopes=mine(per_head["slopes"])[0] if "slopes" in per_head else None,
+            seeds=if_given(whole.seeds),
+            slopes=None if extras.slopes is None else mine(extras.slopes[None])[0],
         )
-        self.sinks = mine(per_head.get("sinks"))  # [1, heads]
+        self.sinks = None if extras.sinks is None else mine(extras.sinks[None])  # [1, heads]
 
     def _starts(self, device, length: int) -> tuple:
         """Where the pieces of a device's block begin."""
