@@ -32,11 +32,11 @@ def dispatch(b=B, t=16, d=4, e=8, i=4, r=3):
 
 
 @pytest.mark.parametrize(("rule", "text"), [
-    (attention(), "b0 t (k g) h, b0 s k h, b0 s k h -> b0 t (k g) h, b0 t (k g)"),
-    (attention(("bias", (B, N, T, S))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 (k g) t u -> b0 t (k g) h, b0 t (k g)"),
-    (attention(("key_lengths", (B,))), "b0 t (k g) h, b0 s k h, b0 s k h, b0 -> b0 t (k g) h, b0 t (k g)"),
+    (attention(), "b0 t (k g) h, b0 s k h, b0 s k v -> b0 t (k g) v, b0 t (k g)"),
+    (attention(("bias", (B, N, T, S))), "b0 t (k g) h, b0 s k h, b0 s k v, b0 (k g) t u -> b0 t (k g) v, b0 t (k g)"),
+    (attention(("key_lengths", (B,))), "b0 t (k g) h, b0 s k h, b0 s k v, b0 -> b0 t (k g) v, b0 t (k g)"),
     (attention(("query_segments", (B, T)), ("key_segments", (B, S))),
-     "b0 t (k g) h, b0 s k h, b0 s k h, b0 t, b0 u -> b0 t (k g) h, b0 t (k g)"),
+     "b0 t (k g) h, b0 s k h, b0 s k v, b0 t, b0 u -> b0 t (k g) v, b0 t (k g)"),
     (experts(), "b0 t d, b0 t c, b0 t c, b0 t c, e d f, e f d -> b0 t d"),
     (experts(gate=True), "b0 t d, b0 t c, b0 t c, b0 t c, e d f, e d f, e f d -> b0 t d"),
     (dispatch(), "b0 (z i) d, b0 (z i) c, b0 (z i) c -> e b0 z r d"),
@@ -79,7 +79,7 @@ def test_a_result_that_bears_an_operands_name_has_its_dims():
 
 def test_a_lone_query_token_is_a_factor_all_the_same():
     rule = attention(qkv=(("query", (1, 1, 1, 1)), ("key", (1, 1, 1, 1)), ("value", (1, 1, 1, 1))))
-    assert str(rule) == "b0 t k h, b0 s k h, b0 s k h -> b0 t k h, b0 t k"
+    assert str(rule) == "b0 t k h, b0 s k h, b0 s k v -> b0 t k v, b0 t k"
 
 
 SPECS = st.permutations(["a", "b", "c", None, None, None])
