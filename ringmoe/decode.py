@@ -12,6 +12,8 @@ from ringmoe.attention import dot_product_attention
 from ringmoe.errors import check
 from ringmoe.primitives import cache as primitive
 
+FEW = 128  # queries that a TPU kernel's tile has room for
+
 
 # fmt: off
 @overload
@@ -64,7 +66,8 @@ def decode_attention(
         have different ones. What is past them in the cache is not read, NaN or not.
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
-      implementation: "xla", which None means too; no other kernel takes these calls yet.
+      implementation: as in `dot_product_attention`; None means "xla" for fewer than 128 queries, for a TPU's kernel takes as
+        long for one as for 128.
       mask_fn, logits_soft_cap, sinks, alibi_slopes, return_residual, exchange: as in `dot_product_attention`.
 
     Returns:
@@ -101,7 +104,7 @@ def decode_attention(
         alibi_slopes=alibi_slopes,
         key_value_seq_lengths=lengths,
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
-        implementation=implementation or "xla",
+        implementation="xla" if implementation is None and num_queries < FEW else implementation,
         return_residual=return_residual,
         exchange=exchange,
     )

@@ -192,9 +192,9 @@ def test_check_refuses_the_gradient_of_a_bias():
         (((1, 1, 64, 64), "float16"), ((1, 1, 64, 64), "float16"), "float16"),
         (((1, 1, 64, 64), "float64"), ((1, 1, 64, 64), "float64"), "float64"),
         (((1, 1, 64, 64), "float32"), ((1, 1, 64, 64), "bfloat16"), "bfloat16"),
-        (((1, 1, 1, 64), "float32"), ((1, 1, 64, 64), "float32"), "1 queries"),
+        (((1, 1, 1, 64), "float32"), ((1, 1, 64, 64), "float32"), "1 queries, 64 keys, supported: 8 or more"),
         (((1, 1, 64, 640), "float32"), ((1, 1, 64, 640), "float32"), "head dims 640 and 640"),
-        (((1, 1, 64, 64), "float32"), ((1, 1, 7, 64), "float32"), "7 keys"),
+        (((1, 1, 64, 64), "float32"), ((1, 1, 7, 64), "float32"), "64 queries, 7 keys"),
     ],
 )
 def test_check_says_what_it_lacks(q, k, message):

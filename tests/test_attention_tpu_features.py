@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,27 @@ def test_each_is_the_oracles(name, request):
     actual = run(case)
     for what, a, e in zip(("output", "LSE", "dq", "dk", "dv"), actual, expected, strict=True):
         assert_close(a, e, forward if what in ("output", "LSE") else gradient, what)
+
+
+def test_what_is_past_a_length_changes_nothing(races):
+    """NaN there, in every operand, gives the same bits as zeros."""
+    case = dataclasses.replace(CASES["lengths"], b=2)
+    (q, k, v, do), found = case.arrays()
+
+    def past(x, name, value):
+        at = np.arange(x.shape[2])[None, :] >= found[name][:, None]
+        return np.where(at[:, None, :, None], value, x)
+
+    def of(value):
+        changed = [
+            past(x, name, value)
+            for x, name in zip((q, k, v, do), ("query_lengths", *["key_lengths"] * 2, "query_lengths"))
+        ]
+        with mock.patch.object(Case, "arrays", lambda self, changed=changed: (changed, found)):
+            return run(case)
+
+    for a, b in zip(of(np.nan), of(0.0)):
+        np.testing.assert_array_equal(a, b)
 
 
 SPECIAL = {

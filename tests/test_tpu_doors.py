@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import errors
-from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, tpu_mesh
+from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, no_cost_warnings, tpu_mesh
 
 TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
 DOORS = {target: (TYPES, RINGMOE_JIT) for target in TARGETS} | {"v5p:2x2x2": (TYPES, RINGMOE_JIT, MANUAL_VMA)}
@@ -99,3 +99,15 @@ def test_a_call_the_tpu_kernel_lacks_takes_the_other_and_says_so():
         lowered = jax.jit(jax.grad(loss)).lower(bias, *arrays)
     text = lowered.compile().as_text()
     assert "collective-permute" in collectives(text) and "all-gather" not in collectives(text)
+
+
+@pytest.mark.parametrize(("tokens", "by_kernel"), [(256, True), (1, False)])
+def test_a_chunk_of_a_prompt_takes_the_tpu_kernel(tokens, by_kernel):
+    """And one token does not, without a warning; neither gathers the cache."""
+    mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)
+    cache = shape_of(mesh, (2, 8192, 2, 128), P("a", "b"))
+    query, lengths = shape_of(mesh, (2, tokens, 8, 128), P("a")), shape_of(mesh, (2,), P("a"), jnp.int32)
+    with no_cost_warnings():
+        text = jax.jit(ringmoe.decode_attention).lower(query, cache, cache, lengths).compile().as_text()
+    assert ("ringmoe_attention_forward" in text) == by_kernel
+    assert "all-gather" not in collectives(text)

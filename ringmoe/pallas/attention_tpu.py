@@ -183,7 +183,7 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
 
         def accumulate(c, s):
             m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
-            v = pair.inside(v_ref[c], "keys", c.start) if masked else v_ref[c]
+            v = pair.inside(v_ref[c], "key", c.start) if masked else v_ref[c]
             acc[...] = acc[...] * alpha + _dot(v, pair.drop(p, c).astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
 
@@ -315,10 +315,10 @@ def _backward_kernel(
 
     def block(masked: bool, first, size: int):
         inside = pair.inside if masked else lambda x, *_: x
-        q, do = lambda: inside(q_ref[...], "queries"), lambda: inside(do_ref[...], "queries")
-        lse, delta = (inside(ref[...], "queries", 0, 1) for ref in (lse_ref, delta_ref))
+        q, do = lambda: inside(q_ref[...], "query"), lambda: inside(do_ref[...], "query")
+        lse, delta = (inside(ref[...], "query", 0, 1) for ref in (lse_ref, delta_ref))
         lse = softmax.finite_lse(lse) * LOG2E
-        keys = lambda ref, c: inside(ref[c], "keys", c.start)
+        keys = lambda ref, c: inside(ref[c], "key", c.start)
 
         def scores(c):
             return pair.logits(_dot(keys(k_ref, c), q(), 1, 1), c, masked), _dot(keys(v_ref, c), do(), 1, 1)

@@ -247,17 +247,18 @@ class Pair:
         seed = lax.bitcast_convert_type(self.blocks.number(self.scalars, "seeds", self.b, self.n), jnp.uint32)
         return dropout.drop(x, self.spec.dropout_rate, seed, query, key)
 
-    def inside(self, x, which: str, start: int = 0, axis: int = 0):
-        """A block of an array of "queries" or "keys" from `start` on, with zeros where it ends after the array does."""
-        index, block, length = (
-            (self.i, self.blocks.block_q, self.blocks.num_queries)
-            if which == "queries"
-            else (self.j, self.blocks.block_k, self.blocks.num_keys)
-        )
-        if length % block == 0:
-            return x
-        local = index * block + start + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-        return jnp.where(local < length, x, jnp.zeros_like(x))
+    def inside(self, x, side: str, start=0, axis: int = 0):
+        """A block of an array of the side "query" or "key" from `start` on, with zeros past the array's end and past the
+        sequence's length: whatever is there, 0 times it must be 0."""
+        blocks, of_query = self.blocks, side == "query"
+        block, length = (blocks.block_q, blocks.num_queries) if of_query else (blocks.block_k, blocks.num_keys)
+        local, real = start + lax.broadcasted_iota(jnp.int32, x.shape, axis), []
+        if length % block:
+            real.append((self.i if of_query else self.j) * block + local < length)
+        if blocks.has(f"{side}_lengths"):
+            place = self.spans[0 if of_query else 1][0] + local
+            real.append(place < blocks.number(self.scalars, f"{side}_lengths", self.b))
+        return jnp.where(functools.reduce(operator.and_, real), x, jnp.zeros_like(x)) if real else x
 
     def _places_within(self, c):
         """Places of the keys `c` [chunk, 1] and of the queries [1, block_q]."""
