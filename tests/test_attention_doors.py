@@ -412,6 +412,29 @@ def test_the_first_two_derivatives_by_sinks(implementation):
     assert_close(jax.grad(functools.partial(loss, ours), 1)(q, jnp.full(2, -jnp.inf)), jnp.zeros(2), 0.0)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_mapped_over_sinks_and_slopes(implementation):
+    """Which have no batch dims: everything is mapped, the kernels' own numbers of blocks too."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(2, 16, heads, 8)), jnp.float32) for heads in (4, 2, 2)]
+    slopes, sinks = (jnp.asarray(rng.random((3, 4)), jnp.float32) for _ in range(2))
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 16)), 1), jnp.int32)
+
+    def gradients(fun):
+        def of(slopes, sinks):
+            loss = lambda q, sinks: jnp.sum(jnp.sin(fun(
+                q, *arrays[1:], alibi_slopes=slopes, sinks=sinks, is_causal=True, query_segment_ids=ids,
+                key_value_segment_ids=ids,
+            )))  # fmt: skip
+            return jax.grad(loss, (0, 1))(arrays[0], sinks)
+
+        return jax.vmap(of)(slopes, sinks)
+
+    want = gradients(lambda *args, **kwargs: reference.dot_product_attention(*args, **kwargs)[0])
+    for g, w in zip(gradients(functools.partial(ringmoe.dot_product_attention, implementation=implementation)), want):
+        assert_close(g, w, 1e-4)
+
+
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 def test_ring_equals_all_gather_equals_one_device(door):
     case = Case(door=door, is_causal=True, t=4, bias=(True, False, False, False))

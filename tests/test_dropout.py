@@ -49,3 +49,20 @@ def test_its_mean_is_attention_without_it():
         ringmoe.dot_product_attention(q, k, v, dropout_rate=0.0, dropout_key=jax.random.key(0)),
         ringmoe.dot_product_attention(q, k, v),
     )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_mapped_rematerialised_and_pushed_forward(implementation):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 2, 8))
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def drop(key, q=q):
+        return ringmoe.dot_product_attention(
+            q, k, v, dropout_rate=0.5, dropout_key=key, implementation=implementation, is_causal=True
+        )
+
+    np.testing.assert_allclose(jax.vmap(drop)(keys), jnp.stack(list(map(drop, keys))), atol=1e-6)
+    loss = lambda q: jnp.sum(jnp.sin(drop(keys[0], q)))
+    gradient = jax.grad(loss)(q)
+    np.testing.assert_array_equal(gradient, jax.grad(jax.checkpoint(loss))(q))
+    np.testing.assert_allclose(jax.jvp(loss, (q,), (k,))[1], jnp.vdot(gradient, k), rtol=1e-4)
