@@ -220,6 +220,19 @@ def test_what_is_past_a_length_changes_nothing(races):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("who", ["queries of one", "keys of one", "both of two"])
+def test_a_block_that_meets_one_of_two_segments(races, who):
+    """Whose least, whose greatest, or both are the same: it isn't taken for a block of which all is seen."""
+    case = Case(extras=SEGMENTS)
+    arrays, _ = case.arrays()
+    one, two = np.repeat([1, 2], 128), np.repeat([0, 1, 2, 3], 64)
+    sides = {"queries of one": (one, two), "keys of one": (two, one), "both of two": (two, two)}[who]
+    ids = {name: x[None].astype(np.int32) for name, x in zip(SEGMENTS, sides)}
+    with mock.patch.object(Case, "arrays", lambda self: (arrays, dict(ids))):
+        for a, e in zip(run(case), oracle(case), strict=True):
+            assert_close(a, e, 1e-4)
+
+
 SPECIAL = {
     name
     for name in CASES
