@@ -133,8 +133,8 @@ def dot_product_attention(
         another every block that is_causal and the window leave is met. It is static: define it once, outside the function.
       logits_soft_cap: caps the logits, bias included, at +- this; > 0 (Gemma 2).
       sinks: [N] floats, one more logit of each head, which takes its share of the softmax and has no value; differentiable.
-      alibi_slopes: [N] floats: - slope |query's position - key's| is added to the logits, before a cap (Press et al., 2022,
-        https://arxiv.org/abs/2108.12409). Constants: no gradient goes to them.
+      alibi_slopes: [N] floats, times the distance of query's and key's positions taken from the logits, before a cap (Press et
+        al., 2022, https://arxiv.org/abs/2108.12409). Constants: no gradient goes to them.
       dropout_rate: share of the weights that are left out, 0 <= rate < 1, the others multiplied by 1 / (1 - rate); the LSE
         knows nothing of it. Which ones depends on the key, sequence, head and places alone, so it is the same on any mesh.
       dropout_key: a `jax.random.key`, needed where the rate is not 0. Inside your own shard_map devices on axis_name need the

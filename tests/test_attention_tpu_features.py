@@ -228,9 +228,10 @@ def test_a_block_that_meets_one_of_two_segments(races, who):
     one, two = np.repeat([1, 2], 128), np.repeat([0, 1, 2, 3], 64)
     sides = {"queries of one": (one, two), "keys of one": (two, one), "both of two": (two, two)}[who]
     ids = {name: x[None].astype(np.int32) for name, x in zip(SEGMENTS, sides)}
-    with mock.patch.object(Case, "arrays", lambda self: (arrays, dict(ids))):
-        for a, e in zip(run(case), oracle(case), strict=True):
-            assert_close(a, e, 1e-4)
+    with mock.patch.object(Case, "arrays", return_value=(arrays, ids)):
+        actual, expected = run(case), oracle(case)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-4)
 
 
 SPECIAL = {
