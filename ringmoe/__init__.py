@@ -4,6 +4,7 @@ import pathlib
 
 from jax.extend import source_info_util
 
+from ringmoe import masks as masks
 from ringmoe.attention import dot_product_attention as dot_product_attention
 from ringmoe.decode import decode_attention as decode_attention
 from ringmoe.decode import update_cache as update_cache

@@ -39,6 +39,6 @@ def test_the_readme_has_its_programs():
 
 
 def test_every_public_name_is_on_the_apis_page():
-    page = set(re.findall(r"^\.\. auto\w+:: (ringmoe\.\w+)$", (ROOT / "docs/api.md").read_text(), re.M))
+    page = set(re.findall(r"^\.\. auto(?!module)\w+:: (ringmoe\.\w+)$", (ROOT / "docs/api.md").read_text(), re.M))
     public = {f"ringmoe.{n}" for n, x in vars(ringmoe).items() if not (n.startswith("_") or inspect.ismodule(x))}
     assert page == public
