@@ -190,7 +190,7 @@ def dot_product_attention(
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
         query_positions=_integers("query_positions", query_positions, (*batch, t)),
         key_positions=_integers("key_value_positions", key_value_positions, (*batch, columns)),
-        slopes=_of_heads("alibi_slopes", alibi_slopes, n),
+        slopes=jax.lax.stop_gradient(_of_heads("alibi_slopes", alibi_slopes, n)),
         seeds=_dropout_seeds(dropout_rate, dropout_key, tuple(batch), n),
         sinks=_of_heads("sinks", sinks, n),
     )
@@ -289,7 +289,7 @@ def _of_heads(name: str, x, num_heads: int):
     check(
         fits, f"{name} has shape {x.shape} and dtype {x.dtype}, expected floats ({num_heads},), one for each query head"
     )
-    return jax.lax.stop_gradient(x) if name == "alibi_slopes" else x
+    return x
 
 
 def _dropout_seeds(rate, key, batch: tuple[int, ...], num_heads: int):

@@ -30,9 +30,9 @@ def kept(rate: float, seed: jax.Array, rows: jax.Array, keys: jax.Array) -> jax.
     return lax.bitcast_convert_type(bits ^ jnp.uint32(1 << 31), jnp.int32) >= round(rate * 2**32) - 2**31
 
 
-def drop(x: jax.Array, rate: float, seed: jax.Array, rows: jax.Array, keys: jax.Array) -> jax.Array:
-    """What belongs to pairs: 0 where one is left out, times 1 / (1 - rate) where it is kept."""
-    return jnp.where(kept(rate, seed, rows, keys), x * (1 / (1 - rate)), 0)
+def drop(x: jax.Array, rate: float, kept: jax.Array | None) -> jax.Array:
+    """What belongs to pairs: 0 where one is left out, times 1 / (1 - rate) where it is kept; without dropout, as it is."""
+    return x if kept is None else jnp.where(kept, x * (1 / (1 - rate)), 0)
 
 
 def _times(places, odd: int):

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,64 +164,6 @@ class Chunks(Mask):
         return functools.reduce(operator.and_, (first == self._chunk(x) for x in (q_stop - 1, k_start, k_stop - 1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Both(Mask):
-    """What both masks show: `a & b`."""
-
-    a: Mask
-    b: Mask
-
-    @property
-    def reach(self):
-        (left, right), (other_left, other_right) = self.a.reach, self.b.reach
-        return _nearer(left, other_left), _nearer(right, other_right)
-
-    def __call__(self, query_positions, key_positions):
-        return self.a(query_positions, key_positions) & self.b(query_positions, key_positions)
-
-    def keys_of(self, start, stop):
-        return _common(self.a.keys_of(start, stop), self.b.keys_of(start, stop))
-
-    def queries_of(self, start, stop):
-        return _common(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
-
-    def is_full_block(self, q_start, q_stop, k_start, k_stop):
-        block = q_start, q_stop, k_start, k_stop
-        return self.a.is_full_block(*block) & self.b.is_full_block(*block)
-
-    def __str__(self) -> str:
-        return f"({self.a} & {self.b})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Either(Mask):
-    """What either mask shows: `a | b`."""
-
-    a: Mask
-    b: Mask
-
-    @property
-    def reach(self):
-        (left, right), (other_left, other_right) = self.a.reach, self.b.reach
-        return _farther(left, other_left), _farther(right, other_right)
-
-    def __call__(self, query_positions, key_positions):
-        return self.a(query_positions, key_positions) | self.b(query_positions, key_positions)
-
-    def keys_of(self, start, stop):
-        return _hull(self.a.keys_of(start, stop), self.b.keys_of(start, stop))
-
-    def queries_of(self, start, stop):
-        return _hull(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
-
-    def is_full_block(self, q_start, q_stop, k_start, k_stop):
-        block = q_start, q_stop, k_start, k_stop
-        return self.a.is_full_block(*block) | self.b.is_full_block(*block)  # or by both together, which is not seen
-
-    def __str__(self) -> str:
-        return f"({self.a} | {self.b})"
-
-
 def _nearer(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
@@ -239,6 +181,53 @@ def _hull(*spans):
     low = [jnp.where(low < high, low, FAR) for low, high in spans]
     high = [jnp.where(low < high, high, -FAR) for low, high in spans]
     return jnp.minimum(*low), jnp.maximum(*high)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined(Mask):
+    """Two masks, and how each kind of what they know is joined: pairs and blocks, spans, reach."""
+
+    a: Mask
+    b: Mask
+    _pairs: ClassVar[Callable]
+    _spans: ClassVar[Callable]
+    _sides: ClassVar[Callable]
+    _sign: ClassVar[str]
+
+    @property
+    def reach(self):
+        (left, right), (other_left, other_right) = self.a.reach, self.b.reach
+        return self._sides(left, other_left), self._sides(right, other_right)
+
+    def __call__(self, query_positions, key_positions):
+        return self._pairs(self.a(query_positions, key_positions), self.b(query_positions, key_positions))
+
+    def keys_of(self, start, stop):
+        return self._spans(self.a.keys_of(start, stop), self.b.keys_of(start, stop))
+
+    def queries_of(self, start, stop):
+        return self._spans(self.a.queries_of(start, stop), self.b.queries_of(start, stop))
+
+    def is_full_block(self, q_start, q_stop, k_start, k_stop):
+        block = q_start, q_stop, k_start, k_stop
+        return self._pairs(self.a.is_full_block(*block), self.b.is_full_block(*block))
+
+    def __str__(self) -> str:
+        return f"({self.a} {self._sign} {self.b})"
+
+
+class Both(_Joined):
+    """What both masks show: `a & b`."""
+
+    _pairs, _spans, _sides = map(staticmethod, (operator.and_, _common, _nearer))
+    _sign = "&"
+
+
+class Either(_Joined):
+    """What either mask shows: `a | b`. That a block is full by the two together only is not seen."""
+
+    _pairs, _spans, _sides = map(staticmethod, (operator.or_, _hull, _farther))
+    _sign = "|"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,19 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one libtpu per test 
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("ringmoe", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 hypothesis.settings.load_profile("ringmoe")
+
+
+@pytest.fixture
+def races(capfd):
+    """Interprets TPU kernels on two simulated cores and fails on a data race (newer JAX raises, older prints); what nobody
+    wrote is NaN."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(how):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out

@@ -20,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ringmoe import softmax
+from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks
+from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
 
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
 AHEAD = 2  # chunks scored before the first softmax; with one, v6e and v7x wait 10% longer
@@ -170,7 +170,7 @@ def _apart(at: Offsets) -> int | None:
 
 def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, acc, m, l, *, blocks: Blocks, chunk):
     b, n, i, j = map(pl.program_id, range(4))
-    pair = blocks.pair(scalars, vectors, b, n, i, j)
+    pair, rate = Pair(blocks, scalars, vectors, b, n, i, j), blocks.spec.dropout_rate
 
     # Invariant: after step j, (acc, m, l) is the state after the keys that came in with it and those of blocks 0 .. j.
     @pl.when(j == 0)
@@ -184,7 +184,7 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
         def accumulate(c, s):
             m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
             v = pair.inside(v_ref[c], "key", c.start) if masked else v_ref[c]
-            acc[...] = acc[...] * alpha + _dot(v, pair.drop(p, c).astype(v.dtype), 0, 0)
+            acc[...] = acc[...] * alpha + _dot(v, dropout.drop(p, rate, pair.kept(c)).astype(v.dtype), 0, 0)
             m[...], l[...] = m_new, l_new
 
         _chunks(first, keys, chunk, scores, accumulate)
@@ -208,14 +208,14 @@ def backward(
 ) -> Grads:
     check(spec, q, k, v, extras)
     grads = _varying_like(grads, q, k, v, do)
-    make = functools.partial(Blocks.make, spec, q, k, extras, at, *config.blocks(spec, q, k, v))
-    blocks, _, _ = make()
+    blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
     rows = q.shape[1] // k.shape[1] * blocks.num_q
     fitting = max(1, config.resident_bytes // (blocks.block_q * q.shape[3] * 4))
     run = max(d for d in range(1, min(rows, fitting) + 1) if rows % d == 0)
+    arrays = q, k, v, do, lse[:, :, None], delta[:, :, None]
     add = lambda first, grads: _backward_run(
-        *make(first=first), config.chunk, run, (q, k, v, do, lse[:, :, None], delta[:, :, None]), grads, _apart(at)
+        blocks, blocks.starting(scalars, first), vectors, config.chunk, run, arrays, grads, _apart(at)
     )
     if run == rows:
         return add(0, grads)
@@ -300,7 +300,7 @@ def _backward_kernel(
     b, kv, j, r = map(pl.program_id, range(4))
     row = blocks.number(scalars, "first") + r
     n, i = kv * group + lax.div(row, blocks.num_q), lax.rem(row, blocks.num_q)
-    pair, scale = blocks.pair(scalars, vectors, b, n, i, j), blocks.spec.scale
+    pair, scale, rate = Pair(blocks, scalars, vectors, b, n, i, j), blocks.spec.scale, blocks.spec.dropout_rate
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are
     # the sums over rows 0 .. r for key block j; dv_ref began with what came in.
@@ -325,10 +325,10 @@ def _backward_kernel(
 
         def accumulate(c, found):
             (s, slope), dp = found
-            p = jnp.exp2(s - lse)
-            ds = p * (pair.drop(dp, c) - delta)
+            p, kept = jnp.exp2(s - lse), pair.kept(c)
+            ds = p * (dropout.drop(dp, rate, kept) - delta)
             ds = (ds if slope is None else ds * slope).astype(q_ref.dtype)
-            dv_ref[c] += _dot(pair.drop(p, c).astype(do_ref.dtype), do(), 1, 0)
+            dv_ref[c] += _dot(dropout.drop(p, rate, kept).astype(do_ref.dtype), do(), 1, 0)
             dk[c] += _dot(ds, q(), 1, 0)
             dq[r] += _dot(keys(k_ref, c), ds, 0, 0)
 
@@ -351,9 +351,7 @@ def _chunks(first, size: int, chunk: int, start, finish) -> None:
     The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
     """
     edges = [0, *range(chunk // 2, size - SUBLANES + 1, chunk), size]
-    at = lambda low: (
-        low if isinstance(first, int) else pl.multiple_of(first + low, math.gcd(low, LANES) if low else LANES)
-    )
+    at = lambda low: low if isinstance(first, int) else pl.multiple_of(first + low, math.gcd(low, LANES))
     chunks = [pl.ds(at(low), high - low) for low, high in itertools.pairwise(edges)]
     started = [start(c) for c in chunks[:AHEAD]]
     for i, c in enumerate(chunks):

@@ -88,7 +88,7 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
             s = jnp.where(seen, s + poison[:, :, None, None], softmax.MASKED)
             v_tile = _finite(v_tile)
         m, l, alpha, p = softmax.step(m, l, s, -1)
-        p = walk.kept(p, tile)
+        p = dropout.drop(p, spec.dropout_rate, walk.kept(tile))
         return acc * alpha + _dot("bkgts,bksv->bkgtv", p.astype(v.dtype), v_tile), m, l
 
     def rows(n, state):
@@ -129,9 +129,10 @@ def backward(
         k_tile, v_tile = (_cut(x, "bksh", tile) for x in (k, v))
         s, seen = walk.logits(q_tile, k_tile, tile, masked)
         p = jnp.exp(s - lse_tile)
-        dp = walk.kept(_dot("bkgtv,bksv->bkgts", do_tile, v_tile), tile)
+        kept = walk.kept(tile)
+        dp = dropout.drop(_dot("bkgtv,bksv->bkgts", do_tile, v_tile), spec.dropout_rate, kept)
         ds = p * (dp - delta_tile) * walk.slope_of_cap(s)
-        p = walk.kept(p, tile)
+        p = dropout.drop(p, spec.dropout_rate, kept)
         if seen is not None:
             # A row whose do is not finite has such a delta too: adding it keeps the NaN that `_finite` takes from dv.
             p = jnp.where(seen, p + 0 * delta_tile, 0)
@@ -329,13 +330,13 @@ class _Walk:
         rows, keys = (tile[dim].start + jnp.arange(tile[dim].size, dtype=jnp.int32) for dim in "ts")
         return rows[:, None], keys
 
-    def kept(self, x, tile):
-        """Of pairs [b, k, g, t, s]: zero where dropout leaves one out, larger where not."""
+    def kept(self, tile):
+        """Which pairs [b, k, g, t, s] dropout keeps; None without it."""
         if self.seeds is None:
-            return x
+            return None
         rows, keys = self.indices(tile)
         seeds = _cut(self.seeds, "bkgts", tile)
-        return dropout.drop(x, self.spec.dropout_rate, seeds, self.places["t"].of(rows), self.places["s"].of(keys))
+        return dropout.kept(self.spec.dropout_rate, seeds, self.places["t"].of(rows), self.places["s"].of(keys))
 
     def slope_of_cap(self, s):
         """The derivative of the capped logits `s` by those before the cap."""

@@ -13,7 +13,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -38,13 +37,13 @@ class Blocks:
     num_keys: int
     block_q: int
     block_k: int
-    arrays: tuple[str, ...] = ()  # those of PAIRS that are given
     layout: tuple[tuple[str, int, tuple[int, ...]], ...] = ()  # name, place in the vector, shape
 
     @classmethod
-    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_q: int, block_k: int, first=0):
-        """`(blocks, scalars, vectors)` of a call; `first` is the first query block of a backward run."""
-        numbers = {"query": jnp.stack(_int32(at.query)), "key": jnp.stack(_int32(at.key)), "first": _int32([first])[0]}
+    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_q: int, block_k: int):
+        """`(blocks, scalars, vectors)` of a call."""
+        numbers = {side: jnp.stack([jnp.asarray(x, jnp.int32) for x in getattr(at, side)]) for side in ("query", "key")}
+        numbers["first"] = jnp.int32(0)  # query block of a backward run
         found = {name: x for name, x in extras._asdict().items() if x is not None}
         for name in ("query_lengths", "key_lengths", "slopes", "seeds"):
             if name in found:
@@ -60,9 +59,16 @@ class Blocks:
             layout.append((name, place, x.shape))
             parts.append(_as_int32(x).reshape(-1))
             place += x.size
-        arrays = tuple(name for name in PAIRS if name in vectors)
-        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, arrays, tuple(layout))
+        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, tuple(layout))
         return blocks, jnp.concatenate(parts), vectors
+
+    def starting(self, scalars, first):
+        """The vector for a backward run that begins at query block `first`."""
+        return scalars.at[self._at["first"][0]].set(first)
+
+    def side(self, name: str) -> tuple[int, int]:
+        """How long a block of "query" or "key" is, and all of them together."""
+        return (self.block_q, self.num_queries) if name == "query" else (self.block_k, self.num_keys)
 
     @property
     def num_q(self) -> int:
@@ -81,7 +87,7 @@ class Blocks:
 
     @property
     def ragged(self) -> bool:
-        """Whether the last block ends after the array does; what is there then is no number that anybody wrote."""
+        """Whether a last block ends after the array does; what is there then is no number that anybody wrote."""
         return self.num_queries % self.block_q > 0 or self.num_keys % self.block_k > 0
 
     @property
@@ -101,30 +107,27 @@ class Blocks:
         starts = (tuple(self.number(scalars, side, n) for n in pieces) for side in ("query", "key"))
         return Offsets(*starts).places(self.num_queries, self.num_keys)
 
-    def query_span(self, scalars, i):
-        start = self.places(scalars)[0].of(i * self.block_q)
-        return start, start + self.block_q
-
-    def key_span(self, scalars, j):
-        start = self.places(scalars)[1].of(j * self.block_k)
-        return start, start + self.block_k
+    def span(self, scalars, side: str, index):
+        """The places of a block of "query" or "key": (start, stop)."""
+        block, _ = self.side(side)
+        start = self.places(scalars)[side == "key"].of(index * block)
+        return start, start + block
 
     def keys_met(self, scalars, b, i):
         """First and last (exclusive) block of keys that query block i of sequence b needs, as far as places tell."""
-        band = self.spec.band.ends if self.has("query_positions", "key_positions") else self.spec.band
-        keys = self.places(scalars)[1]
-        first, last = band.keys_met(*self.query_span(scalars, i), keys, self.block_k)
-        if self.has("key_lengths"):
-            last = jnp.minimum(last, _blocks_before(self.number(scalars, "key_lengths", b), keys, self.block_k))
-        return first, last
+        return self._met(scalars, Band.keys_met, "key", b, self.span(scalars, "query", i))
 
     def queries_met(self, scalars, b, j):
         """The same of query blocks, for key block j."""
+        return self._met(scalars, Band.queries_met, "query", b, self.span(scalars, "key", j))
+
+    def _met(self, scalars, met, side: str, b, span):
         band = self.spec.band.ends if self.has("query_positions", "key_positions") else self.spec.band
-        rows = self.places(scalars)[0]
-        first, last = band.queries_met(*self.key_span(scalars, j), rows, self.block_q)
-        if self.has("query_lengths"):
-            last = jnp.minimum(last, _blocks_before(self.number(scalars, "query_lengths", b), rows, self.block_q))
+        places, (block, _) = self.places(scalars)[side == "key"], self.side(side)
+        first, last = met(band, *span, places, block)
+        if self.has(f"{side}_lengths"):
+            real = places.before(self.number(scalars, f"{side}_lengths", b))
+            last = jnp.minimum(last, lax.div(real + block - 1, jnp.int32(block)))
         return first, last
 
     def specs(self, vectors, pair: Callable) -> dict[str, pl.BlockSpec]:
@@ -139,9 +142,6 @@ class Blocks:
             return pl.BlockSpec(block, lambda *step: tuple(0 if one else at for one, at in zip(whole, pair(*step))))
 
         return {name: of(name, x) for name, x in vectors.items()}
-
-    def pair(self, scalars, vectors: dict[str, Any], b, n, i, j) -> "Pair":
-        return Pair(self, scalars, vectors, b, n, i, j)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,8 @@ class Pair:
     @functools.cached_property
     def spans(self):
         """Places of the queries and of the keys: (start, stop) of each."""
-        return self.blocks.query_span(self.scalars, self.i), self.blocks.key_span(self.scalars, self.j)
+        span = functools.partial(self.blocks.span, self.scalars)
+        return span("query", self.i), span("key", self.j)
 
     def _range(self, name: str):
         index = self.i if name in ROWS else self.j
@@ -182,7 +183,7 @@ class Pair:
         """
         blocks, band, size = self.blocks, self.spec.band, self.blocks.block_k
         extras = ("query_lengths", "key_lengths", *ROWS, *COLUMNS)
-        if band.is_full and not blocks.has(*extras) and not blocks.ragged and "mask" not in blocks.arrays:
+        if band.is_full and not blocks.has(*extras) and not blocks.ragged and "mask" not in self.vectors:
             block(False, 0, size)
             return
         seen, full = self._seen_and_full()
@@ -208,13 +209,11 @@ class Pair:
             (q_low, q_high), (k_low, k_high) = self._range("query_segments"), self._range("key_segments")
             seen &= (q_low < k_high) & (k_low < q_high)
             full &= (q_low == k_low) & (q_high == k_high) & (q_high == q_low + 1)
-        for index, block, length in (
-            (self.i, blocks.block_q, blocks.num_queries),
-            (self.j, blocks.block_k, blocks.num_keys),
-        ):
+        for side, index in (("query", self.i), ("key", self.j)):
+            block, length = blocks.side(side)
             if length % block:
                 full &= (index + 1) * block <= length
-        return seen, full & ("mask" not in blocks.arrays)
+        return seen, full & ("mask" not in self.vectors)
 
     def logits(self, dot, c, masked: bool):
         """`(s, slope)` of the keys `c`: logits [chunk, block_q], and the derivative of a soft cap there, or None."""
@@ -224,7 +223,7 @@ class Pair:
         else:
             s = dot * spec.scale
             if "bias" in self.vectors:
-                s = s + self._turned("bias", c).astype(jnp.float32)
+                s = s + self._turned("bias", c)
             if self.blocks.has("slopes"):
                 key, query = self._compared_within(c)
                 per_head = lax.bitcast_convert_type(self.blocks.number(self.scalars, "slopes", self.n), jnp.float32)
@@ -239,19 +238,18 @@ class Pair:
         # A slope of what a block's last rows hold may be NaN.
         return jnp.where(seen, s, softmax.MASKED), None if slope is None else jnp.where(seen, slope, 0.0)
 
-    def drop(self, x, c):
-        """What belongs to the pairs of the keys `c`, without those that dropout leaves out."""
+    def kept(self, c):
+        """Which pairs of the keys `c` dropout keeps; None without it."""
         if not self.blocks.has("seeds"):
-            return x
+            return None
         key, query = self._places_within(c)
         seed = lax.bitcast_convert_type(self.blocks.number(self.scalars, "seeds", self.b, self.n), jnp.uint32)
-        return dropout.drop(x, self.spec.dropout_rate, seed, query, key)
+        return dropout.kept(self.spec.dropout_rate, seed, query, key)
 
     def inside(self, x, side: str, start=0, axis: int = 0):
         """A block of an array of the side "query" or "key" from `start` on, with zeros past the array's end and past the
         sequence's length: whatever is there, 0 times it must be 0."""
-        blocks, of_query = self.blocks, side == "query"
-        block, length = (blocks.block_q, blocks.num_queries) if of_query else (blocks.block_k, blocks.num_keys)
+        blocks, of_query, (block, length) = self.blocks, side == "query", self.blocks.side(side)
         local, real = start + lax.broadcasted_iota(jnp.int32, x.shape, axis), []
         if length % block:
             real.append((self.i if of_query else self.j) * block + local < length)
@@ -320,18 +318,10 @@ def _across(row, width: int):
     return jnp.concatenate([tile] * -(-width // LANES), axis=1)[:, :width]
 
 
-def _blocks_before(length, places: Places, block: int):
-    return lax.div(places.before(length) + block - 1, jnp.int32(block))
-
-
 def _ranges(x, block: int):
     """The least of each block of the last dim of [B, T], and one more than the greatest: [B, blocks, 2]."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge").reshape(x.shape[0], -1, block)
     return jnp.stack([x.min(-1), x.max(-1) + 1], -1)
-
-
-def _int32(values) -> list[jax.Array]:
-    return [jnp.asarray(x, jnp.int32) for x in values]
 
 
 def _as_int32(x):
