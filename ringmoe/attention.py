@@ -160,10 +160,10 @@ def dot_product_attention(
     (P - 1) / P of K and V forward, three to five times that backward (fp32 dK, dV travel too), and has memory beyond the
     operands for the next K and V block and one fp32 output; an all-to-all sends (P - 1) / P of its own part of query, key,
     value and output; a merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V.
-    On a TPU everything runs in the Pallas kernel but float16, fewer than 8 tokens, and the gradient of a bias (say
-    `jax.lax.stop_gradient` where it needs none). Any order of derivative exists; beyond the first reverse one they are taken
-    of plain XLA operations, slower and with the memory that those need. What a rematerialised layer can keep bears names:
-    `ringmoe.RESIDUAL_NAMES`.
+    On a TPU everything runs in the Pallas kernel, head dims above 576 excepted. A bias's gradient costs two more matmuls than
+    the five of the backward pass; say `jax.lax.stop_gradient` where it needs none. float16 is multiplied as float32 there.
+    Any order of derivative exists; beyond the first reverse one they are taken of plain XLA operations, slower and with the
+    memory that those need. What a rematerialised layer can keep bears names: `ringmoe.RESIDUAL_NAMES`.
 
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Jacobs et al., DeepSpeed-Ulysses,
     https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691.

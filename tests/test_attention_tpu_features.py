@@ -47,7 +47,7 @@ class Case:
     def ragged(self) -> bool:
         """Then by Pallas's plain interpreter, where what is past an array's end is NaN too: the TPU's (jax 0.12.0.1) gives
         aliased results of such lengths back with their padding."""
-        return any(n > 128 and n % 128 for n in (self.t, self.s // self.hops))
+        return self.t == 1 or any(n > 128 and n % 128 for n in (self.t, self.s // self.hops))
 
     def arrays(self):
         rng = np.random.default_rng(0)
@@ -95,15 +95,21 @@ def oracle(case: Case):
             dropout_rate=case.rate, **extras,
         )  # fmt: skip
         q, k, v, do = (x.swapaxes(1, 2) for x in double((q, k, v, do)))
-        (o, lse), transpose = jax.vjp(fun, q, k, v)
-        grads = transpose((do, jnp.zeros_like(lse)))
-        return [np.asarray(x.swapaxes(1, 2)) for x in (o, lse, *grads)]
+        if "bias" not in extras:
+            (o, lse), transpose = jax.vjp(fun, q, k, v)
+            grads = transpose((do, jnp.zeros_like(lse)))
+            return [np.asarray(x.swapaxes(1, 2)) for x in (o, lse, *grads)]
+        (o, lse), transpose = jax.vjp(lambda q, k, v, bias: fun(q, k, v, bias=bias), q, k, v, extras["bias"])
+        *grads, dbias = transpose((do, jnp.zeros_like(lse)))
+        return [*(np.asarray(x.swapaxes(1, 2)) for x in (o, lse, *grads)), np.asarray(dbias)]
 
 
 def run(case: Case, kernel=attention_tpu, plainly: bool = False):
     """By Pallas's plain interpreter, which is quick, or the one that is set."""
     (q, k, v, do), found = case.arrays()
-    spec = AttentionSpec(1 / math.sqrt(case.h), case.band, case.cap, case.rate, interpret=case.ragged or plainly)
+    spec = AttentionSpec(
+        1 / math.sqrt(case.h), case.band, case.cap, case.rate, "bias" in found, interpret=case.ragged or plainly
+    )
     options = {"config": dataclasses.replace(TILES, block_k=case.block_k)} if kernel is attention_tpu else {}
     size = case.s // case.hops
     starts = range(case.s - size, -1, -size)
@@ -129,16 +135,19 @@ def run(case: Case, kernel=attention_tpu, plainly: bool = False):
             state = kernel.forward(spec, state, q, k_, v_, own, at, **options)
         o, lse, _ = kernel.finish(spec, state)
         delta, zeros = jnp.sum(o * do.astype(o.dtype), -1), lambda x: jnp.zeros(x.shape, jnp.float32)
-        dq, dkv = zeros(q), []
+        dq, dkv, dbias = zeros(q), [], None if extras.bias is None else zeros(extras.bias)
         for k_, v_, (at, own) in zip(hops(k, 2), hops(v, 2), offsets):
-            start = Grads(dq, zeros(k_), zeros(v_))
+            whole = dbias is None or dbias.shape[-1] == 1
+            start = Grads(dq, zeros(k_), zeros(v_), dbias if whole else zeros(own.bias))
             grads = kernel.backward(spec, start, q, k_, v_, do, lse, delta, own, at, **options)
             dq, dkv = grads.dq, [(grads.dk, grads.dv), *dkv]
-        return o, lse, dq, *(jnp.concatenate(x, 2) for x in zip(*dkv))
+            dbias = grads.dbias if whole else jax.lax.dynamic_update_slice_in_dim(dbias, grads.dbias, at.key[0], -1)
+        return o, lse, dq, *(jnp.concatenate(x, 2) for x in zip(*dkv)), *(() if dbias is None else (dbias,))
 
     return both(*map(jnp.asarray, (q, k, v, do)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))
 
 
+NAMES = ("output", "LSE", "dq", "dk", "dv", "dbias")  # the last where there is a bias
 CAUSAL = Band(right=0)
 POSITIONS, SEGMENTS = ("query_positions", "key_positions"), ("query_segments", "key_segments")
 CASES = {
@@ -155,6 +164,9 @@ CASES = {
     "dropout": Case(rate=0.4, b=2, n=4, k=2),
     "mask": Case(extras=("mask",), band=CAUSAL, n=4, k=2, b=2),
     "bias": Case(extras=("bias",), band=CAUSAL, n=4, k=2, b=2, ones=(True, False, False, False)),
+    "bias of queries, of all heads": Case(extras=("bias",), b=2, n=2, ones=(False, True, False, True), rate=0.2),
+    "bias of sequences": Case(extras=("bias",), b=3, n=2, ones=(False, True, True, True), band=CAUSAL),
+    "bias of heads, ragged": Case(extras=("bias",), t=300, s=600, b=2, ones=(True, False, True, True), dtype="bfloat16"),
     "mask of keys": Case(extras=("mask",), b=2, ones=(False, True, True, False)),
     "mask of queries": Case(extras=("mask",), b=2, ones=(False, True, False, True)),
     "mask of sequences": Case(extras=("mask",), b=4, ones=(False, True, True, True)),
@@ -167,6 +179,10 @@ CASES = {
     "half of a block, queries in any order": Case(
         band=CAUSAL, block_k=256, t=512, s=1024, extras=POSITIONS[:1], rate=0.3, cap=2.0
     ),
+    "one query, many keys": Case(t=1, s=600, band=Band(right=500), extras=SEGMENTS, b=3, cap=1.0, rate=0.3),
+    "many queries, one key": Case(t=300, s=2, band=CAUSAL, extras=("bias",)),
+    "three tokens": Case(t=3, s=6, n=4, k=2, b=2, extras=("mask", "key_lengths")),
+    "float16": Case(band=CAUSAL, n=4, k=2, dtype="float16"),
     "lengths that no block divides": Case(t=300, s=2 * 333, band=CAUSAL),
     "few keys of many, ragged": Case(t=40, s=2 * 150),
     "all, ragged, bfloat16": Case(
@@ -181,10 +197,10 @@ def test_each_is_the_oracles(name, request):
     case = CASES[name]
     if not case.ragged:
         request.getfixturevalue("races")
-    forward, gradient = (1e-5, 1e-4) if case.dtype == "float32" else (2e-2, 6e-2)
+    forward, gradient = {"float32": (1e-5, 1e-4), "float16": (2e-3, 6e-3), "bfloat16": (2e-2, 6e-2)}[case.dtype]
     expected = oracle(case)
     actual = run(case)
-    for what, a, e in zip(("output", "LSE", "dq", "dk", "dv"), actual, expected, strict=True):
+    for what, a, e in zip(NAMES[: len(expected)], actual, expected, strict=True):
         assert_close(a, e, forward if what in ("output", "LSE") else gradient, what)
 
 
@@ -248,23 +264,27 @@ def test_pairs_are_the_oracles(first):
         expected = oracle(case)
         for kernel in (attention_xla, attention_tpu)[: 2 if n % 6 == 0 else 1]:
             actual = run(case, kernel, plainly=True)
-            for what, x, e in zip(("output", "LSE", "dq", "dk", "dv"), actual, expected, strict=True):
+            for what, x, e in zip(NAMES[: len(expected)], actual, expected, strict=True):
                 assert_close(x, e, 1e-5 if what in ("output", "LSE") else 1e-4, f"{a} and {b}, {what}")
 
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2"])
-@pytest.mark.parametrize("kind", ["masks", "logits", "wide", "float32"])
+@pytest.mark.parametrize("kind", ["masks", "logits", "wide", "float32", "few"])
 def test_compiles_without_falling_back(target, kind):
     """Over a ring, forward and backward."""
     n = len(tpu_devices(target))
     mesh = tpu_mesh(target, (n,), AxisType.Explicit)
-    t, h, v, dtype = {
-        "masks": (1024, 128, 128, "bfloat16"), "logits": (1100, 64, 64, "bfloat16"),
-        "wide": (1024, 576, 512, "bfloat16"), "float32": (1024, 192, 128, "float32"),
+    t, s, h, v, dtype = {
+        "masks": (1024, 1024, 128, 128, "bfloat16"), "logits": (1100, 1100, 64, 64, "bfloat16"),
+        "wide": (1024, 1024, 576, 512, "bfloat16"), "float32": (1024, 1024, 192, 128, "float32"),
+        "few": (1, 300, 64, 64, "float16"),
     }[kind]  # fmt: skip
     shape = lambda dims, dtype, *spec: jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
     rows = lambda dtype: shape((1, n * t), dtype, None, "a")
-    q, key, value = (shape((1, n * t, heads, width), dtype, None, "a") for heads, width in ((4, h), (2, h), (2, v)))
+    of = lambda length, heads, width: shape((1, n * length, heads, width), dtype, None, "a")
+    q, key, value = of(t, 4, h), of(s, 2, h), of(s, 2, v)
+    bias = {"wide": (4, 1, n * s), "masks": (1, 4, n * t, n * s), "few": (1, 1, n * t, 1)}.get(kind)
+    bias = None if bias is None else shape(bias, "bfloat16")
     extras: dict[str, Any] = {}
     if kind in ("masks", "float32"):
         extras |= {"query_segment_ids": rows("int32"), "key_value_segment_ids": rows("int32")}
@@ -274,7 +294,6 @@ def test_compiles_without_falling_back(target, kind):
         extras |= {"query_segment_ids": rows("int32"), "key_value_segment_ids": rows("int32")}
     if kind == "wide":
         extras |= {"mask": shape((1, 1, n * t, n * t), "bool", None, None, "a")}
-        extras |= {"bias": shape((4, 1, n * t), "bfloat16", None, None, None)}
     if kind in ("logits", "float32"):
         extras |= {"sinks": shape((4,), "float32"), "alibi_slopes": shape((4,), "float32")}
     statics = {
@@ -282,13 +301,16 @@ def test_compiles_without_falling_back(target, kind):
         "logits": {"logits_soft_cap": 30.0, "dropout_rate": 0.1, "is_causal": True},
         "wide": {"is_causal": True},
         "float32": {"logits_soft_cap": 30.0, "dropout_rate": 0.1, "mask_fn": lambda q, k: (q - k) & 3 == 0},
+        "few": {"is_causal": True, "exchange": "ring"},
     }[kind]
 
-    def loss(q, k, v, extras, seed):
+    def loss(q, k, v, bias, extras, seed):
         dropped = {"dropout_key": jax.random.key(seed)} if "dropout_rate" in statics else {}
-        out = ringmoe.dot_product_attention(q, k, v, implementation="tpu", **extras, **statics, **dropped)
+        out = ringmoe.dot_product_attention(q, k, v, bias, implementation="tpu", **extras, **statics, **dropped)
         return jnp.sum(out.astype(jnp.float32))
 
     with no_cost_warnings(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, key, value, extras, shape((), "uint32")).compile().as_text()
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2) if bias is None else (0, 1, 2, 3)))
+        text = gradient.lower(q, key, value, bias, extras, shape((), "uint32")).compile().as_text()
     assert "ringmoe_attention_forward" in text and "ringmoe_attention_backward" in text
+    assert ("ringmoe_attention_bias_gradient" in text) == (bias is not None)

@@ -1,0 +1,117 @@
+"""What the TPU attention kernels share: the blocks of a call, the walk over a block, and the product they are made of."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ringmoe.interface import AttentionSpec, Offsets
+from ringmoe.pallas.logits_tpu import LANES
+
+SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
+WIDE = 256  # above this head dim blocks are smaller; float32 at 256 needs 32 MiB of VMEM beside dq
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of one kernel: upper bounds, from which blocks that divide the shapes are chosen.
+
+    block_q, block_k: queries and keys of one grid step.
+    chunk: keys scored at once.
+    ahead: chunks scored before the first softmax, and always as many before the next one.
+    resident_bytes: VMEM for the dq of all queries that one backward call covers; more queries take more calls.
+    """
+
+    block_q: int = 512
+    block_k: int = 1024
+    chunk: int = 256
+    ahead: int = 2
+    resident_bytes: int = 16 * 2**20
+
+    def __post_init__(self):
+        for name, unit in (
+            ("block_q", LANES),
+            ("block_k", SUBLANES),
+            ("chunk", 2 * SUBLANES),
+            ("ahead", 1),
+            ("resident_bytes", 1),
+        ):
+            value = getattr(self, name)
+            if value < unit or value % unit:
+                raise ValueError(f"{name}={value}, expected a positive multiple of {unit}")
+
+    def blocks(self, spec: AttentionSpec, q, k, v) -> tuple[int, int]:
+        """(block_q, block_k); of several pieces they divide a piece, else the last one may end after the array."""
+        smaller = 1 if max(q.shape[3], v.shape[3]) <= WIDE else 2
+        of = lambda length, limit: block_of(length // spec.pieces, limit // smaller, exact=spec.pieces > 1)
+        # Mosaic (jaxlib 0.12.0.1) has no product with a single column.
+        return of(q.shape[2], self.block_q) if q.shape[2] > 1 else LANES, of(k.shape[2], self.block_k)
+
+
+def walk_chunks(config: Config, first, size: int, start, finish) -> None:
+    """Calls `finish(c, start(c))` for each chunk `c` of so many keys, some starts ahead: the MXU works during the softmax.
+
+    The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
+    """
+    edges = [0, *range(config.chunk // 2, size - SUBLANES + 1, config.chunk), size]
+    at = lambda low: low if isinstance(first, int) else pl.multiple_of(first + low, math.gcd(low, LANES))
+    chunks = [pl.ds(at(low), high - low) for low, high in itertools.pairwise(edges)]
+    started = [start(c) for c in chunks[: config.ahead]]
+    for i, c in enumerate(chunks):
+        if i + config.ahead < len(chunks):
+            started.append(start(chunks[i + config.ahead]))
+        finish(c, started.pop(0))
+
+
+def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_dim,), (b_dim,)), ((), ()))
+    return lax.dot_general(a, b.astype(a.dtype), dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def lacks(what: str) -> NotImplementedError:
+    return NotImplementedError(f"TPU attention kernel: {what}")
+
+
+def block_of(length: int, limit: int, exact: bool) -> int:
+    """A block up to `limit`: the largest in lanes that divides `length`, or, where that is small and needn't be, one whose last
+    ends after the array does."""
+    if length <= limit:
+        return length
+    dividing = next((block for block in range(limit, 0, -LANES) if length % block == 0), None)
+    if dividing is not None and (exact or dividing >= limit // 2):
+        return dividing
+    if exact:
+        raise lacks(f"{length} tokens, more than {limit} and in no blocks of {LANES}")
+    return -(-length // -(-length // limit) // LANES) * LANES
+
+
+def within(i, needed, num_blocks: int):
+    """Block `i` clamped to those needed, so that a skipped step fetches nothing new."""
+    first, last = needed
+    return jnp.clip(jnp.clip(i, first, last - 1), 0, num_blocks - 1)
+
+
+def varying_like(tree, *operands: jax.Array):
+    """`tree` made to vary over the manual mesh axes that any operand varies over (where shard_map checks that)."""
+    axes = frozenset().union(*(jax.typeof(y).mat.varying for y in operands))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - jax.typeof(x).mat.varying)), to="varying"), tree)
+
+
+def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat)
+
+
+def nbytes(*arrays: jax.Array) -> int:
+    return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
+def apart(at: Offsets) -> int | None:
+    """How far the first query is from the first key, None where only the run knows."""
+    unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
+    return None if unknown else int(at.query[0]) - int(at.key[0])
