@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from ringmoe import compat, dropout, pallas
 from ringmoe.errors import check
-from ringmoe.interface import AttentionSpec, Extras
+from ringmoe.interface import AttentionSpec, Extras, is_float8
 from ringmoe.masks import Band, Mask
 from ringmoe.plan.attention import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
@@ -36,6 +36,8 @@ class Options(TypedDict, total=False):
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     alibi_slopes: ArrayLike | None
+    key_scales: ArrayLike | None
+    value_scales: ArrayLike | None
     dropout_rate: float
     dropout_key: jax.Array | None
     axis_name: str | tuple[str, ...] | None
@@ -83,6 +85,8 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None,
+    value_scales: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -110,8 +114,9 @@ def dot_product_attention(
 
     Args:
       query: [B, T, N, H] or [T, N, H], or with more batch dims in front; bf16, fp16, fp32 or fp64.
-      key: [B, S, K, H] or [S, K, H], of query's dtype. K == N is MHA, K == 1 MQA, between them GQA.
-      value: [B, S, K, V] or [S, K, V], of query's dtype; V need not be H (multi-head latent attention).
+      key: [B, S, K, H] or [S, K, H], of query's dtype, or float8 with key_scales. K == N is MHA, K == 1 MQA, between them GQA.
+      value: [B, S, K, V] or [S, K, V], of query's dtype, or float8 with value_scales; V need not be H (multi-head latent
+        attention).
       bias: added to the logits, broadcastable to [B, N, T, S]; differentiable. A finite one is a number, however low; -inf
         masks.
       mask: boolean, broadcastable to [B, N, T, S]; True takes part.
@@ -135,6 +140,9 @@ def dot_product_attention(
       sinks: [N] floats, one more logit of each head, which takes its share of the softmax and has no value; differentiable.
       alibi_slopes: [N] floats, times the distance of query's and key's positions taken from the logits, before a cap (Press et
         al., 2022, https://arxiv.org/abs/2108.12409). Constants: no gradient goes to them.
+      key_scales, value_scales: floats, broadcastable to [B, S, K]: a key in float8 stands for key * key_scales[..., None], and
+        values so. Eight bits are kept and travel; a kernel widens them, rounded once to query's dtype. They are constants: no
+        gradient goes to float8 or its scales.
       dropout_rate: share of the weights that are left out, 0 <= rate < 1, the others multiplied by 1 / (1 - rate); the LSE
         knows nothing of it. Which ones depends on the key, sequence, head and places alone, so it is the same on any mesh.
       dropout_key: a `jax.random.key`, needed where the rate is not 0. Inside your own shard_map devices on axis_name need the
@@ -171,9 +179,12 @@ def dot_product_attention(
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
     _check_arrays(query, key, value)
+    key, of_keys = _with_scales("key", key, key_scales)
+    value, of_values = _with_scales("value", value, value_scales)
     shape = (*query.shape[:-1], value.shape[-1])
     if query.ndim == 3:
         query, key, value = (x[None] for x in (query, key, value))
+        of_keys, of_values = (None if x is None else x[None] for x in (of_keys, of_values))
     query, scale = _scaled(query, scale)
     pallas.check_implementation("attention", implementation)
     check(exchange in EXCHANGES, f"{exchange=}, expected one of {EXCHANGES}")
@@ -190,6 +201,8 @@ def dot_product_attention(
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (*batch, columns)),
         query_positions=_integers("query_positions", query_positions, (*batch, t)),
         key_positions=_integers("key_value_positions", key_value_positions, (*batch, columns)),
+        key_scales=of_keys,
+        value_scales=of_values,
         slopes=jax.lax.stop_gradient(_of_heads("alibi_slopes", alibi_slopes, n)),
         seeds=_dropout_seeds(dropout_rate, dropout_key, tuple(batch), n),
         sinks=_of_heads("sinks", sinks, n),
@@ -216,7 +229,10 @@ def _check_arrays(query, key, value):
         query.dtype in DTYPES, f"{query.dtype=}, expected one of {[jnp.dtype(d).name for d in DTYPES]}: cast the inputs"
     )
     for name, x in (("key", key), ("value", value)):
-        check(x.dtype == query.dtype, f"{name} has dtype {x.dtype}, expected query's {query.dtype}: cast one of them")
+        check(
+            x.dtype == query.dtype or is_float8(x.dtype),
+            f"{name} has dtype {x.dtype}, expected query's {query.dtype}, or float8 with {name}_scales: cast one of them",
+        )
         check(
             x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}"
         )
@@ -230,6 +246,22 @@ def _check_arrays(query, key, value):
     )
     lengths = query.shape + key.shape + value.shape
     check(min(lengths) > 0, f"{query.shape=}, {key.shape=}, {value.shape=}, expected no dim of length 0")
+
+
+def _with_scales(name: str, x, scales):
+    """`(x, scales)`, the scales of x in float8 float32 and one for each token and head, and both constants; or None."""
+    if not is_float8(x.dtype):
+        check(scales is None, f"{name}_scales with {name} of dtype {x.dtype}, expected float8: leave the scales out")
+        return x, None
+    check(scales is not None, f"{name} has dtype {x.dtype} and no {name}_scales, expected them: pass ones, if need be")
+    scales, shape = jnp.asarray(scales), x.shape[:-1]
+    fits = scales.ndim <= len(shape) and all(n in (1, m) for n, m in zip(scales.shape[::-1], shape[::-1]))
+    check(
+        fits and jnp.issubdtype(scales.dtype, jnp.floating) and not is_float8(scales.dtype),
+        f"{name}_scales has shape {scales.shape} and dtype {scales.dtype}, expected floats that broadcast to {shape}",
+    )
+    scales = jnp.broadcast_to(scales.astype(jnp.float32), shape)
+    return jax.lax.stop_gradient(x), jax.lax.stop_gradient(scales)
 
 
 def _scaled(query, scale):

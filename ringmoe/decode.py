@@ -21,6 +21,7 @@ def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "xla"] | None = None, return_residual: Literal[False] = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
@@ -29,6 +30,7 @@ def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "xla"] | None = None, return_residual: bool,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -47,6 +49,8 @@ def decode_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None,
+    value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "xla"] | None = None,
     return_residual: bool = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
@@ -61,13 +65,14 @@ def decode_attention(
 
     Args:
       query: [B, T, N, H], the last T tokens of each sequence; any number of batch dims; bf16, fp16, fp32 or fp64.
-      key_cache, value_cache: [B, S, K, H] and [B, S, K, V] of query's dtype, N a multiple of K.
+      key_cache, value_cache: [B, S, K, H] and [B, S, K, V] of query's dtype, or float8 with scales; N a multiple of K.
       lengths: [B] int32, 0 <= length <= S: tokens of each sequence in the cache, the queries' own included. Sequences may
         have different ones. What is past them in the cache is not read, NaN or not.
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
       implementation: as in `dot_product_attention`; None means "xla" for fewer than 128 queries, for a TPU's kernel takes as
         long for one as for 128.
+      key_scales, value_scales: as in `dot_product_attention`; `update_cache(key_scales[..., None], ...)` keeps a cache of them.
       mask_fn, logits_soft_cap, sinks, alibi_slopes, return_residual, exchange: as in `dot_product_attention`.
 
     Returns:
@@ -102,6 +107,8 @@ def decode_attention(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        key_scales=key_scales,
+        value_scales=value_scales,
         key_value_seq_lengths=lengths,
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
         implementation="xla" if implementation is None and num_queries < FEW else implementation,

@@ -2,8 +2,9 @@
 
 A kernel is a module with the four functions below, on one device's arrays, head-major:
 q [B, N, T, H]; do [B, N, T, V]; k [B, K, S, H]; v [B, K, S, V] with N a multiple of K (query head n reads key head
-n // (N // K)); lse, delta [B, N, T]. `acc` is float32, or float64 for float64 inputs. No kernel communicates and none
-knows the mesh: a schedule calls it once or twice a hop and tells it where in the sequence the local rows and keys stand.
+n // (N // K)), k and v in q's dtype, or in float8 with scales among the extras; lse, delta [B, N, T]. `acc` is float32, or
+float64 for float64 inputs. No kernel communicates and none knows the mesh: a schedule calls it once or twice a hop and tells
+it where in the sequence the local rows and keys stand.
 
     check(spec, q, k, v, extras)                    raises NotImplementedError with what it lacks; nothing else
     init(spec, q, v) -> state                       no key seen yet; an opaque pytree
@@ -16,6 +17,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ringmoe.masks import Band, Places
@@ -68,6 +70,7 @@ class Extras(NamedTuple):
     bias, mask: [B|1, N|1, T|1, S|1]; query_lengths, key_lengths: [B] int32, counted in global positions;
     query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only;
     query_positions [B, T] and key_positions [B, S]: int32, what the band compares instead of places;
+    key_scales, value_scales [B, K, S]: floats, of k and v in float8, which stand for `widened` ones;
     slopes [N]: float32, of ALiBi; seeds [B, N]: uint32, of dropout. Sinks [N] are a schedule's business.
     """
 
@@ -79,9 +82,21 @@ class Extras(NamedTuple):
     key_segments: jax.Array | None = None
     query_positions: jax.Array | None = None
     key_positions: jax.Array | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
     slopes: jax.Array | None = None
     seeds: jax.Array | None = None
     sinks: jax.Array | None = None
+
+
+def is_float8(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
+
+
+def widened(x: jax.Array, scales: jax.Array | None, dtype) -> jax.Array:
+    """Keys or values [B, K, S, H] as they are multiplied: in float8 x stands for x * scales[..., None], rounded once."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return x if scales is None else (x.astype(wide) * scales[..., None].astype(wide)).astype(dtype)
 
 
 class Grads(NamedTuple):

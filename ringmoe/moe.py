@@ -13,6 +13,7 @@ from ringmoe import compat, dense, pallas, router
 from ringmoe.dense import SharedExpert
 from ringmoe.errors import check
 from ringmoe.ffn import ACTIVATIONS, NEED_A_GATE, Weights
+from ringmoe.interface import is_float8
 from ringmoe.pallas.experts_own import OwnExperts
 from ringmoe.plan.experts import EXCHANGES
 from ringmoe.primitives import experts as primitive
@@ -338,7 +339,7 @@ def _check_dtype(name: str, w, x, weights: Weights):
             jnp.issubdtype(w.dtype, jnp.floating) and getattr(weights, f"w_{side}") is not None,
             f"{name} has dtype {w.dtype}, w_{side} is {getattr(weights, f'w_{side}')}, expected floating scales of a w_{side}",
         )
-    elif kind == "w" and jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize == 1:
+    elif kind == "w" and is_float8(w.dtype):
         check(
             scale is not None, f"{name} has dtype {w.dtype} and no scale, expected s_{side}: pass it; ones, if need be"
         )

@@ -34,6 +34,8 @@ ATTENTION = {
     "key_segments": "... u",
     "query_positions": "... t",
     "key_positions": "... u",
+    "key_scales": "... s k",
+    "value_scales": "... s k",
     "slopes": "(k g)",
     "seeds": "... (k g)",
     "sinks": "(k g)",

@@ -77,6 +77,7 @@ class Case:
     slopes: bool = False
     dropout: float = 0.0
     v: int | None = None  # head dim of the values, where it is another
+    float8: tuple[bool, bool] = (False, False)  # keys, values
     seed: int = 0
 
     def axes(self, *roles: str) -> tuple[str, ...]:
@@ -94,6 +95,11 @@ class Case:
             s *= self.size("keys only")
         k = self.k * self.size("heads")
         return self.b * self.size("batch"), t, s, k, k * self.g * self.size("groups"), self.h
+
+    @property
+    def wanted(self):
+        """What has a gradient."""
+        return [name for name in WANTED if not dict(zip(("key", "value"), self.float8)).get(name)]
 
     @property
     def statics(self):
@@ -116,6 +122,10 @@ class Case:
             floats["bias"] = broadcast(self.bias)
         floats |= {name: (n,) for name, has in (("sinks", self.sinks), ("alibi_slopes", self.slopes)) if has}
         found = {name: rng.normal(size=shape).astype(jnp.dtype(self.dtype)) for name, shape in floats.items()}
+        for name, has in zip(("key", "value"), self.float8):
+            if has:
+                found[name] = found[name].astype(jnp.float8_e4m3fn if name == "key" else jnp.float8_e5m2)
+                found[f"{name}_scales"] = rng.uniform(0.5, 2, (b, s, k)).astype(np.float32)
         if self.mask is not None:
             found["mask"] = rng.random(broadcast(self.mask)) < 0.7
         for name, length, given_ in zip(("query_seq_lengths", "key_value_seq_lengths"), (t, s), self.lengths):
@@ -146,6 +156,7 @@ class Case:
             "bias": whole(self.bias or (), *logits), "mask": whole(self.mask or (), *logits),
             "query_seq_lengths": P(batch), "key_value_seq_lengths": P(batch),
             "query_segment_ids": P(batch, queries), "key_value_segment_ids": P(batch),
+            "key_scales": P(batch, keys, kv_heads), "value_scales": P(batch, keys, kv_heads),
             "sinks": P(heads), "alibi_slopes": P(heads),
             "query_positions": P(batch, queries), "key_value_positions": P(batch),
         }  # fmt: skip
@@ -167,8 +178,11 @@ def oracle(case: Case):
     with jax.enable_x64(True):
         arrays, cotangents = double(arrays), double(cotangents)
         kept = case.kept() if case.dropout else None
+        for name in ("key", "value"):
+            if f"{name}_scales" in arrays:
+                arrays[name] *= arrays.pop(f"{name}_scales")[..., None]
         fun = functools.partial(reference.dot_product_attention, kept=kept, **case.statics)
-        return value_and_gradients(fun, loss, WANTED, ONE_DEVICE, None, arrays, {}, cotangents)
+        return value_and_gradients(fun, loss, case.wanted, ONE_DEVICE, None, arrays, {}, cotangents)
 
 
 def run(case: Case):
@@ -185,7 +199,7 @@ def run(case: Case):
     )
     with jax.enable_x64(case.dtype == "float64"):
         return value_and_gradients(
-            fun, loss, WANTED, case.door, mesh, arrays, specs, cotangents, out_specs, case.axes("sequence")
+            fun, loss, case.wanted, case.door, mesh, arrays, specs, cotangents, out_specs, case.axes("sequence")
         )
 
 
@@ -233,6 +247,7 @@ def cases(draw):
             lambda some: st.tuples(st.booleans(), st.booleans()) if some else st.just((False, False))
         )), mask_fn=draw(st.sampled_from((None, None, *MASK_FNS))), cap=draw(st.sampled_from((None, None, 1.5))),
         sinks=draw(st.booleans()), slopes=draw(st.booleans()), v=draw(st.sampled_from((None, None, 3))),
+        float8=draw(st.sampled_from(((False, False), (False, False), (True, True), (True, False)))),
         # In the user's shard_map a device of other sequences or heads would need a key of its own.
         dropout=draw(st.sampled_from((0.0, 0.0, 0.4))) if not manual or {*roles} <= {"sequence"} else 0.0,
         seed=draw(st.integers(0, 99)),
@@ -305,6 +320,11 @@ LAYOUTS = {
     "heads all to all, sinks, dropout, slopes": Case(
         mesh=(4,), exchange="all_to_all", k=4, t=4, sinks=True, slopes=True, dropout=0.4, v=5, b=2
     ),
+    "balanced, float8": Case(mesh=(4,), t=16, k=2, is_causal=True, float8=(True, True), v=3),
+    "heads all to all, values in float8": Case(
+        mesh=(4,), exchange="all_to_all", k=2, t=4, float8=(False, True), slopes=True
+    ),
+    "merged, keys in float8, uneven": Case(mesh=(4,), exchange="merge", k=2, t=1, s=5, float8=(True, False)),
     "merged, sinks, strided": Case(mesh=(4,), exchange="merge", k=2, t=3, sinks=True, mask_fn="strided", cap=1.5, v=2),
     "gathered, everything that has no rows": Case(
         mesh=(2, 4),

@@ -71,6 +71,10 @@ class Case:
                     found[name] = found[name] > -0.5 if name == "mask" else found[name]
                 case "slopes":
                     found[name] = rng.random(self.n).astype(np.float32) / 10
+                case "scales":
+                    found[name] = rng.uniform(0.5, 2, (self.b, self.k, self.s)).astype(np.float32)
+        k = k.astype(jnp.float8_e4m3fn) if "key_scales" in found else k
+        v = v.astype(jnp.float8_e5m2) if "value_scales" in found else v
         found = {n: x if x.dtype in (np.float32, bool) else x.astype(np.int32) for n, x in found.items()}
         if self.rate:
             found["seeds"] = np.asarray(dropout.seeds(jax.random.key(1), (self.b,), self.n))
@@ -84,6 +88,10 @@ def oracle(case: Case):
         "key_segments": "key_value_segment_ids", "key_positions": "key_value_positions", "slopes": "alibi_slopes",
     }  # fmt: skip
     seeds = found.pop("seeds", None)
+    k, v = (
+        x if scales is None else x.astype(np.float64) * scales[..., None]
+        for x, scales in ((k, found.pop("key_scales", None)), (v, found.pop("value_scales", None)))
+    )
     kept = None
     if seeds is not None:
         at = np.arange(case.t, dtype=np.int32)[:, None], np.arange(case.s, dtype=np.int32)
@@ -122,9 +130,7 @@ def run(case: Case, kernel=attention_tpu, plainly: bool = False):
         def cut(x):
             return x if x is None or x.shape[-1] == 1 else x[..., first : first + size]
 
-        return extras._replace(
-            **{name: cut(getattr(extras, name)) for name in ("key_segments", "key_positions", "bias", "mask")}
-        )
+        return extras._replace(**{name: cut(getattr(extras, name)) for name in ALONG_KEYS})
 
     @jax.jit
     def both(q, k, v, do, extras):
@@ -148,6 +154,7 @@ def run(case: Case, kernel=attention_tpu, plainly: bool = False):
 
 
 NAMES = ("output", "LSE", "dq", "dk", "dv", "dbias")  # the last where there is a bias
+ALONG_KEYS = ("key_segments", "key_positions", "key_scales", "value_scales", "bias", "mask")
 CAUSAL = Band(right=0)
 POSITIONS, SEGMENTS = ("query_positions", "key_positions"), ("query_segments", "key_segments")
 CASES = {
@@ -182,6 +189,8 @@ CASES = {
     "one query, many keys": Case(t=1, s=600, band=Band(right=500), extras=SEGMENTS, b=3, cap=1.0, rate=0.3),
     "many queries, one key": Case(t=300, s=2, band=CAUSAL, extras=("bias",)),
     "three tokens": Case(t=3, s=6, n=4, k=2, b=2, extras=("mask", "key_lengths")),
+    "float8": Case(band=CAUSAL, n=4, k=2, b=2, extras=("key_scales", "value_scales"), v=24),
+    "values in float8": Case(band=CAUSAL, extras=("value_scales",), dtype="bfloat16"),
     "float16": Case(band=CAUSAL, n=4, k=2, dtype="float16"),
     "lengths that no block divides": Case(t=300, s=2 * 333, band=CAUSAL),
     "few keys of many, ragged": Case(t=40, s=2 * 150),

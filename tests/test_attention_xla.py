@@ -207,7 +207,8 @@ def test_only_blocks_that_meet_are_visited(left, right, t, s, block_t, block_s):
         )
         tile = walk.tile(n, outer)
         first, last = walk.bounds(tile, inner)
-        masked = walk.at_block(lambda _, tile, masked: jnp.bool_(masked), None, tile | {inner: walk.span(inner, m)})
+        tell = lambda _, tile, masked: jnp.bool_(masked)
+        masked = walk.at_block(tell, None, tile | {inner: walk.span(inner, m)}, None)
         return (first <= m) & (m < last), masked
 
     for outer, inner in ("ts", "st"):
@@ -225,8 +226,19 @@ def test_only_blocks_that_meet_are_visited(left, right, t, s, block_t, block_s):
             assert mask == (not (seen.all() and all(is_whole.values())))
 
 
-def test_padding_is_skipped(monkeypatch):
-    """Key blocks past the longest sequence are not computed, neither forward nor backward."""
+THREE_AND_FIVE = jnp.repeat(jnp.array([[0, 1]], jnp.int32), jnp.array([12, 20]), 1)
+
+
+@pytest.mark.parametrize(("extras", "visited", "masked"), [
+    # Row blocks 0, 1 and 2..7 see 1, 2 and 3 key blocks; the diagonal and the block that holds the end are masked.
+    (Extras(key_lengths=jnp.array([9], jnp.int32)), 1 + 2 + 6 * 3, 1 + 1 + 6),
+    # Three blocks and five of a segment each, in which the diagonal is masked.
+    (Extras(query_segments=THREE_AND_FIVE, key_segments=THREE_AND_FIVE), 1 + 2 + 3 + 1 + 2 + 3 + 4 + 5, 8),
+    # A segment that ends in a block: it is met by both, and masked wherever it is met.
+    (Extras(query_segments=THREE_AND_FIVE, key_segments=jnp.roll(THREE_AND_FIVE, -1)), 6 + 2 + 3 + 4 + 5 + 6, 3 + 5 + 5),
+])  # fmt: skip
+def test_what_nobody_sees_is_skipped(monkeypatch, extras, visited, masked):
+    """Key blocks past the longest sequence, or of other segments, are not computed, neither forward nor backward."""
     computed = []
     logits = kernel._Walk.logits
 
@@ -237,14 +249,12 @@ def test_padding_is_skipped(monkeypatch):
     monkeypatch.setattr(kernel._Walk, "logits", counted)
     spec, config = AttentionSpec(1.0, Band(right=0)), kernel.Config(1, 1, 4, 4)
     x = jnp.ones((1, 1, 32, 2))
-    extras = Extras(key_lengths=jnp.array([9], jnp.int32))
     state = jax.jit(
         lambda: kernel.forward(spec, kernel.init(spec, x, x), x, x, x, extras, Offsets((0,), (0,)), config)
     )()
     jax.block_until_ready(state)
     jax.effects_barrier()
-    # Row blocks 0, 1 and 2..7 see 1, 2 and 3 key blocks; the diagonal and the block that holds the end are masked.
-    assert (len(computed), sum(computed)) == (1 + 2 + 6 * 3, 1 + 1 + 6)
+    assert (len(computed), sum(computed)) == (visited, masked)
 
     computed.clear()
     o, lse, _ = kernel.finish(spec, state)
@@ -255,7 +265,7 @@ def test_padding_is_skipped(monkeypatch):
     )()
     jax.block_until_ready(out)
     jax.effects_barrier()
-    assert (len(computed), sum(computed)) == (1 + 2 + 6 * 3, 1 + 1 + 6)
+    assert (len(computed), sum(computed)) == (visited, masked)
 
 
 CAUSAL = Band(right=0)

@@ -73,6 +73,37 @@ def check(door, mesh, specs=SPECS, window=None, exchange="auto", **given_):
         assert_close(grads[name], want_grads[name], gradient, name)
 
 
+@pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
+def test_a_cache_in_float8_stays_where_it_is(door):
+    """Written with its scales, one for each token and head; little travels, and the cache is never widened whole."""
+    mesh, rng = make_mesh((8,), door.axis_type), np.random.default_rng(0)
+    b, s, k, h, lengths = 1, 16384, 2, 16, np.asarray([12001], np.int32)
+    made = {name: rng.normal(size=(b, s, k, h)).astype(jnp.float8_e4m3fn) for name in ("key", "value")}
+    scales = {name: rng.uniform(0.5, 2, (b, s, k)).astype(np.float32) for name in made}
+    query, new = (rng.normal(size=(b, 1, n, h)).astype(np.float32) for n in (4, 2))
+
+    def step(query, new, caches, scales, lengths):
+        write = lambda cache, new: ringmoe.update_cache(cache, new, lengths - 1)
+        ones = jnp.full((b, 1, k, 1), 2.0)
+        caches = {name: write(x, (new / 2).astype(x.dtype)) for name, x in caches.items()}
+        scales = {f"{name}_scales": write(x[..., None], ones)[..., 0] for name, x in scales.items()}
+        return ringmoe.decode_attention(query, caches["key"], caches["value"], lengths, **scales)
+
+    spec = P(None, "a")
+    sharded = [put(mesh, x, dict.fromkeys(x, spec)) for x in (made, scales)]
+    whole = put(mesh, {"query": query, "new": new, "lengths": lengths}, dict.fromkeys(("query", "new", "lengths"), P()))
+    jitted = door.jit(step)
+    got = jitted(whole["query"], whole["new"], *sharded, whole["lengths"])
+    for name, x in made.items():
+        x[:, 12000:12001], scales[name][:, 12000] = (new / 2).astype(x.dtype), 2
+    with jax.enable_x64(True):
+        key, value = (double(made[name]) * double(scales[name])[..., None] for name in made)
+        want, _ = dense(double(query), key, value, lengths)
+    assert_close(got, want, TOLERANCE[jnp.dtype(jnp.float32)][0])
+    text = jitted.lower(whole["query"], whole["new"], *sharded, whole["lengths"]).compile().as_text()
+    assert "all-gather" not in collectives(text) and f"f32[{b},{k},{s // 8},{h}]" not in text
+
+
 @pytest.mark.oldest
 @pytest.mark.parametrize("door", [*FOUND, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize(("t", "window"), [(1, None), (1, 3), (5, None), (5, 2)])

@@ -130,11 +130,11 @@ CASES = {
     "other H": (lambda: attention(key=KV[..., :2]), r"key.shape=\(2, 8, 2, 2\), expected .*H=4"),
     "other dtype": (
         lambda: attention(key=KV.astype(jnp.bfloat16)),
-        "key has dtype bfloat16, expected query's float32: cast",
+        "key has dtype bfloat16, expected query's float32, or float8 with key_scales: cast",
     ),
     "value's dtype": (
         lambda: attention(value=KV.astype(jnp.float16)),
-        "value has dtype float16, expected query's float32: cast",
+        "value has dtype float16, expected query's float32, or float8 with value_scales: cast",
     ),
     "key without batch": (lambda: attention(key=KV[0]), r"key has shape \(8, 2, 4\), expected 4 dims like query"),
     "integers": (lambda: attention(Q.astype(int), KV.astype(int)), "query.dtype=.*int32.*, expected one of .*: cast"),
@@ -261,6 +261,18 @@ CASES = {
     "sinks of key heads": (
         lambda: attention(sinks=jnp.zeros(K)),
         r"sinks has shape \(2,\) and dtype float32, expected floats \(4,\), one for each query head",
+    ),
+    "keys in float8 without scales": (
+        lambda: attention(key=KV.astype(jnp.float8_e4m3fn), value=KV),
+        "key has dtype float8_e4m3fn and no key_scales, expected them: pass ones, if need be",
+    ),
+    "scales without float8": (
+        lambda: attention(value_scales=jnp.ones(K)),
+        "value_scales with value of dtype float32, expected float8: leave the scales out",
+    ),
+    "scales of query heads": (
+        lambda: attention(key=KV.astype(jnp.float8_e5m2), value=KV, key_scales=jnp.ones(N)),
+        r"key_scales has shape \(4,\) and dtype float32, expected floats that broadcast to \(2, 8, 2\)",
     ),
     "slopes of integers": (
         lambda: attention(alibi_slopes=jnp.zeros(N, int)),

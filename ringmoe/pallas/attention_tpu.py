@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe import dropout, softmax
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets, widened
 from ringmoe.pallas import backward_tpu
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
 from ringmoe.pallas.tiles_tpu import Config, apart, dot, lacks, nbytes, shape_of, varying_like, walk_chunks, within
@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks."""
-    if q.dtype not in DTYPES or k.dtype != q.dtype:
+    if q.dtype not in DTYPES or (k.dtype != q.dtype and extras.key_scales is None):
         raise lacks(f"{q.dtype=}, {k.dtype=}, supported: both bfloat16, both float16 or both float32")
     t, h = q.shape[2:]
     if max(h, v.shape[3]) > MAX_HEAD_DIM:
@@ -76,7 +76,7 @@ def forward(
     config: Config = FORWARD,
 ) -> State:
     check(spec, q, k, v, extras)
-    q, k, v = map(_multipliable, (q, k, v))
+    q, k, v = _multipliable(q), *_multipliable_keys(q, k, v, extras)
     state = varying_like(state, q, k, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
@@ -165,7 +165,7 @@ def backward(
     config: Config = BACKWARD,
 ) -> Grads:
     check(spec, q, k, v, extras)
-    q, k, v, do = map(_multipliable, (q, k, v, do))
+    q, k, v, do = _multipliable(q), *_multipliable_keys(q, k, v, extras), _multipliable(do)
     grads = varying_like(grads, q, k, v, do)
     call = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     arrays = q, k, v, do, lse[:, :, None], delta[:, :, None]
@@ -178,3 +178,10 @@ def backward(
 def _multipliable(x: jax.Array) -> jax.Array:
     """No TPU multiplies float16: its numbers are float32's too."""
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+def _multipliable_keys(q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> tuple[jax.Array, jax.Array]:
+    """Float8 is widened here, a block of keys at a time: in the kernel every block of queries would do it again."""
+    scaled = (k, extras.key_scales), (v, extras.value_scales)
+    k, v = (_multipliable(widened(x, scales, q.dtype)) for x, scales in scaled)
+    return k, v

@@ -13,14 +13,14 @@ b batch, k key heads, g group, t queries, s keys, h head dim, v that of values.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ringmoe import dropout, softmax
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets, widened
 from ringmoe.masks import Band, Places
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
@@ -81,21 +81,21 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
 
     def step(carry, tile, masked):
         acc, m, l = carry
-        v_tile = _cut(v, "bksv", tile)
-        s, seen = walk.logits(_cut(q, "bkgth", tile), _cut(k, "bksh", tile), tile, masked)
+        k_tile, v_tile = walk.keys(k, v, tile)
+        s, seen = walk.logits(_cut(q, "bkgth", tile), k_tile, tile, masked)
         if seen is not None:
             poison = jnp.where(jnp.all(jnp.isfinite(v_tile), -1), 0, jnp.nan).astype(s.dtype)
             s = jnp.where(seen, s + poison[:, :, None, None], softmax.MASKED)
             v_tile = _finite(v_tile)
         m, l, alpha, p = softmax.step(m, l, s, -1)
         p = dropout.drop(p, spec.dropout_rate, walk.kept(tile))
-        return acc * alpha + _dot("bkgts,bksv->bkgtv", p.astype(v.dtype), v_tile), m, l
+        return acc * alpha + _dot("bkgts,bksv->bkgtv", p.astype(v_tile.dtype), v_tile), m, l
 
     def rows(n, state):
         tile = walk.tile(n, "t")
 
         def keys(j, carry):
-            return walk.at_block(step, carry, tile | {"s": walk.span("s", j)})
+            return walk.at_block(step, carry, tile | {"s": walk.span("s", j)}, carry)
 
         carry = tuple(_cut(x, "bkgth", tile) for x in state)
         carry = _for(walk.bounds(tile, "s"), keys, carry)
@@ -126,7 +126,7 @@ def backward(
 
     def share(tile, masked):
         q_tile, do_tile, lse_tile, delta_tile = (_cut(x, "bkgth", tile) for x in (q, do, lse, delta))
-        k_tile, v_tile = (_cut(x, "bksh", tile) for x in (k, v))
+        k_tile, v_tile = walk.keys(k, v, tile)
         s, seen = walk.logits(q_tile, k_tile, tile, masked)
         p = jnp.exp(s - lse_tile)
         kept = walk.kept(tile)
@@ -151,7 +151,9 @@ def backward(
 
         def rows(i, carry):
             inner = tile | {"t": walk.span("t", i)}
-            new = walk.at_block(lambda _, tile, masked: share(tile, masked), None, inner)
+            none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: share(inner, False)))
+            none, _ = _same_varying(none, carry)
+            new = walk.at_block(lambda _, tile, masked: share(tile, masked), None, inner, none)
             dq = _put(carry.dq, _cut(carry.dq, "bkgth", inner) + new.dq, "bkgth", inner)
             dbias = carry.dbias
             if dbias is not None and new.dbias is not None:
@@ -185,15 +187,17 @@ class _Walk:
 
     spec: AttentionSpec
     config: Config
+    dtype: Any  # in which queries and keys meet
     sizes: dict[str, int]
     places: dict[str, Places]
     lengths: dict[str, jax.Array]  # [B, 1, 1, 1, 1]; only those given
     segments: dict[str, jax.Array]  # queries' [B, 1, 1, T, 1], keys' [B, 1, 1, 1, S]; both or none
     positions: dict[str, jax.Array]  # of the same shapes; only those given
-    bias: jax.Array | None  # [B|1, K|1, G|1, T|1, S|1]
-    mask: jax.Array | None
-    slopes: jax.Array | None  # [1, K, G, 1, 1]
-    seeds: jax.Array | None  # [B, K, G, 1, 1]
+    bias: jax.Array | None = None  # [B|1, K|1, G|1, T|1, S|1]
+    mask: jax.Array | None = None
+    slopes: jax.Array | None = None  # [1, K, G, 1, 1]
+    seeds: jax.Array | None = None  # [B, K, G, 1, 1]
+    scales: tuple[jax.Array | None, ...] = ()  # of keys and of values, [B, K, S]
 
     @classmethod
     def make(cls, spec, config, q, k, extras: Extras, at: Offsets) -> "_Walk":
@@ -205,17 +209,23 @@ class _Walk:
         walk = cls(
             spec,
             config or Config.choose(q.shape, k.shape),
+            q.dtype,
             sizes,
             dict(zip("ts", at.places(t, s))),
             {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
             along(extras.query_segments, extras.key_segments),
             along(extras.query_positions, extras.key_positions),
-            *[None] * 4,
+            scales=(extras.key_scales, extras.value_scales),
         )
         per_head = lambda x: None if x is None else walk.group(x)[..., None, None]
         bias, mask = (None if x is None else walk.group_pairs(x) for x in (extras.bias, extras.mask))
         slopes = None if extras.slopes is None else per_head(extras.slopes[None])
         return dataclasses.replace(walk, bias=bias, mask=mask, slopes=slopes, seeds=per_head(extras.seeds))
+
+    def keys(self, k, v, tile):
+        """The tile's, in the queries' dtype."""
+        cut = lambda x: None if x is None else _cut(x, "bks", tile)
+        return [widened(_cut(x, "bksh", tile), cut(scales), self.dtype) for x, scales in zip((k, v), self.scales)]
 
     def group(self, x):
         """[B, N, ...] to [B, K, G, ...]."""
@@ -284,20 +294,26 @@ class _Walk:
         compared = [*self.compared(tile, "t"), *self.compared(tile, "s")]
         return band.ends.is_full_block(*ends) & band.window.is_full_block(*compared)
 
-    def at_block(self, fun, carry, tile):
-        """`fun(carry, tile, masked)` with `masked` (static) false where every pair of the block is seen."""
+    def at_block(self, fun, carry, tile, hidden):
+        """`fun(carry, tile, masked)`, with `masked` (static) false where every pair of the block is seen; `hidden` where
+        segments leave none of them."""
         t, s = tile["t"], tile["s"]
-        if self.mask is not None or self.segments:
-            return fun(carry, tile, True)
         even = all(self.sizes[dim] % getattr(self.config, dim) == 0 for dim in "ts")
-        if even and self.spec.band.is_full and not self.lengths:
+        if even and self.spec.band.is_full and not self.lengths and not self.segments and self.mask is None:
             return fun(carry, tile, False)
-        if self.spec.uniform:
+        if self.spec.uniform or (self.mask is not None and not self.segments):
             return fun(carry, tile, True)
-        full = self.is_full(tile) & (t.start == t.first) & (s.start == s.first)
+        full = self.is_full(tile) & (t.start == t.first) & (s.start == s.first) & (self.mask is None)
         for side, lengths in self.lengths.items():
             full &= self.ends(tile, side)[1] <= jnp.min(_cut(lengths, "b", tile))
-        return lax.cond(full, lambda c: fun(c, tile, False), lambda c: fun(c, tile, True), carry)
+        whole, partly = (lambda carry: fun(carry, tile, False)), (lambda carry: fun(carry, tile, True))
+        if not self.segments:
+            return lax.cond(full, whole, partly, carry)
+        ids = [_cut(self.segments[dim], "bkgts", tile) for dim in "ts"]
+        (t_low, t_high), (s_low, s_high) = ((jnp.min(x), jnp.max(x)) for x in ids)
+        met, one = (t_low <= s_high) & (s_low <= t_high), (t_low == t_high) & (s_low == s_high)
+        which = jnp.where(met, jnp.where(full & one, 1, 2), 0)
+        return lax.switch(which, [lambda _: hidden, whole, partly], carry)
 
     def logits(self, q_tile, k_tile, tile, masked: bool):
         """The logits of a block, not masked yet, and which pairs are seen (None where `masked` is false)."""

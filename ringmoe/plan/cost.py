@@ -99,13 +99,14 @@ class Machine:
 
 @functools.cache
 def machine(device_kind: str, itemsize: int = 2) -> Machine:
-    """What JAX calls `device_kind`, for matmuls of numbers of `itemsize` bytes; unknown ones are taken for DEFAULT."""
+    """What JAX calls `device_kind`, for matmuls of numbers of `itemsize` bytes, of 2 at least: those of 1 are widened for them.
+    Unknown ones are taken for DEFAULT."""
     name = chip_of(device_kind) or DEFAULT
     chip, per_us = CHIPS[name], 1e-6
     torus = chip.kind == "tpu"
     return Machine(
         name,
-        chip.matmul_flops.get(DTYPES[itemsize], chip.matmul_flops["f32"]) / chip.devices_per_chip * per_us,
+        chip.matmul_flops.get(DTYPES[max(2, itemsize)], chip.matmul_flops["f32"]) / chip.devices_per_chip * per_us,
         chip.vector_flops / chip.devices_per_chip * per_us,
         chip.hbm_bandwidth / chip.devices_per_chip * per_us,
         chip.hbm_bytes / chip.devices_per_chip,

@@ -99,7 +99,7 @@ def _sinks_gradient(sinks, lse, tail, delta):
 def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
     operands = params["operands"]
     bias = operands.index("bias") if "bias" in operands else None
-    owed = jnp.promote_types(avals[1].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
+    owed = jnp.promote_types(avals[0].dtype, jnp.float32).itemsize if "key" in params["results"] else 0
     kind = meshes.device_kind(mesh)
     found = plan.make(
         rule,

@@ -37,11 +37,12 @@ def forward(
     blocks = _Blocks(plan, query, key, q, k, extras)
 
     def step(state, part, owner, n):
-        k, v = part
+        k, v, scales = part
         first = blocks.first_keys(owner, n)
-        return kernel.forward(spec, state, q, k, v, blocks.extras(first), blocks.offsets(first)), ()
+        here = blocks.extras(first)._replace(**scales)
+        return kernel.forward(spec, state, q, k, v, here, blocks.offsets(first)), ()
 
-    parts = blocks.cut(blocks.gather((k, v)))
+    parts = blocks.cut(blocks.gather((k, v, moves.scales(extras))))
     state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, travel=travel)
     output, lse, tail = kernel.finish(spec, state)
     if plan.exchange == "merge":
@@ -78,20 +79,20 @@ def backward(
     k, v = (moves.keys(_head_major(x)) for x in (key, value))
     lse_, delta_ = (moves.queries(x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2)) for x in (lse, delta))
     blocks = _Blocks(plan, query, key, q, k, extras)
-    acc = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-    parts = blocks.cut(blocks.gather((k, v)))
+    acc = lambda x: jnp.zeros_like(x, jnp.promote_types(query.dtype, jnp.float32))
+    parts = blocks.cut(blocks.gather((k, v, moves.scales(extras))))
 
     def step(state, part, owner, n):
         dq, dbias = state
-        k, v = part
+        k, v, scales = part
         first = blocks.first_keys(owner, n)
-        here = blocks.extras(first)
+        here = blocks.extras(first)._replace(**scales)
         zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
         grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(first))
         return (grads.dq, blocks.add_columns(dbias, grads.dbias, first)), (grads.dk, grads.dv)
 
     dbias = acc(blocks.whole.bias) if spec.bias_gradient else None
-    owed = [jax.tree.map(acc, part) for part in parts]
+    owed = [jax.tree.map(acc, part[:2]) for part in parts]
     (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed, travel)
     dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
@@ -101,6 +102,7 @@ def backward(
 
 
 PER_HEAD = ("slopes", "sinks")  # extras without batch dims
+WITH_KEYS = ("key_scales", "value_scales")  # those that travel
 
 
 class _Moves:
@@ -118,6 +120,12 @@ class _Moves:
         plan = self.plan
         x = heads.there(plan.head_axes, plan.head_parts, x)
         return balance.there(plan.ring, x, 2) if plan.pieces > 1 else x
+
+    def scales(self, extras: Extras):
+        """Those of keys and values, [*batch, t, K] as [B, K, t], by name: they travel with them."""
+        named = {name: getattr(extras, name) for name in WITH_KEYS}
+        change = lambda x: self.keys(x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2))
+        return {name: change(x) for name, x in named.items() if x is not None}
 
     def back(self, x, dtype, num_heads: int | None = None):
         """A result from there, in `dtype`; only what copies of a head came to is rounded after it is summed, and so sent wider.
@@ -149,7 +157,7 @@ class _Blocks:
         me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
-        here = extras._replace(**dict.fromkeys(PER_HEAD))
+        here = extras._replace(**dict.fromkeys((*PER_HEAD, *WITH_KEYS)))
         whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in here)))
         rows = lambda x: None if x is None else _Moves(plan).row_numbers(x)
         mine = lambda x: heads.mine(plan.head_axes, plan.head_parts, x)
@@ -180,7 +188,7 @@ class _Blocks:
         shape = self.plan.pieces, self.plan.ways, self.piece
 
         def part(x, n):
-            return x.reshape(*x.shape[:2], *shape, x.shape[-1])[:, :, :, n].reshape(*x.shape[:2], -1, x.shape[-1])
+            return x.reshape(*x.shape[:2], *shape, *x.shape[3:])[:, :, :, n].reshape(*x.shape[:2], -1, *x.shape[3:])
 
         return [jax.tree.map(lambda x, n=n: part(x, n), kv) for n in range(self.plan.ways)]
 
