@@ -1,4 +1,5 @@
-"""What the attention kernels cost a TPU for a pair of blocks, by its compiler: ours beside JAX's splash attention.
+"""What the attention kernels cost a TPU for a pair of blocks, by its compiler: ours beside JAX's splash attention
+and, where it is installed, tokamax's.
 
     python -m bench.static_tpu [TARGET ...]
 
@@ -27,6 +28,7 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_tpu
 from ringmoe.pallas.logits_tpu import Pair
+from ringmoe.pallas.tiles_tpu import Config
 
 TARGETS = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2")
 ROWS, KEYS, LENGTH = 512, 1024, 8192  # of the pair that is counted; of the call
@@ -54,19 +56,26 @@ def shapes(length: int, head_dim: int, dtype: str):
 
 
 def ours(
-    target: str, head_dim: int, dtype: str, direction: str, masked: bool, segments: bool = False, half: bool = False
+    target: str,
+    head_dim: int,
+    dtype: str,
+    direction: str,
+    masked: bool,
+    segments: bool = False,
+    half: bool = False,
+    config: Config | None = None,
 ) -> float:
-    """Bundles of one pair of blocks, or of half of its keys; of the backward kernel, whose blocks are smaller, of as many as
-    make up a pair."""
+    """Bundles of one pair of blocks, or of half of its keys; of blocks of another size, of as many as make up a pair."""
+    config = config or config_of(target, head_dim, dtype, direction)
     spec, at = AttentionSpec(head_dim**-0.5, Band(right=0)), Offsets((0,), (0,))
     ids = (jax.ShapeDtypeStruct((1, 2048), jnp.int32),) * 2 if segments else ()
 
     def forward(q, k, v, do, lse, delta, *ids):
         extras = Extras(query_segments=ids[0], key_segments=ids[1]) if ids else Extras()
         if direction == "forward":
-            return attention_tpu.forward(spec, attention_tpu.init(spec, q, v), q, k, v, extras, at)
+            return attention_tpu.forward(spec, attention_tpu.init(spec, q, v), q, k, v, extras, at, config)
         zero = Grads(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-        return attention_tpu.backward(spec, zero, q, k, v, do, lse, delta, extras, at)
+        return attention_tpu.backward(spec, zero, q, k, v, do, lse, delta, extras, at, config)
 
     def run(self, block):
         self._seen_and_full()
@@ -74,24 +83,50 @@ def ours(
 
     with mock.patch.object(Pair, "run", run):
         (kernel,) = bundles(target, forward, *shapes(2048, head_dim, dtype), *ids)
-    config = attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD
     return kernel.busy_bundles * (ROWS * KEYS) / (config.block_q * config.block_k)
 
 
-@functools.cache
-def splash(target: str, head_dim: int, dtype: str, direction: str) -> float:
-    """The fewest bundles of a pair, over some of its block sizes; the two backward kernels together."""
+def config_of(target: str, head_dim: int, dtype: str, direction: str) -> Config:
+    """What the kernel takes there."""
+    return attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD
+
+
+def splash(compute: int):
+    """JAX's splash attention, whose backward pass is two kernels."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=ROWS, block_kv=KEYS, block_kv_compute=compute, block_q_dkv=ROWS, block_kv_dkv=KEYS,
+        block_kv_dkv_compute=compute, block_q_dq=ROWS, block_kv_dq=KEYS,
+    )  # fmt: skip
+    masks = [splash_attention_mask.CausalMask((2048, 2048)) for _ in range(HEADS)]
+    return splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask(masks), block_sizes=sizes
+    )
+
+
+def tokamax(compute: int):
+    """tokamax's, descended from that. Its backward pass is one kernel, and a sum over parts of dq that isn't counted."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    config = splash_attention_kernel.SplashConfig(
+        block_q=ROWS, block_kv=KEYS, block_kv_compute=compute, block_q_dkv=ROWS, block_kv_dkv=KEYS,
+        block_kv_dkv_compute=compute,
+    )  # fmt: skip
+    return splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.CausalMask((2048, 2048)), config=config
+    )
+
+
+@functools.cache
+def fewest(make, target: str, head_dim: int, dtype: str, direction: str) -> float | None:
+    """Bundles of a pair by a peer, over some of its block sizes, its backward kernels together; None where it isn't installed.
+
+    tokamax's kernels hold two bodies, for a block of which all is seen and for another: a pair is half of both.
+    """
+
     def call(compute: int, q, k, v, do):
-        sizes = splash_attention_kernel.BlockSizes(
-            block_q=ROWS, block_kv=KEYS, block_kv_compute=compute, block_q_dkv=ROWS, block_kv_dkv=KEYS,
-            block_kv_dkv_compute=compute, block_q_dq=ROWS, block_kv_dq=KEYS,
-        )  # fmt: skip
-        masks = [splash_attention_mask.CausalMask((2048, 2048)) for _ in range(HEADS)]
-        kernel = splash_attention_kernel.make_splash_mha_single_device(
-            splash_attention_mask.MultiHeadMask(masks), block_sizes=sizes
-        )
+        kernel = make(compute)
         if direction == "forward":
             return kernel(q[0], k[0], v[0])
         return jax.vjp(kernel, q[0], k[0], v[0])[1](do[0].astype(q.dtype))
@@ -100,43 +135,52 @@ def splash(target: str, head_dim: int, dtype: str, direction: str) -> float:
     for compute in (256, 512, 1024):
         try:
             every = bundles(target, functools.partial(call, compute), *shapes(2048, head_dim, dtype)[:4])
+        except ImportError:
+            return None
         except Exception as error:  # too large for VMEM, say
-            print(f"splash {compute}: {str(error)[:80]}", file=sys.stderr)
+            print(f"{make.__name__} {compute}: {str(error)[:80]}", file=sys.stderr)
             continue
-        every = (
-            every
-            if direction == "forward"
-            else [kernel for kernel in every if "dq" in kernel.name or "dkv" in kernel.name]
-        )
-        found.append(sum(kernel.busy_bundles for kernel in every))
-    return min(found)
+        backward = [kernel for kernel in every if "dq" in kernel.name or "dkv" in kernel.name]
+        found.append(sum(kernel.busy_bundles for kernel in (every if direction == "forward" else backward)))
+    return min(found) / (2 if make is tokamax else 1)
 
 
-def call(block: int, full: float, crossed: float, half: float) -> float:
-    """Kilobundles of a causal call in blocks of so many keys: ROWS queries meet those before their end, of which the boundary
-    crosses the last one, or half of it."""
-    ends = [(i + 1) * ROWS for i in range(LENGTH // ROWS)]
-    last = [crossed if end % block == 0 else half for end in ends]
-    return (sum(-(-end // block) - 1 for end in ends) * full + sum(last)) * block / KEYS / 1000
+def call(rows: int, block: int, full: float, crossed: float, half: float) -> float:
+    """Kilobundles of a causal call in blocks of so many queries and keys, of which a pair of ROWS and KEYS takes so many: queries
+    meet the keys before their end, and of the last block, which the boundary crosses, all or half."""
+    ends = [(i + 1) * rows for i in range(LENGTH // rows)]
+    whole = [max(0, (end - rows) // block) for end in ends]
+    last = [-(-end // block) - n for end, n in zip(ends, whole)]
+    cut = [half if n == 1 and (end - 1) % block < block // 2 else n * crossed for end, n in zip(ends, last)]
+    return (sum(whole) * full + sum(cut)) * rows / ROWS * block / KEYS / 1000
+
+
+def halves(config: Config) -> bool:
+    """Whether of a crossed block only half may be computed."""
+    return config.block_k >= 2 * config.block_q
 
 
 def main() -> None:
     kernels.request()  # before libtpu starts
-    print("| target | H | dtype | direction | full | crossed | segments | splash | causal call | splash | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| target | H | dtype | direction | full | crossed | segments | causal call | splash | ratio | tokamax | ratio |"
+    )
+    print("|---" * 12 + "|")
     for target in sys.argv[1:] or TARGETS:
         for head_dim, dtype in ((128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (128, "float32")):
             for direction in ("forward", "backward"):
-                full, crossed = (ours(target, head_dim, dtype, direction, masked) for masked in (False, True))
-                packed = ours(target, head_dim, dtype, direction, True, segments=True)
-                peer = splash(target, head_dim, dtype, direction)
-                half = ours(target, head_dim, dtype, direction, True, half=True) if direction == "forward" else crossed
-                block = (attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD).block_k
-                mine, theirs = call(block, full, crossed, half), call(KEYS, peer, peer, peer)
-                words = (target, head_dim, dtype, direction, *(f"{x:.0f}" for x in (full, crossed, packed, peer)))
-                print(
-                    "|", " | ".join(map(str, words)), f"| {mine:.0f} | {theirs:.0f} | {mine / theirs:.2f} |", flush=True
-                )
+                what = target, head_dim, dtype, direction
+                full, crossed = (ours(*what, masked) for masked in (False, True))
+                packed = ours(*what, True, segments=True)
+                config = config_of(*what)
+                half = ours(*what, True, half=True) if halves(config) else crossed
+                mine = call(config.block_q, config.block_k, full, crossed, half)
+                words = [*what, *(f"{x:.0f}" for x in (full, crossed, packed, mine))]
+                for make in (splash, tokamax):
+                    pair = fewest(make, *what)
+                    theirs = None if pair is None else call(ROWS, KEYS, pair, pair, pair)
+                    words += ["-", "-"] if theirs is None else [f"{theirs:.0f}", f"{mine / theirs:.2f}"]
+                print("|", " | ".join(map(str, words)), "|", flush=True)
 
 
 if __name__ == "__main__":
