@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
-from ringmoe.pallas import attention_tpu
+from ringmoe.pallas import attention_tpu, tiles_tpu
 from ringmoe.pallas.logits_tpu import Pair
 from ringmoe.pallas.tiles_tpu import Config
 
@@ -88,7 +88,8 @@ def ours(
 
 def config_of(target: str, head_dim: int, dtype: str, direction: str) -> Config:
     """What the kernel takes there."""
-    return attention_tpu.FORWARD if direction == "forward" else attention_tpu.BACKWARD
+    q, *_ = shapes(LENGTH, head_dim, dtype)
+    return tiles_tpu.best(direction, AttentionSpec(1.0, chip=target.split(":")[0]), q, q)
 
 
 def splash(compute: int):
@@ -146,8 +147,8 @@ def fewest(make, target: str, head_dim: int, dtype: str, direction: str) -> floa
 
 
 def call(rows: int, block: int, full: float, crossed: float, half: float) -> float:
-    """Kilobundles of a causal call in blocks of so many queries and keys, of which a pair of ROWS and KEYS takes so many: queries
-    meet the keys before their end, and of the last block, which the boundary crosses, all or half."""
+    """Kilobundles of a causal call in blocks of so many queries and keys, of which a pair of ROWS and KEYS takes so many:
+    queries meet the keys before their end, and of the last block, which the boundary crosses, all or half."""
     ends = [(i + 1) * rows for i in range(LENGTH // rows)]
     whole = [max(0, (end - rows) // block) for end in ends]
     last = [-(-end // block) - n for end, n in zip(ends, whole)]

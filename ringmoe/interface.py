@@ -46,6 +46,8 @@ class AttentionSpec:
     # Run a TPU kernel in Pallas's interpreter: set off its platform. The plain one: the TPU interpreter calls back to
     # Python in order, an effect that a lowering rule can't have; tests turn it on from outside, for its race detection.
     interpret: bool = False
+    # What it runs on, by its name in inspector/chips.py; "" where nobody knows.
+    chip: str = ""
     # No loop or branch depends on where a device stands: hidden blocks are masked instead of skipped. So JAX can transpose
     # the loops, and XLA's partitioner can insert collectives in them, which every device then meets.
     uniform: bool = False

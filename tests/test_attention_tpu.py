@@ -126,7 +126,7 @@ def test_backward_in_runs_of_query_blocks(races, blocks):
     close(backward(spec, q, k, v, do, o, lse, config=config), expected, 1e-4)
 
 
-@pytest.mark.parametrize("config", [TILES, attention_tpu.FORWARD], ids=["small", "default"])
+@pytest.mark.parametrize("config", [TILES, tiles_tpu.DEFAULT["forward"]], ids=["small", "default"])
 def test_lengths_that_no_tile_divides(races, config):
     spec = AttentionSpec(0.2, CAUSAL)
     q, k, v, do = random_inputs(t=100, s=48 if config is TILES else 300)

@@ -2,16 +2,18 @@
 
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import errors
-from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, no_cost_warnings, tpu_mesh
+from ringmoe.pallas import attention_tpu, tiles_tpu
+from tests.helpers import MANUAL_VMA, RINGMOE_JIT, TYPES, collectives, no_cost_warnings, tpu_devices, tpu_mesh
 
 TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
 DOORS = {target: (TYPES, RINGMOE_JIT) for target in TARGETS} | {"v5p:2x2x2": (TYPES, RINGMOE_JIT, MANUAL_VMA)}
@@ -98,6 +100,21 @@ def test_a_call_the_tpu_kernel_lacks_takes_the_other_and_says_so():
         lowered = jax.jit(jax.grad(loss)).lower(*arrays)
     text = lowered.compile().as_text()
     assert "collective-permute" in collectives(text) and "all-gather" not in collectives(text)
+
+
+@pytest.mark.parametrize("door", ["types", "one device"])
+@pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2"])
+def test_a_kernel_takes_the_blocks_of_its_chip(target, door):
+    chips = []
+    best = lambda direction, spec, *arrays: chips.append(spec.chip) or tiles_tpu.best(direction, spec, *arrays)
+    if door == "types":
+        x = shape_of(tpu_mesh(target, (len(tpu_devices(target)),), AxisType.Explicit), (2, 1024, 2, 128), P(None, "a"))
+    else:
+        sharding = SingleDeviceSharding(tpu_devices(target)[0])
+        x = jax.ShapeDtypeStruct((2, 1024, 2, 128), jnp.bfloat16, sharding=sharding)
+    with mock.patch.object(attention_tpu, "best", best):
+        jax.jit(ringmoe.dot_product_attention).lower(x, x, x)
+    assert {*chips} == {target.split(":")[0]}
 
 
 @pytest.mark.parametrize(("tokens", "by_kernel"), [(256, True), (1, False)])

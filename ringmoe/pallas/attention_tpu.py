@@ -20,12 +20,21 @@ from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets, widened
 from ringmoe.pallas import backward_tpu
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
-from ringmoe.pallas.tiles_tpu import Config, apart, dot, lacks, nbytes, shape_of, varying_like, walk_chunks, within
+from ringmoe.pallas.tiles_tpu import (
+    Config,
+    apart,
+    best,
+    dot,
+    lacks,
+    nbytes,
+    shape_of,
+    varying_like,
+    walk_chunks,
+    within,
+)
 
 MAX_HEAD_DIM = 576
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-FORWARD = Config()
-BACKWARD = Config(block_q=512, block_k=512, chunk=512)
 
 
 class State(NamedTuple):
@@ -46,8 +55,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
     t, h = q.shape[2:]
     if max(h, v.shape[3]) > MAX_HEAD_DIM:
         raise lacks(f"head dims {h} and {v.shape[3]}, supported: up to {MAX_HEAD_DIM}")
-    for config in (FORWARD, BACKWARD):
-        block_q, _ = config.blocks(spec, q, k, v)
+    for direction in ("forward", "backward"):
+        block_q, _ = best(direction, spec, q, v).blocks(spec, q, k, v)
         if spec.pieces > 1 and block_q % LANES:
             raise lacks(f"pieces of {t // spec.pieces} tokens, supported: multiples of {LANES}")
 
@@ -73,11 +82,12 @@ def forward(
     v: jax.Array,
     extras: Extras,
     at: Offsets,
-    config: Config = FORWARD,
+    config: Config | None = None,
 ) -> State:
     check(spec, q, k, v, extras)
     q, k, v = _multipliable(q), *_multipliable_keys(q, k, v, extras)
     state = varying_like(state, q, k, v)
+    config = config or best("forward", spec, q, v)
     (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
     blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     block_q, block_k = blocks.block_q, blocks.block_k
@@ -162,11 +172,12 @@ def backward(
     delta: jax.Array,
     extras: Extras,
     at: Offsets,
-    config: Config = BACKWARD,
+    config: Config | None = None,
 ) -> Grads:
     check(spec, q, k, v, extras)
     q, k, v, do = _multipliable(q), *_multipliable_keys(q, k, v, extras), _multipliable(do)
     grads = varying_like(grads, q, k, v, do)
+    config = config or best("backward", spec, q, v)
     call = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     arrays = q, k, v, do, lse[:, :, None], delta[:, :, None]
     new = backward_tpu.of_operands(call, config, grads, arrays, apart(at))

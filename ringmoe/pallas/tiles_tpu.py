@@ -53,6 +53,20 @@ class Config:
         return of(q.shape[2], self.block_q) if q.shape[2] > 1 else LANES, of(k.shape[2], self.block_k)
 
 
+DEFAULT = {"forward": Config(), "backward": Config(512, 512, 512)}
+"""Where BEST has none: of float32, whose matmuls take six passes, and on a TPU that nobody told us of."""
+
+BEST: dict[tuple[str, int, str], Config] = {}
+"""By chip, the head dim that the actual ones fit into, and direction: found by `bench/blocks_tpu.py`."""
+
+
+def best(direction: str, spec: AttentionSpec, q, v) -> Config:
+    width = max(q.shape[3], v.shape[3])
+    head_dim = next((h for h in (64, 128, 256) if width <= h), None)
+    found = None if q.dtype == jnp.float32 or head_dim is None else BEST.get((spec.chip, head_dim, direction))
+    return found or DEFAULT[direction]
+
+
 def walk_chunks(config: Config, first, size: int, start, finish) -> None:
     """Calls `finish(c, start(c))` for each chunk `c` of so many keys, some starts ahead: the MXU works during the softmax.
 

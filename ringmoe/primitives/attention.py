@@ -126,6 +126,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         params["spec"],
         band=plan.band,
         interpret=platform != "tpu",
+        chip=params.get("chip", ""),
         uniform=params.get("uniform", False),
         pieces=plan.pieces,
         bias_gradient="bias" in params["results"],

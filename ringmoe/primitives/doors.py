@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from ringmoe import compat, meshes, rules
 from ringmoe.errors import check, warn_once
+from ringmoe.inspector.chips import chip_of
 from ringmoe.meshes import Axes
 from ringmoe.plan.base import Factors
 from ringmoe.primitives import probe
@@ -100,7 +101,7 @@ def find(op, avals, params) -> Found | None:
 def lower(op, platform: str, ctx, *operands, **params):
     """The lowering rule of every op."""
     avals, placement = ctx.avals_in, params["placement"]
-    rule = op.rule(avals, params)
+    rule, params = op.rule(avals, params), params | {"chip": chip_of(compat.device_kind(ctx)) or ""}
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
     found = find(op, avals, params)
