@@ -54,10 +54,23 @@ class Config:
 
 
 DEFAULT = {"forward": Config(), "backward": Config(512, 512, 512)}
-"""Where BEST has none: of float32, whose matmuls take six passes, and on a TPU that nobody told us of."""
+"""Where BEST has none: what is best on most, for float32, and on a TPU that nobody told us of."""
 
-BEST: dict[tuple[str, int, str], Config] = {}
-"""By chip, the head dim that the actual ones fit into, and direction: found by `bench/blocks_tpu.py`."""
+BEST = {
+    ("v5e", 64, "backward"): Config(512, 1024, 512),
+    ("v5e", 256, "forward"): Config(ahead=3),
+    ("v5e", 256, "backward"): Config(512, 1024, 256),
+    ("v5p", 128, "backward"): Config(512, 1024, 512, ahead=1),
+    ("v5p", 256, "forward"): Config(ahead=3),
+    ("v6e", 64, "forward"): Config(ahead=3),
+    ("v6e", 128, "forward"): Config(chunk=512),
+    ("v6e", 256, "forward"): Config(chunk=512),
+    ("tpu7x", 64, "forward"): Config(chunk=512),
+    ("tpu7x", 128, "forward"): Config(chunk=512),
+    ("tpu7x", 256, "forward"): Config(chunk=512),
+}
+"""By chip, the head dim that the actual ones fit into, and direction, where another than DEFAULT has fewer bundles: printed by
+`bench/blocks_tpu.py`."""
 
 
 def best(direction: str, spec: AttentionSpec, q, v) -> Config:
