@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 from unittest import mock
@@ -248,14 +249,11 @@ def test_a_block_that_meets_one_of_two_segments(races, who):
         assert_close(a, e, 1e-4)
 
 
-SPECIAL = {
-    name
-    for name in CASES
-    if any(word in name for word in ("ragged", "no block", "half", "of keys", "of queries", "of sequences"))
-}
-PAIRS = [
-    (a, b) for n, a in enumerate(CASES) for b in list(CASES)[:n] if "ragged" not in a + b and "no block" not in a + b
-]
+FEATURES = (
+    "soft cap", "values of another width", "lengths", "segments", "positions of queries", "positions of both, window", "prefix",
+    "chunks", "strided", "slopes", "dropout", "mask", "bias", "mask of keys", "float8",
+)  # fmt: skip
+PAIRS = [pair[::-1] for pair in itertools.combinations(FEATURES, 2)]
 
 
 @pytest.mark.parametrize("first", range(6))
