@@ -14,6 +14,7 @@ FLAGS = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, no TPU is looked for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one libtpu per test process
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor is a GPU, whichever test starts JAX
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 
 import hypothesis  # noqa: E402
