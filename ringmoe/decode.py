@@ -21,7 +21,7 @@ def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
-    implementation: Literal["tpu", "xla"] | None = None, return_residual: Literal[False] = False,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
 @overload
@@ -29,7 +29,7 @@ def decode_attention(
     query: ArrayLike, key_cache: ArrayLike, value_cache: ArrayLike, lengths: ArrayLike, *, scale: ArrayLike | None = None,
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
-    implementation: Literal["tpu", "xla"] | None = None, return_residual: bool,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: bool,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 # fmt: on
@@ -47,7 +47,7 @@ def decode_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
-    implementation: Literal["tpu", "xla"] | None = None,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:

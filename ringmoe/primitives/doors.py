@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from ringmoe import compat, meshes, rules
+from ringmoe import compat, meshes, pallas, rules
 from ringmoe.errors import check, warn_once
 from ringmoe.meshes import Axes
 from ringmoe.plan.base import Factors
@@ -103,7 +103,7 @@ def lower(op, platform: str, ctx, *operands, **params):
     rule = op.rule(avals, params)
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
-    found = find(op, avals, params)
+    found, platform = find(op, avals, params), pallas.platform_of(platform, compat.device_kind(ctx))
     if found is not None:
         if found.xla_knows_more:
             params = params | _for_xla_inside(op, found.plan, platform)
