@@ -1,6 +1,7 @@
-"""What the kernels of Hopper GPUs share: which chips those are, and how tiles lie in shared memory."""
+"""What the kernels of Hopper GPUs share: which chips those are, how tiles lie in shared memory, sums in registers."""
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe.inspector.chips import chip_of
@@ -17,3 +18,16 @@ def swizzled(dtype):
     """Rows of 128 bytes, as the tensor cores and bank-conflict-free stores want them."""
     tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+
+
+def added_to(totals, work, *kept):
+    """The arrays `totals` and the products that `work(*accumulators, *kept)` adds to them, and what it returns, arrays like
+    `kept`. Products still under way are waited for."""
+    number = len(totals)
+
+    def run(refs):
+        found = work(*refs[:number], *(ref[...] for ref in refs[number:]))
+        for ref, x in zip(refs[number:], found, strict=True):
+            ref[...] = x
+
+    return pl.run_state(run)((*map(plgpu.ACC.init, totals), *kept))

@@ -1,18 +1,34 @@
-"""The logits of a pair of blocks in a Hopper GPU's attention kernel: which pairs of blocks meet, and what is masked of one.
+"""What the attention kernels of Hopper GPUs share: which pairs of blocks meet, what is masked of one, and how a kernel is laid
+out: one warpgroup that brings blocks by TMA into rings in shared memory, and two that multiply.
 
 `Blocks` lays a call out; the numbers that only the run knows, where the pieces of queries and keys start, are one int32 vector.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Offsets
 from ringmoe.masks import Band, Places
+from ringmoe.pallas.hopper import swizzled
+
+LOG2E = math.log2(math.e)
+GROUPS = 2  # warpgroups that multiply
+ROWS = 64  # of the result, a warpgroup's in one product
+TALL = GROUPS * ROWS  # of a block of threads
+HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
+SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
+MOST_STAGES = 4
+WGMMA = plgpu.Layout.WGMMA
+BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 
 def numbers(at: Offsets) -> jax.Array:
@@ -84,3 +100,97 @@ class Blocks:
             return jnp.where(seen, s, softmax.MASKED)
 
         return lax.cond(full, lambda s: s, hide, s)
+
+
+class Stream(NamedTuple):
+    """Blocks on their way: of each step one of every array, each in its own ring, of which the steps take slots in turn."""
+
+    arrays: Sequence[Any]
+    rings: Sequence[Any]
+    full: Any  # barriers, one a slot
+    free: Any
+
+    @property
+    def stages(self) -> int:
+        return self.rings[0].shape[0]
+
+    def slot(self, step):
+        return lax.rem(jnp.int32(step), jnp.int32(self.stages))
+
+    def at(self, step):
+        """The blocks of a step, once they are there."""
+        slot = self.slot(step)
+        return [ring.at[slot] for ring in self.rings]
+
+    def wait(self, step) -> None:
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def done(self, step) -> None:
+        """Says that this warpgroup needs the blocks no more."""
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+    def bring(self, step, cut) -> None:
+        pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
+        for array, ring in zip(self.arrays, self.rings):
+            plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
+
+    def wait_until_free(self, step) -> None:
+        plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+
+def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
+    """Brings every stream's blocks `cut(step)`, and returns once all are done with."""
+
+    @pl.loop(0, steps)
+    def _(step):
+        for stream in streams:
+            stream.bring(step, cut(step))
+
+    for stream in streams:
+        pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
+
+
+def launch(body, name: str, heads: int, rows: int, out_type, scratch_types):
+    """A kernel of a block of threads for every head and block of rows."""
+    near = math.gcd(heads, HEADS)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(heads // near, rows, near),
+        grid_names=("run", "rows", "head"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        kernel_name=f"ringmoe_attention_{name}",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+
+
+def head_of(num_heads: int):
+    """The sequence and the head that a block of threads works on."""
+    at = lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
+    return lax.div(at, jnp.int32(num_heads)), lax.rem(at, jnp.int32(num_heads))
+
+
+def shared(dtype):
+    """What makes a buffer of tiles in shared memory, of a shape."""
+    return lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
+
+
+def barriers(number: int, arrivals: int = 1):
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+
+def float32_like(x):
+    """What makes the type of a float32 result, of a shape; it varies over the mesh axes that x varies over."""
+    return lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(x).mat)
+
+
+def across(x, shape, dim: int = 0):
+    """A number of each row (dim 0) along it; of each column (1)."""
+    return lax.broadcast_in_dim(x, shape, (dim,))
+
+
+def filled(shape: tuple[int, ...], value: float):
+    """In the layout of a product's rows, or of a product."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), WGMMA if len(shape) > 1 else WGMMA.reduce(1))
