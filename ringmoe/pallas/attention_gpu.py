@@ -21,9 +21,25 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
-    BRINGING, GROUPS, LOG2E, MOST_STAGES, MULTIPLYING, ROWS, SHARED, TALL, WGMMA, Blocks, Stream, across, barriers, bring,
-    filled, float32_like, head_of, launch, numbers, shared,
-)  # fmt: skip
+    BRINGING,
+    GROUPS,
+    LOG2E,
+    MOST_STAGES,
+    MULTIPLYING,
+    ROWS,
+    SHARED,
+    TALL,
+    WGMMA,
+    Blocks,
+    Stream,
+    across,
+    barriers,
+    bring,
+    filled,
+    head,
+    launch,
+    shared,
+)
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
@@ -82,18 +98,17 @@ def forward(
     at: Offsets,
 ) -> State:
     check(spec, q, k, v, extras)
-    (b, n, t, h), dim, size = q.shape, v.shape[3], q.dtype.itemsize
+    (t, h), dim, size = q.shape[2:], v.shape[3], q.dtype.itemsize
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
     block_k = 128 if dim <= 128 and fitting(128) >= 2 else 64
     blocks, stages = Blocks(spec, t, k.shape[2], TALL, block_k), min(MOST_STAGES, fitting(block_k))
-    tiles, out = shared(q.dtype), functools.partial(float32_like(q), b, n, blocks.num_q * TALL)
-    kernel = launch(
+    tiles, rows, before = shared(q.dtype), blocks.num_q * TALL, () if state is None else (state.acc, state.m, state.l)
+    new = launch(
         functools.partial(_body, blocks, state is None),
         "forward",
-        b * n,
         blocks.num_q,
-        [out(dim), out(), out()],
+        [(rows, dim), (rows,), (rows,)],
         [
             tiles(GROUPS, ROWS, h),
             barriers(GROUPS),
@@ -104,17 +119,20 @@ def forward(
             ),
             barriers(GROUPS),
         ],
+        at,
+        q,
+        k,
+        v,
+        *before,
     )
-    before = () if state is None else (state.acc, state.m, state.l)
-    return State(*kernel(numbers(at), q, k, v, *before), t)
+    return State(*new, t)
 
 
 def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
     before, refs = ((), refs) if fresh else (refs[:3], refs[3:])
     acc_out, m_out, l_out, queries, q_full, k_ring, k_full, k_free, v_ring, v_full, v_free, turn = refs
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
-    (_, num_heads, *_), block_k, group = q.shape, blocks.block_k, lax.axis_index("group")
-    b, n = head_of(num_heads)
+    n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
     i = blocks.num_q - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
     first, steps = blocks.keys_met(numbers, i)
 
@@ -122,15 +140,15 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
     def _bring():
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
-            plgpu.copy_gmem_to_smem(q.at[b, n, pl.ds(i * TALL + g * ROWS, ROWS)], queries.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(num_heads // k.shape[1]))
-        bring([keys, values], steps, lambda step: (b, kv, pl.ds((first + step) * block_k, block_k)))
+            plgpu.copy_gmem_to_smem(q.at[n, pl.ds(i * TALL + g * ROWS, ROWS)], queries.at[g], q_full.at[g])
+        kv = lax.div(n, jnp.int32(q.shape[0] // k.shape[0]))
+        bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
-        mine, unit = (b, n, pl.ds(row, ROWS)), blocks.spec.scale * LOG2E
+        mine, unit = (n, pl.ds(row, ROWS)), blocks.spec.scale * LOG2E
 
         def ask(step, s_acc, *more):
             """For Q K^T of a step, and another product, once it is this warpgroup's turn."""
@@ -165,7 +183,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
             return soften(0, first * block_k, s_acc[...], m, l)
 
         m, l, alpha, p = pl.run_scoped(begin, logits)
-        o = filled((ROWS, v.shape[3]), 0.0) if fresh else plgpu.load(before[0].at[mine], layout=WGMMA)
+        o = filled((ROWS, v.shape[2]), 0.0) if fresh else plgpu.load(before[0].at[mine], layout=WGMMA)
         o, p = o * across(alpha, o.shape), p.astype(q.dtype)
 
         # Invariant: O is the sum for the keys before the last step's, in units of 2^m; P is of the last step's.

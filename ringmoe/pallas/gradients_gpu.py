@@ -9,7 +9,6 @@ wide heads dK and dV are two kernels, for both don't fit there.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,9 +18,25 @@ from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Grads, Offsets
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
-    BRINGING, GROUPS, LOG2E, MOST_STAGES, MULTIPLYING, ROWS, SHARED, TALL, WGMMA, Blocks, Stream, across, barriers, bring,
-    filled, float32_like, head_of, launch, numbers, shared,
-)  # fmt: skip
+    BRINGING,
+    GROUPS,
+    LOG2E,
+    MOST_STAGES,
+    MULTIPLYING,
+    ROWS,
+    SHARED,
+    TALL,
+    WGMMA,
+    Blocks,
+    Stream,
+    across,
+    barriers,
+    bring,
+    filled,
+    head,
+    launch,
+    shared,
+)
 
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together
 
@@ -30,10 +45,10 @@ def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, at: Off
     """`attention_gpu.backward` of what its check takes."""
     t, s, h, dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     lse, delta = (_in_blocks(x) for x in (softmax.finite_lse(lse) * LOG2E, delta))
-    arrays = numbers(at), q, k, v, do, lse, delta
-    dq = _queries(spec, arrays, _in_blocks(grads.dq))[:, :, :t]
+    arrays = q, k, v, do, lse, delta
+    dq = _queries(spec, at, arrays, _in_blocks(grads.dq))[:, :, :t]
     runs = (("dk", "dv"),) if h + dim <= BESIDE else (("dk",), ("dv",))
-    found = {name: x for names in runs for name, x in zip(names, _keys(spec, arrays, names), strict=True)}
+    found = {name: x for names in runs for name, x in zip(names, _keys(spec, at, arrays, names), strict=True)}
     return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
 
 
@@ -50,26 +65,28 @@ def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
     return max(both, min(2, (room - second) // first)), both
 
 
-def _queries(spec: AttentionSpec, arrays, dq):
-    _, q, k, v, *_ = arrays
-    (b, n, t, h), s, dim = q.shape, k.shape[2], v.shape[3]
+def _queries(spec: AttentionSpec, at: Offsets, arrays, dq):
+    q, k, v, *_ = arrays
+    (t, h), s, dim = q.shape[2:], k.shape[2], v.shape[3]
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     block_k = 128 if h <= 128 and min(stages(128)) >= 2 else 64
     blocks, tiles = Blocks(spec, t, s, TALL, block_k), shared(q.dtype)
-    kernel = launch(
+    (dq,) = launch(
         functools.partial(_queries_body, blocks),
         "backward_queries",
-        b * n,
         blocks.num_q,
-        float32_like(q)(*dq.shape),
+        [dq.shape[2:]],
         [
             *(tiles(GROUPS, ROWS, width) for width in (h, dim)),
             barriers(GROUPS, 2),
             *(tiles(n, block_k, width) for n, width in zip(stages(block_k), (h, dim))),
             *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
         ],
+        at,
+        *arrays,
+        dq,
     )
-    return kernel(*arrays, dq)
+    return dq
 
 
 def _queries_body(
@@ -77,8 +94,7 @@ def _queries_body(
     queries, outs, q_full, k_ring, v_ring, k_full, k_free, v_full, v_free,
 ):  # fmt: skip
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
-    (_, num_heads, *_), block_k, group = q.shape, blocks.block_k, lax.axis_index("group")
-    b, n = head_of(num_heads)
+    n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
     i = blocks.num_q - 1 - lax.axis_index("rows")
     first, steps = blocks.keys_met(numbers, i)
 
@@ -87,15 +103,15 @@ def _queries_body(
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             for source, own in ((q, queries), (do, outs)):
-                plgpu.copy_gmem_to_smem(source.at[b, n, pl.ds(i * TALL + g * ROWS, ROWS)], own.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(num_heads // k.shape[1]))
-        bring([keys, values], steps, lambda step: (b, kv, pl.ds((first + step) * block_k, block_k)))
+                plgpu.copy_gmem_to_smem(source.at[n, pl.ds(i * TALL + g * ROWS, ROWS)], own.at[g], q_full.at[g])
+        kv = lax.div(n, jnp.int32(q.shape[0] // k.shape[0]))
+        bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
-        mine, scale = (b, n, pl.ds(row, ROWS)), blocks.spec.scale
+        mine, scale = (n, pl.ds(row, ROWS)), blocks.spec.scale
         lse_rows, delta_rows = (plgpu.load(ref.at[mine], layout=WGMMA.reduce(1)) for ref in (lse, delta))
         plgpu.barrier_wait(q_full.at[group])
 
@@ -126,22 +142,21 @@ def _queries_body(
 
             return added_to([dq], add)[0]
 
-        dq = lax.fori_loop(0, steps, step, filled((ROWS, q.shape[3]), 0.0))
+        dq = lax.fori_loop(0, steps, step, filled((ROWS, q.shape[2]), 0.0))
         dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA) + dq * scale
 
 
-def _keys(spec: AttentionSpec, arrays, wanted: tuple[str, ...]):
-    _, q, k, v, *_ = arrays
-    (b, kv_heads, s, h), t, dim = k.shape, q.shape[2], v.shape[3]
+def _keys(spec: AttentionSpec, at: Offsets, arrays, wanted: tuple[str, ...]):
+    q, k, v, *others = arrays
+    (s, h), t, dim = k.shape[2:], q.shape[2], v.shape[3]
     blocks = Blocks(spec, t, s, ROWS, TALL)
     held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
     stages = _stages(q, TALL * sum(held), ROWS * (h + 2), ROWS * (dim + 2))
-    kernel = launch(
+    return launch(
         functools.partial(_keys_body, blocks, wanted),
         f"backward_{'_'.join(wanted)}",
-        b * kv_heads,
         blocks.num_k,
-        [float32_like(q)(b, kv_heads, blocks.num_k * TALL, widths[name]) for name in wanted],
+        [(blocks.num_k * TALL, widths[name]) for name in wanted],
         [
             *(tiles(GROUPS, ROWS, width) for width in held),
             barriers(GROUPS, len(held)),
@@ -149,21 +164,23 @@ def _keys(spec: AttentionSpec, arrays, wanted: tuple[str, ...]):
             *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
         ],
+        at,
+        k,
+        v,
+        q,
+        *others,
     )
-    return kernel(*arrays)
 
 
-def _keys_body(blocks: Blocks, wanted, numbers, q, k, v, do, lse, delta, *refs):
+def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
     outs, refs = refs[: len(wanted)], refs[len(wanted) :]
     *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
     queries, slopes = (
         Stream([q, lse], [q_ring, lse_ring], q_full, q_free),
         Stream([do, delta], [do_ring, delta_ring], do_full, do_free),
     )
-    kv_heads, group = k.shape[1], lax.axis_index("group")
-    sharing = q.shape[1] // kv_heads
-    b, kv = head_of(kv_heads)
-    j = lax.axis_index("rows")
+    kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
+    sharing = q.shape[0] // k.shape[0]  # query heads of a key head
     first, met = blocks.queries_met(numbers, j)
     of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
 
@@ -172,11 +189,11 @@ def _keys_body(blocks: Blocks, wanted, numbers, q, k, v, do, lse, delta, *refs):
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             for source, own in zip((k, v), held):
-                plgpu.copy_gmem_to_smem(source.at[b, kv, pl.ds(j * TALL + g * ROWS, ROWS)], own.at[g], k_full.at[g])
+                plgpu.copy_gmem_to_smem(source.at[kv, pl.ds(j * TALL + g * ROWS, ROWS)], own.at[g], k_full.at[g])
 
         def cut(step):
             n, row = of_step(step)
-            return b, n, pl.ds(row, ROWS)
+            return n, pl.ds(row, ROWS)
 
         bring([queries, slopes], met * sharing, cut)
 
@@ -217,7 +234,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, q, k, v, do, lse, delta, *refs):
 
             return tuple(pl.run_scoped(both, logits, logits))
 
-        totals = tuple(filled((ROWS, out.shape[3]), 0.0) for out in outs)
+        totals = tuple(filled((ROWS, out.shape[2]), 0.0) for out in outs)
         totals = lax.fori_loop(0, met * sharing, step, totals)
         for name, out, total in zip(wanted, outs, totals):
-            out[b, kv, pl.ds(key, ROWS)] = total * scale if name == "dk" else total
+            out[kv, pl.ds(key, ROWS)] = total * scale if name == "dk" else total

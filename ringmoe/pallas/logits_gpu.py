@@ -31,11 +31,6 @@ WGMMA = plgpu.Layout.WGMMA
 BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 
-def numbers(at: Offsets) -> jax.Array:
-    """The vector."""
-    return jnp.stack([jnp.asarray(x, jnp.int32) for side in at for x in side])
-
-
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Blocks of so many queries and keys, of which the last ones may end after the array does; `numbers` is always the ref."""
@@ -150,26 +145,32 @@ def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(body, name: str, heads: int, rows: int, out_type, scratch_types):
-    """A kernel of a block of threads for every head and block of rows."""
-    near = math.gcd(heads, HEADS)
-    return plgpu.kernel(
+def launch(body, name: str, rows: int, out, scratch_types, at: Offsets, *arrays):
+    """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
+
+    Kernels see arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
+    """
+    (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
+    near = math.gcd(batch * heads, HEADS)
+    kernel = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
         scratch_types=scratch_types,
-        grid=(heads // near, rows, near),
+        grid=(batch * heads // near, rows, near),
         grid_names=("run", "rows", "head"),
         num_threads=GROUPS + 1,
         thread_name="group",
         kernel_name=f"ringmoe_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for side in at for x in side])
+    found = kernel(numbers, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
 
 
-def head_of(num_heads: int):
-    """The sequence and the head that a block of threads works on."""
-    at = lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
-    return lax.div(at, jnp.int32(num_heads)), lax.rem(at, jnp.int32(num_heads))
+def head():
+    """The one that a block of threads works on, of all sequences'."""
+    return lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
 
 
 def shared(dtype):
@@ -179,11 +180,6 @@ def shared(dtype):
 
 def barriers(number: int, arrivals: int = 1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
-
-
-def float32_like(x):
-    """What makes the type of a float32 result, of a shape; it varies over the mesh axes that x varies over."""
-    return lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(x).mat)
 
 
 def across(x, shape, dim: int = 0):

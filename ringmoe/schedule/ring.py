@@ -78,8 +78,9 @@ def walk(
       ring: the devices in the order in which blocks pass them.
       hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; where there
         are two parts all of them, the second one's of its successors.
-      state: stays on its device; may begin as a pytree without arrays. parts: this device's own block in one or two parts, pytrees that travel in opposite
-        directions. owed: zeros, a pytree for each part; () when nothing is owed.
+      state: stays on its device; may begin as a pytree without arrays.
+      parts: this device's own block in one or two parts, pytrees that travel in opposite directions.
+      owed: zeros, a pytree for each part; () when nothing is owed.
       travel: how they do.
 
     Returns:
