@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ringmoe import softmax
+from ringmoe import compat, softmax
 from ringmoe.interface import AttentionSpec, Offsets
 from ringmoe.masks import Band, Places
 from ringmoe.pallas.hopper import swizzled
@@ -150,6 +150,8 @@ def launch(body, name: str, rows: int, out, scratch_types, at: Offsets, *arrays)
 
     Kernels see arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
     """
+    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for side in at for x in side])
+    numbers, *arrays = compat.vary_alike((numbers, *arrays))
     (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
     near = math.gcd(batch * heads, HEADS)
     kernel = plgpu.kernel(
@@ -163,7 +165,6 @@ def launch(body, name: str, rows: int, out, scratch_types, at: Offsets, *arrays)
         kernel_name=f"ringmoe_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for side in at for x in side])
     found = kernel(numbers, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
 
