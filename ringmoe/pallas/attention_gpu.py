@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
@@ -33,6 +34,7 @@ from ringmoe.pallas.logits_gpu import (
     Blocks,
     Stream,
     across,
+    anew,
     barriers,
     bring,
     filled,
@@ -71,6 +73,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
         raise _lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
     if spec.uniform:
         raise _lacks("XLA may have to partition the call further, which it can't a kernel")
+    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
+        raise _lacks("a mask_fn that is not one of ringmoe.masks")
     if spec.soft_cap is not None or spec.scale <= 0:
         raise _lacks(f"{spec.soft_cap=}, {spec.scale=}, supported: no cap, a scale above 0")
     if given := [name for name, x in extras._asdict().items() if x is not None and name != "sinks"]:
@@ -154,7 +158,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
             """For Q K^T of a step, and another product, once it is this warpgroup's turn."""
             keys.wait(step)
             plgpu.barrier_wait(turn.at[group])
-            plgpu.wgmma(s_acc, queries.at[group], keys.at(step)[0].transpose((1, 0)))
+            plgpu.wgmma(s_acc, queries.at[anew(group)], keys.at(step)[0].transpose((1, 0)))
             if more:
                 plgpu.wgmma(*more)
             plgpu.barrier_arrive(turn.at[1 - group])

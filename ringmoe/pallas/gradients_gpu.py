@@ -30,11 +30,13 @@ from ringmoe.pallas.logits_gpu import (
     Blocks,
     Stream,
     across,
+    anew,
     barriers,
     bring,
     filled,
     head,
     launch,
+    padded,
     shared,
 )
 
@@ -44,18 +46,12 @@ BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together
 def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, at: Offsets) -> Grads:
     """`attention_gpu.backward` of what its check takes."""
     t, s, h, dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    lse, delta = (_in_blocks(x) for x in (softmax.finite_lse(lse) * LOG2E, delta))
+    lse, delta = (padded(x, TALL) for x in (softmax.finite_lse(lse) * LOG2E, delta))
     arrays = q, k, v, do, lse, delta
-    dq = _queries(spec, at, arrays, _in_blocks(grads.dq))[:, :, :t]
+    dq = _queries(spec, at, arrays, padded(grads.dq, TALL))[:, :, :t]
     runs = (("dk", "dv"),) if h + dim <= BESIDE else (("dk",), ("dv",))
     found = {name: x for names in runs for name, x in zip(names, _keys(spec, at, arrays, names), strict=True)}
     return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
-
-
-def _in_blocks(x):
-    """[B, N, T, ...] with zeros up to whole blocks: a copy, where there are some."""
-    more = -x.shape[2] % TALL
-    return jnp.pad(x, [(0, more if dim == 2 else 0) for dim in range(x.ndim)]) if more else x
 
 
 def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
@@ -205,7 +201,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
         plgpu.barrier_wait(k_full.at[group])
 
         def step(n, totals):
-            (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), lax.optimization_barrier(group)
+            (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
             row = of_step(n)[1]
 
             def both(s_acc, dp_acc):

@@ -27,6 +27,7 @@ TALL = GROUPS * ROWS  # of a block of threads
 HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
 SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
 MOST_STAGES = 4
+ALIGNED = 8  # an array's rows, which TMA brings in tiles
 WGMMA = plgpu.Layout.WGMMA
 BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
@@ -165,8 +166,21 @@ def launch(body, name: str, rows: int, out, scratch_types, at: Offsets, *arrays)
         kernel_name=f"ringmoe_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+    arrays = (padded(x, ALIGNED) for x in arrays)
     found = kernel(numbers, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
+
+
+def anew(group):
+    """A warpgroup's number, of which a step reckons its addresses: else those of all its products would wait in registers, for
+    which there is no room."""
+    return lax.optimization_barrier(group)
+
+
+def padded(x, unit: int):
+    """[B, N, T, ...] with zeros up to a multiple of so many T: a copy, where it isn't one."""
+    more = -x.shape[2] % unit
+    return jnp.pad(x, [(0, more if dim == 2 else 0) for dim in range(x.ndim)]) if more else x
 
 
 def head():
