@@ -112,10 +112,7 @@ def _queries_body(
         plgpu.barrier_wait(q_full.at[group])
 
         def step(j, dq):
-            own = lax.optimization_barrier(
-                group
-            )  # else addresses for all products wait in registers, for which there is no room
-            (key,), (value,) = keys.at(j), values.at(j)
+            (key,), (value,), own = keys.at(j), values.at(j), anew(group)
 
             def slopes(s_acc, dp_acc):
                 keys.wait(j)
