@@ -24,6 +24,7 @@ from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
     BRINGING,
     GROUPS,
+    LENGTHS,
     LOG2E,
     MOST_STAGES,
     MULTIPLYING,
@@ -37,9 +38,11 @@ from ringmoe.pallas.logits_gpu import (
     anew,
     barriers,
     bring,
+    cleared,
     filled,
     head,
     launch,
+    lengths_of,
     shared,
 )
 
@@ -77,8 +80,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
         raise _lacks("a mask_fn that is not one of ringmoe.masks")
     if spec.soft_cap is not None or spec.scale <= 0:
         raise _lacks(f"{spec.soft_cap=}, {spec.scale=}, supported: no cap, a scale above 0")
-    if given := [name for name, x in extras._asdict().items() if x is not None and name != "sinks"]:
-        raise _lacks(f"{', '.join(given)} given, supported: none of them")
+    if given := [name for name, x in extras._asdict().items() if x is not None and name not in (*LENGTHS, "sinks")]:
+        raise _lacks(f"{', '.join(given)} given, supported: lengths")
 
 
 def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
@@ -106,7 +109,8 @@ def forward(
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
     block_k = 128 if dim <= 128 and fitting(128) >= 2 else 64
-    blocks, stages = Blocks(spec, t, k.shape[2], TALL, block_k), min(MOST_STAGES, fitting(block_k))
+    blocks = Blocks(spec, t, k.shape[2], TALL, block_k, q.shape[1], lengths_of(extras))
+    stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
     tiles, rows, before = shared(q.dtype), blocks.num_q * TALL, () if state is None else (state.acc, state.m, state.l)
     new = launch(
         functools.partial(_body, blocks, state is None),
@@ -123,10 +127,9 @@ def forward(
             ),
             barriers(GROUPS),
         ],
-        at,
+        blocks.numbers(extras, at),
         q,
-        k,
-        v,
+        *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
         *before,
     )
     return State(*new, t)
@@ -138,7 +141,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
     i = blocks.num_q - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
-    first, steps = blocks.keys_met(numbers, i)
+    first, steps = blocks.keys_met(numbers, n, i)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -165,7 +168,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
 
         def soften(step, key, s, m, l):
             keys.done(step)
-            s = blocks.masked(s, numbers, row, key)
+            s = blocks.masked(s, numbers, n, row, key)
             m_new = jnp.maximum(m, jnp.max(s, 1) * unit)
             alpha = jnp.exp2(m - m_new)
             p = jnp.exp2(s * unit - across(m_new, s.shape))
@@ -235,7 +238,7 @@ def backward(
     at: Offsets,
 ) -> Grads:
     check(spec, q, k, v, extras)
-    return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, at)
+    return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, extras, at)
 
 
 def _lacks(what: str) -> NotImplementedError:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
-from ringmoe.interface import AttentionSpec, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
     BRINGING,
@@ -33,9 +33,11 @@ from ringmoe.pallas.logits_gpu import (
     anew,
     barriers,
     bring,
+    cleared,
     filled,
     head,
     launch,
+    lengths_of,
     padded,
     shared,
 )
@@ -43,14 +45,17 @@ from ringmoe.pallas.logits_gpu import (
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together
 
 
-def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, at: Offsets) -> Grads:
+def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras: Extras, at: Offsets) -> Grads:
     """`attention_gpu.backward` of what its check takes."""
     t, s, h, dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    queries, keys = at.places(t, s)
+    k, v = (cleared(x, keys, extras.key_lengths) for x in (k, v))
+    q, do, delta = (cleared(x, queries, extras.query_lengths) for x in (q, do, delta))
     lse, delta = (padded(x, TALL) for x in (softmax.finite_lse(lse) * LOG2E, delta))
     arrays = q, k, v, do, lse, delta
-    dq = _queries(spec, at, arrays, padded(grads.dq, TALL))[:, :, :t]
+    dq = _queries(spec, extras, at, arrays, padded(grads.dq, TALL))[:, :, :t]
     runs = (("dk", "dv"),) if h + dim <= BESIDE else (("dk",), ("dv",))
-    found = {name: x for names in runs for name, x in zip(names, _keys(spec, at, arrays, names), strict=True)}
+    found = {name: x for names in runs for name, x in zip(names, _keys(spec, extras, at, arrays, names), strict=True)}
     return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
 
 
@@ -61,12 +66,12 @@ def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
     return max(both, min(2, (room - second) // first)), both
 
 
-def _queries(spec: AttentionSpec, at: Offsets, arrays, dq):
+def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     q, k, v, *_ = arrays
     (t, h), s, dim = q.shape[2:], k.shape[2], v.shape[3]
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     block_k = 128 if h <= 128 and min(stages(128)) >= 2 else 64
-    blocks, tiles = Blocks(spec, t, s, TALL, block_k), shared(q.dtype)
+    blocks, tiles = Blocks(spec, t, s, TALL, block_k, q.shape[1], lengths_of(extras)), shared(q.dtype)
     (dq,) = launch(
         functools.partial(_queries_body, blocks),
         "backward_queries",
@@ -78,7 +83,7 @@ def _queries(spec: AttentionSpec, at: Offsets, arrays, dq):
             *(tiles(n, block_k, width) for n, width in zip(stages(block_k), (h, dim))),
             *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
         ],
-        at,
+        blocks.numbers(extras, at),
         *arrays,
         dq,
     )
@@ -92,7 +97,7 @@ def _queries_body(
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
     i = blocks.num_q - 1 - lax.axis_index("rows")
-    first, steps = blocks.keys_met(numbers, i)
+    first, steps = blocks.keys_met(numbers, n, i)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -119,7 +124,7 @@ def _queries_body(
                 plgpu.wgmma(s_acc, queries.at[own], key.transpose((1, 0)))
                 values.wait(j)
                 plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
-                s = blocks.masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), numbers, row, (first + j) * block_k)
+                s = blocks.masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), numbers, n, row, (first + j) * block_k)
                 p = jnp.exp2(s * (scale * LOG2E) - across(lse_rows, s.shape))
                 dp = dp_acc[...]
                 values.done(j)
@@ -139,10 +144,10 @@ def _queries_body(
         dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA) + dq * scale
 
 
-def _keys(spec: AttentionSpec, at: Offsets, arrays, wanted: tuple[str, ...]):
+def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):
     q, k, v, *others = arrays
     (s, h), t, dim = k.shape[2:], q.shape[2], v.shape[3]
-    blocks = Blocks(spec, t, s, ROWS, TALL)
+    blocks = Blocks(spec, t, s, ROWS, TALL, k.shape[1], lengths_of(extras))
     held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
     stages = _stages(q, TALL * sum(held), ROWS * (h + 2), ROWS * (dim + 2))
     return launch(
@@ -157,7 +162,7 @@ def _keys(spec: AttentionSpec, at: Offsets, arrays, wanted: tuple[str, ...]):
             *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
         ],
-        at,
+        blocks.numbers(extras, at),
         k,
         v,
         q,
@@ -174,7 +179,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
     )
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
     sharing = q.shape[0] // k.shape[0]  # query heads of a key head
-    first, met = blocks.queries_met(numbers, j)
+    first, met = blocks.queries_met(numbers, kv, j)
     of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
 
     @pl.when(group == GROUPS)
@@ -211,7 +216,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
                     if "dk" in wanted:
                         plgpu.wgmma(dp_acc, held[1].at[own], out.transpose((1, 0)))
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if "dk" in wanted else 0)
-                    s = blocks.masked(s, numbers, row, key, turned=True)
+                    s = blocks.masked(s, numbers, kv, row, key, turned=True)
                     p = jnp.exp2(s * (scale * LOG2E) - of_column(lses))
                     if "dv" in wanted:
                         plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)

@@ -1,10 +1,12 @@
 """What the attention kernels of Hopper GPUs share: which pairs of blocks meet, what is masked of one, and how a kernel is laid
 out: one warpgroup that brings blocks by TMA into rings in shared memory, and two that multiply.
 
-`Blocks` lays a call out; the numbers that only the run knows, where the pieces of queries and keys start, are one int32 vector.
+`Blocks` lays a call out; the numbers that only the run knows, where pieces start and how long sequences are, are one int32
+vector.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import compat, softmax
-from ringmoe.interface import AttentionSpec, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band, Places
 from ringmoe.pallas.hopper import swizzled
 
 LOG2E = math.log2(math.e)
 GROUPS = 2  # warpgroups that multiply
+LENGTHS = ("query_lengths", "key_lengths")
 ROWS = 64  # of the result, a warpgroup's in one product
 TALL = GROUPS * ROWS  # of a block of threads
 HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
@@ -34,13 +37,16 @@ BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Blocks of so many queries and keys, of which the last ones may end after the array does; `numbers` is always the ref."""
+    """Blocks of so many queries and keys, of which the last ones may end after the array does; `heads` of a sequence, `lengths`
+    those of `Extras` that are given. In methods `numbers` is the ref, and `n` a head, of all sequences'."""
 
     spec: AttentionSpec
     num_queries: int
     num_keys: int
     block_q: int
     block_k: int
+    heads: int
+    lengths: tuple[str, ...]
 
     @property
     def num_q(self) -> int:
@@ -50,52 +56,81 @@ class Blocks:
     def num_k(self) -> int:
         return -(-self.num_keys // self.block_k)
 
-    def places(self, numbers) -> tuple[Places, Places]:
-        """Where queries and keys stand."""
-        pieces = self.spec.pieces
-        starts = [numbers[n] for n in range(2 * pieces)]
-        return Offsets(tuple(starts[:pieces]), tuple(starts[pieces:])).places(self.num_queries, self.num_keys)
+    def numbers(self, extras: Extras, at: Offsets) -> jax.Array:
+        """The vector: where pieces start, and the sequences' lengths."""
+        starts = [jnp.asarray(x, jnp.int32) for side in at for x in side]
+        return jnp.concatenate([jnp.stack(starts), *(getattr(extras, name) for name in self.lengths)])
 
-    def keys_met(self, numbers, i):
+    def _here(self, numbers, n) -> tuple[Band, Places, Places]:
+        """What is seen in a head's sequence, whose ends only the run knows; and where queries and keys stand."""
+        band, starts = self.spec.band, [numbers[i] for i in range(2 * self.spec.pieces)]
+        at = Offsets(tuple(starts[: self.spec.pieces]), tuple(starts[self.spec.pieces :]))
+        queries, keys = at.places(self.num_queries, self.num_keys)
+        ends: dict[str, list] = {"query": [band.queries], "key": [band.keys]}
+        if self.num_keys % self.block_k:  # of one piece then
+            ends["key"].append(keys.starts[0] + self.num_keys)
+        for i, name in enumerate(self.lengths):
+            sequence, sequences = (
+                lax.div(n, jnp.int32(self.heads)),
+                (numbers.shape[0] - len(starts)) // len(self.lengths),
+            )
+            ends[name.removesuffix("_lengths")].append(numbers[len(starts) + i * sequences + sequence])
+        given = ([x for x in found if x is not None] for found in ends.values())
+        last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given)
+        return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
+
+    def keys_met(self, numbers, n, i):
         """The first block of keys that query block i meets, and how many more there are."""
-        queries, keys = self.places(numbers)
-        return self._met(Band.keys_met, queries.of(i * self.block_q), self.block_q, keys, self.block_k, self.num_k)
+        band, queries, keys = self._here(numbers, n)
+        return self._met(band.keys_met, queries.of(i * self.block_q), self.block_q, keys, self.block_k, self.num_k)
 
-    def queries_met(self, numbers, j):
+    def queries_met(self, numbers, n, j):
         """The same of blocks of queries, for key block j."""
-        queries, keys = self.places(numbers)
-        return self._met(Band.queries_met, keys.of(j * self.block_k), self.block_k, queries, self.block_q, self.num_q)
+        band, queries, keys = self._here(numbers, n)
+        return self._met(band.queries_met, keys.of(j * self.block_k), self.block_k, queries, self.block_q, self.num_q)
 
-    def _met(self, met, start, length: int, other: Places, block: int, most: int):
-        first, last = met(self.spec.band, start, start + length, other, block)
+    @staticmethod
+    def _met(met, start, length: int, other: Places, block: int, most: int):
+        first, last = met(start, start + length, other, block)
         # One at least, of which then nothing is seen: a kernel needs no way around its loop.
         first = jnp.minimum(jnp.asarray(first, jnp.int32), most - 1)
         return first, jnp.maximum(jnp.asarray(last, jnp.int32) - first, 1)
 
-    def masked(self, s, numbers, row, key, turned: bool = False):
+    def masked(self, s, numbers, n, row, key, turned: bool = False):
         """The logits `s` of queries from `row` and keys from `key` on, with those hidden that aren't seen.
 
         turned: whether it is keys by queries, not queries by keys.
         """
-        band, (queries, keys) = self.spec.band, self.places(numbers)
-        ragged = self.num_keys % self.block_k > 0
-        if band.is_full and not ragged:
+        if self.spec.band.is_full and not self.lengths and self.num_keys % self.block_k == 0:
             return s
+        band, queries, keys = self._here(numbers, n)
         height, width = s.shape[::-1] if turned else s.shape
         q_start, k_start = queries.of(row), keys.of(key)
-        full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
-        if ragged:
-            full &= key + width <= self.num_keys
+
+        # From the first key on, where masks are of distances: numbers that are the same in every block are no registers.
+        origin = k_start if band.also is None else 0
+        ends = (None if end is None else end - origin for end in (band.queries, band.keys))
+        near = dataclasses.replace(band, **dict(zip(("queries", "keys"), ends)))
 
         def hide(s):
             along = lambda dim: plgpu.broadcasted_iota(jnp.int32, s.shape, dim, layout=plgpu.Layout.WGMMA)
-            query, other = (along(1), along(0)) if turned else (along(0), along(1))
-            seen = band(q_start + query, k_start + other)
-            if ragged:
-                seen &= other < self.num_keys - key
+            seen = near(q_start - origin + along(int(turned)), k_start - origin + along(int(not turned)))
             return jnp.where(seen, s, softmax.MASKED)
 
+        full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
         return lax.cond(full, lambda s: s, hide, s)
+
+
+def lengths_of(extras: Extras) -> tuple[str, ...]:
+    return tuple(name for name in LENGTHS if getattr(extras, name) is not None)
+
+
+def cleared(x, places: Places, lengths):
+    """[B, N, T, ...] with zeros past each sequence's length: whatever is there, 0 times it must be 0."""
+    if lengths is None:
+        return x
+    inside = places.of(jnp.arange(x.shape[2], dtype=jnp.int32)) < lengths[:, None]
+    return jnp.where(inside.reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3)), x, jnp.zeros_like(x))
 
 
 class Stream(NamedTuple):
@@ -146,12 +181,11 @@ def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(body, name: str, rows: int, out, scratch_types, at: Offsets, *arrays):
+def launch(body, name: str, rows: int, out, scratch_types, numbers, *arrays):
     """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
 
     Kernels see arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
     """
-    numbers = jnp.stack([jnp.asarray(x, jnp.int32) for side in at for x in side])
     numbers, *arrays = compat.vary_alike((numbers, *arrays))
     (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
     near = math.gcd(batch * heads, HEADS)
