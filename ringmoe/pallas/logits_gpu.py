@@ -107,15 +107,9 @@ class Blocks:
         height, width = s.shape[::-1] if turned else s.shape
         q_start, k_start = queries.of(row), keys.of(key)
 
-        # From the first key on, where masks are of distances: numbers that are the same in every block are no registers.
-        origin = k_start if band.also is None else 0
-        ends = (None if end is None else end - origin for end in (band.queries, band.keys))
-        near = dataclasses.replace(band, **dict(zip(("queries", "keys"), ends)))
-
         def hide(s):
             along = lambda dim: plgpu.broadcasted_iota(jnp.int32, s.shape, dim, layout=plgpu.Layout.WGMMA)
-            seen = near(q_start - origin + along(int(turned)), k_start - origin + along(int(not turned)))
-            return jnp.where(seen, s, softmax.MASKED)
+            return jnp.where(band(q_start + along(int(turned)), k_start + along(int(not turned))), s, softmax.MASKED)
 
         full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
         return lax.cond(full, lambda s: s, hide, s)
