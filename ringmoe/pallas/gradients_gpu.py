@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Band
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
     BRINGING,
@@ -70,8 +71,9 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     q, k, v, *_ = arrays
     (t, h), s, dim = q.shape[2:], k.shape[2], v.shape[3]
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
-    # With the logits' gradients and dQ's sum 128 logits a row fill a thread's registers, if more than distances is masked.
-    most = 128 if s % 128 == 0 and not lengths_of(extras) else 64
+    # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
+    distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not lengths_of(extras)
+    most = 128 if distances else 64
     block_k = 128 if h <= most and min(stages(128)) >= 2 else 64
     blocks, tiles = Blocks(spec, t, s, TALL, block_k, q.shape[1], lengths_of(extras)), shared(q.dtype)
     (dq,) = launch(
