@@ -62,8 +62,8 @@ class State:
     length: int
 
 
-def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> None:
-    """Raises NotImplementedError, naming what this kernel lacks."""
+def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
+    """Raises NotImplementedError, naming what this kernel lacks; arguments are arrays or their types."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise _lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
     h, dim = q.shape[3], v.shape[3]
@@ -112,7 +112,7 @@ def forward(
     blocks = Blocks(spec, t, k.shape[2], TALL, block_k, q.shape[1], lengths_of(extras))
     stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
     tiles, rows, before = shared(q.dtype), blocks.num_q * TALL, () if state is None else (state.acc, state.m, state.l)
-    new = launch(
+    acc, m, l = launch(
         functools.partial(_body, blocks, state is None),
         "forward",
         blocks.num_q,
@@ -132,11 +132,12 @@ def forward(
         *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
         *before,
     )
-    return State(*new, t)
+    return State(acc, m, l, t)
 
 
 def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
-    before, refs = ((), refs) if fresh else (refs[:3], refs[3:])
+    given = 0 if fresh else 3
+    before, refs = refs[:given], refs[given:]
     acc_out, m_out, l_out, queries, q_full, k_ring, k_full, k_free, v_ring, v_full, v_free, turn = refs
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
