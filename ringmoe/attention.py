@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
-    implementation: Literal["tpu", "xla"] | None
+    implementation: Literal["tpu", "gpu", "xla"] | None
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None
@@ -75,7 +75,7 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["tpu", "xla"] | None = None,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
@@ -124,8 +124,8 @@ def dot_product_attention(
       is_causal: token i sees keys j <= i, both counted from their sequence's start.
       query_seq_lengths, key_value_seq_lengths: [B] int32, valid tokens of each sequence; the rest is padding.
       local_window_size: (left, right) or one int for both: token i sees keys i - left .. i + right.
-      implementation: "tpu" (Pallas), "xla", or None: the best that takes this call on this platform. Away from a TPU
-        "tpu" runs in Pallas's interpreter, slowly: for tests.
+      implementation: "tpu" or "gpu" (Pallas; a Hopper), "xla", or None: the best that takes this call on this platform. Away
+        from a TPU "tpu" runs in Pallas's interpreter, slowly: for tests. "gpu" runs on H100 and H200 only.
       return_residual: also return the LSE.
       query_segment_ids, key_value_segment_ids: [B, T] and [B, S] int32, both or neither: a query sees keys of its own
         segment only (packed sequences).

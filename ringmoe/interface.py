@@ -7,7 +7,7 @@ float64 for float64 inputs. No kernel communicates and none knows the mesh: a sc
 it where in the sequence the local rows and keys stand.
 
     check(spec, q, k, v, extras)                    raises NotImplementedError with what it lacks; nothing else
-    init(spec, q, v) -> state                       no key seen yet; an opaque pytree
+    init(spec, q, v) -> state                       no key seen yet; an opaque pytree, perhaps of no arrays
     forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
     finish(spec, state) -> (o [B, N, T, V], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
     backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share

@@ -113,9 +113,14 @@ def read(dumps: _Dumps, names: frozenset[str]) -> tuple[Kernel, ...]:
         name = re.sub(r"^\d+-|-\d+-final_hlo-.*$", "", file.name)
         if name in names:
             found[name] = tpu_kernel(name, file.read_text())
-    for file in sorted(dumps.gpu.glob("*.ptxas")):
-        resources = file.with_suffix(".resources.txt")
-        found[file.stem] = gpu_kernel(file.stem, file.read_text(), resources.read_text() if resources.exists() else "")
+    # The number at a name's end counts what was lowered there and what was compiled here: among kernels of a name only is the
+    # order the same.
+    resources = collections.defaultdict(list)
+    for file in _in_order(dumps.gpu, ".resources.txt"):
+        resources[_unnumbered(file.name.removesuffix(".resources.txt"))].append(file.read_text())
+    for file in _in_order(dumps.gpu, ".ptxas"):
+        own = resources[_unnumbered(file.stem)]
+        found[file.stem] = gpu_kernel(file.stem, file.read_text(), own.pop(0) if own else "")
     if names and not found:
         raise RuntimeError(
             "JAX started before kernels=True could ask libtpu for its schedules: call inspect "
@@ -123,6 +128,16 @@ def read(dumps: _Dumps, names: frozenset[str]) -> tuple[Kernel, ...]:
             "asks for jax.devices() or makes an array, or run `ringmoe inspect --kernels`"
         )
     return tuple(found.values())
+
+
+def _in_order(folder: pathlib.Path, suffix: str) -> list[pathlib.Path]:
+    """Mosaic GPU's files of a kind, by their number."""
+    number = lambda file: int((re.findall(r"_(\d+)$", file.name.removesuffix(suffix)) or [0])[0])
+    return sorted(folder.glob(f"*{suffix}"), key=number)
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def tpu_kernel(name: str, text: str) -> Kernel:

@@ -4,13 +4,20 @@ from collections.abc import Callable
 from types import ModuleType
 
 from ringmoe.errors import check, warn_once
-from ringmoe.pallas import attention_tpu, attention_xla, experts_xla
+from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, experts_xla
+from ringmoe.pallas.hopper import is_hopper
 
 KERNELS: dict[str, dict[str, ModuleType]] = {
-    "attention": {"tpu": attention_tpu, "xla": attention_xla},
+    "attention": {"tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
     "experts": {"xla": experts_xla},
 }
-PREFERRED = {"tpu": ("tpu", "xla")}  # any other platform: the XLA kernel
+PREFERRED = {"tpu": ("tpu", "xla"), "hopper": ("gpu", "xla")}  # any other platform: the XLA kernel
+ONLY_ON = {"gpu": "hopper"}  # what no interpreter runs elsewhere
+
+
+def platform_of(platform: str, device_kind: str) -> str:
+    """JAX's platform, more closely where kernels are a chip's: "hopper" for a GPU that is one."""
+    return "hopper" if platform == "cuda" and is_hopper(device_kind) else platform
 
 
 def check_implementation(op: str, implementation: str | None) -> None:
@@ -31,6 +38,8 @@ def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[
     refusals: list[NotImplementedError] = []
     for name in names:
         try:
+            if ONLY_ON.get(name, platform) != platform:
+                raise NotImplementedError(f"the {name} kernel runs on a {ONLY_ON[name]} only")
             accepts(KERNELS[op][name])
         except NotImplementedError as refusal:
             refusals.append(refusal)

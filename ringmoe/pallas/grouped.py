@@ -20,8 +20,8 @@ from jax.sharding import AxisType
 
 from ringmoe import compat
 from ringmoe.errors import warn_once
-from ringmoe.inspector.chips import chip_of
 from ringmoe.pallas import grouped_gpu
+from ringmoe.pallas.hopper import is_hopper
 
 TILE = 256  # rows that are multiplied at once, where they go tile by tile; as often are the weights read
 
@@ -141,7 +141,7 @@ def _lowering(run):
 def _lower_on_cuda(ctx, *operands, mapped, dtype, **params):
     """A kernel where there is one for the GPU, and XLA may not have to partition it; tile by tile elsewhere."""
     (a, b, _), run = ctx.avals_in, _tiled
-    if not mapped and compat.is_of_one_device(ctx) and chip_of(compat.device_kind(ctx)) in grouped_gpu.CHIPS:
+    if not mapped and compat.is_of_one_device(ctx) and is_hopper(compat.device_kind(ctx)):
         try:
             grouped_gpu.check(a, b, dtype)
             run = functools.partial(grouped_gpu.matmul, dtype=dtype)

@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHIPS = ("h100", "h200")  # names of inspector/chips.py: wgmma is Hopper's alone
+from ringmoe.pallas.hopper import swizzled
+
 MULTIPROCESSORS = 132  # of an H100 (SXM) and an H200
 GROUPS = 2  # warpgroups that multiply
 ROWS, COLUMNS = 128, 256  # of the result, at once
@@ -58,7 +59,7 @@ def _matmul(kind, a, b, counts, dtype):
     e, outer, shape = counts.size, kind == "outer", _shape(kind, a, b, counts.size)
     tables = _tables(counts, None, e) if outer else _tables(counts, ROWS, pl.cdiv(a.shape[0], ROWS) + e)
     half, piece = ROWS // GROUPS, 128 // jnp.dtype(dtype).itemsize
-    ring = lambda *block: plgpu.SMEM((STAGES, *block), a.dtype, transforms=_swizzled(a.dtype))
+    ring = lambda *block: plgpu.SMEM((STAGES, *block), a.dtype, transforms=swizzled(a.dtype))
     out = lambda **layout: plgpu.SMEM((GROUPS, 2, half, piece), dtype, **layout)
     kernel = plgpu.kernel(
         functools.partial(_body, kind),
@@ -66,7 +67,7 @@ def _matmul(kind, a, b, counts, dtype):
         scratch_types=[
             ring(*(DEPTH, ROWS) if outer else (ROWS, DEPTH)),
             ring(*(COLUMNS, DEPTH) if kind == "back" else (DEPTH, COLUMNS)),
-            plgpu.RefUnion(out(transforms=_swizzled(dtype)), out()),
+            plgpu.RefUnion(out(transforms=swizzled(dtype)), out()),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=GROUPS),
@@ -78,12 +79,6 @@ def _matmul(kind, a, b, counts, dtype):
         kernel_name=f"ringmoe_grouped_{kind}",
     )
     return kernel(*tables, a, b)
-
-
-def _swizzled(dtype):
-    """Rows of 128 bytes, as the tensor cores and bank-conflict-free stores want them."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
 
 def _tables(counts, rows, most):

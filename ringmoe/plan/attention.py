@@ -16,7 +16,7 @@ from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all", "merge")
 MOST_GATHERED = 1 / 32  # of a device's memory, for keys and values that "auto" gathers
-LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a TPU kernel's block
+LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a Pallas kernel's block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make(
         dK and dV on their way to their owner, in a backward pass. device_kind: as JAX names it.
       rows_stay: whether there are arrays of queries by keys, which would have to follow rows that go elsewhere.
       in_order: whether places in the arrays are what the band compares.
-      in_tiles: whether the kernel will be a TPU's, as far as is known.
+      in_tiles: whether the kernel will be one in Pallas, as far as is known.
 
     Raises ValueError where the caller asked for an exchange that these shardings can't have.
     """

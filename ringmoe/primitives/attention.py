@@ -11,6 +11,7 @@ from jax.interpreters import ad
 from ringmoe import meshes, pallas
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.pallas import ring_tpu
+from ringmoe.pallas.hopper import is_hopper
 from ringmoe.plan import attention as plan
 from ringmoe.plan import cost
 from ringmoe.plan.attention import AttentionPlan
@@ -113,11 +114,17 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         kind,
         rows_stay=any(("t",) in dims for name, dims in zip(operands, rule.operands) if name in ("bias", "mask")),
         in_order=not {"query_positions", "key_positions"} & {*operands},
-        in_tiles=params["implementation"] == "tpu" or (params["implementation"] is None and cost.family(kind) == "tpu"),
+        in_tiles=_in_tiles(params["implementation"], kind),
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])
     return dataclasses.replace(found, bias_sum_axes=summed)
+
+
+def _in_tiles(implementation: str | None, device_kind: str) -> bool:
+    """Whether the kernel will be one in Pallas, as far as is known."""
+    chosen = cost.family(device_kind) == "tpu" or is_hopper(device_kind)
+    return implementation in ("tpu", "gpu") or (implementation is None and chosen)
 
 
 def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extras: Extras):

@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from ringmoe import compat, meshes, rules
+from ringmoe import compat, meshes, pallas, rules
 from ringmoe.errors import check, warn_once
 from ringmoe.inspector.chips import chip_of
 from ringmoe.meshes import Axes
@@ -104,7 +104,7 @@ def lower(op, platform: str, ctx, *operands, **params):
     rule, params = op.rule(avals, params), params | {"chip": chip_of(compat.device_kind(ctx)) or ""}
     if isinstance(placement, probe.Probe):
         return probe.emit(placement, rule, operands, ctx.avals_out)
-    found = find(op, avals, params)
+    found, platform = find(op, avals, params), pallas.platform_of(platform, compat.device_kind(ctx))
     if found is not None:
         if found.xla_knows_more:
             params = params | _for_xla_inside(op, found.plan, platform)

@@ -78,8 +78,9 @@ def walk(
       ring: the devices in the order in which blocks pass them.
       hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; where there
         are two parts all of them, the second one's of its successors.
-      state: stays on its device. parts: this device's own block in one or two parts, pytrees that travel in opposite
-        directions. owed: zeros, a pytree for each part; () when nothing is owed.
+      state: stays on its device; may begin as a pytree without arrays.
+      parts: this device's own block in one or two parts, pytrees that travel in opposite directions.
+      owed: zeros, a pytree for each part; () when nothing is owed.
       travel: how they do.
 
     Returns:
@@ -117,7 +118,9 @@ def walk(
     carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
     if hops > 1:
         start = 0
-        if owes:  # nothing is owed yet in the first hop: taken out of the loop, it sends no zeros
+        if owes or not jax.tree.leaves(
+            state
+        ):  # in the first hop nothing is owed yet, and a state may be nothing: no zeros
             carry, start = hop(carry, 0, first=True), 1
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
     state, trains = hop(carry, hops - 1, first=hops == 1, last=True)

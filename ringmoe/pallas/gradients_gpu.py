@@ -1,0 +1,242 @@
+"""Attention's gradients on Hopper GPUs: one kernel for dQ, by blocks of queries, and one for dK and dV, by blocks of keys, so
+that every sum is a block of threads' own, and bits repeat.
+
+    P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    dQ = dS K    dK = dS^T Q    dV = P^T dO
+
+P and dS are made anew in each, for dK and dV as keys by queries: the left side of the last three products is in registers. Of
+wide heads dK and dV are two kernels, for both don't fit there.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ringmoe import softmax
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Band
+from ringmoe.pallas.hopper import added_to
+from ringmoe.pallas.logits_gpu import (
+    BRINGING,
+    GROUPS,
+    LOG2E,
+    MOST_STAGES,
+    MULTIPLYING,
+    ROWS,
+    SHARED,
+    TALL,
+    WGMMA,
+    Blocks,
+    Stream,
+    across,
+    anew,
+    barriers,
+    bring,
+    cleared,
+    filled,
+    head,
+    launch,
+    lengths_of,
+    padded,
+    shared,
+)
+
+BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together
+
+
+def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras: Extras, at: Offsets) -> Grads:
+    """`attention_gpu.backward` of what its check takes."""
+    t, s, h, dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    queries, keys = at.places(t, s)
+    k, v = (cleared(x, keys, extras.key_lengths) for x in (k, v))
+    q, do, delta = (cleared(x, queries, extras.query_lengths) for x in (q, do, delta))
+    lse, delta = (padded(x, TALL) for x in (softmax.finite_lse(lse) * LOG2E, delta))
+    arrays = q, k, v, do, lse, delta
+    dq = _queries(spec, extras, at, arrays, padded(grads.dq, TALL))[:, :, :t]
+    runs = (("dk", "dv"),) if h + dim <= BESIDE else (("dk",), ("dv",))
+    found = {name: x for names in runs for name, x in zip(names, _keys(spec, extras, at, arrays, names), strict=True)}
+    return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
+
+
+def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
+    """How many blocks of each of two streams fit beside those that stay; numbers of elements. The first is needed longer."""
+    room = SHARED // q.dtype.itemsize - own
+    both = min(MOST_STAGES, room // (first + second))
+    return max(both, min(2, (room - second) // first)), both
+
+
+def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
+    q, k, v, *_ = arrays
+    (t, h), s, dim = q.shape[2:], k.shape[2], v.shape[3]
+    stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
+    # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
+    distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not lengths_of(extras)
+    most = 128 if distances else 64
+    block_k = 128 if h <= most and min(stages(128)) >= 2 else 64
+    blocks, tiles = Blocks(spec, t, s, TALL, block_k, q.shape[1], lengths_of(extras)), shared(q.dtype)
+    (dq,) = launch(
+        functools.partial(_queries_body, blocks),
+        "backward_queries",
+        blocks.num_q,
+        [dq.shape[2:]],
+        [
+            *(tiles(GROUPS, ROWS, width) for width in (h, dim)),
+            barriers(GROUPS, 2),
+            *(tiles(n, block_k, width) for n, width in zip(stages(block_k), (h, dim))),
+            *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
+        ],
+        blocks.numbers(extras, at),
+        *arrays,
+        dq,
+    )
+    return dq
+
+
+def _queries_body(
+    blocks: Blocks, numbers, q, k, v, do, lse, delta, dq_in, dq_out,
+    queries, outs, q_full, k_ring, v_ring, k_full, k_free, v_full, v_free,
+):  # fmt: skip
+    keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
+    n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
+    i = blocks.num_q - 1 - lax.axis_index("rows")
+    first, steps = blocks.keys_met(numbers, n, i)
+
+    @pl.when(group == GROUPS)
+    def _bring():
+        plgpu.set_max_registers(BRINGING, action="decrease")
+        for g in range(GROUPS):
+            for source, own in ((q, queries), (do, outs)):
+                plgpu.copy_gmem_to_smem(source.at[n, pl.ds(i * TALL + g * ROWS, ROWS)], own.at[g], q_full.at[g])
+        kv = lax.div(n, jnp.int32(q.shape[0] // k.shape[0]))
+        bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
+
+    @pl.when(group < GROUPS)
+    def _multiply():
+        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
+        mine, scale = (n, pl.ds(row, ROWS)), blocks.spec.scale
+        lse_rows, delta_rows = (plgpu.load(ref.at[mine], layout=WGMMA.reduce(1)) for ref in (lse, delta))
+        plgpu.barrier_wait(q_full.at[group])
+
+        def step(j, dq):
+            (key,), (value,), own = keys.at(j), values.at(j), anew(group)
+
+            def slopes(s_acc, dp_acc):
+                keys.wait(j)
+                plgpu.wgmma(s_acc, queries.at[own], key.transpose((1, 0)))
+                values.wait(j)
+                plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
+                s = blocks.masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), numbers, n, row, (first + j) * block_k)
+                p = jnp.exp2(s * (scale * LOG2E) - across(lse_rows, s.shape))
+                dp = dp_acc[...]
+                values.done(j)
+                return (p * (dp - across(delta_rows, s.shape))).astype(q.dtype)
+
+            ds = pl.run_scoped(slopes, *[plgpu.ACC((ROWS, block_k), jnp.float32)] * 2)
+
+            def add(dq_acc):
+                plgpu.wgmma(dq_acc, ds, key)
+                plgpu.wgmma_wait(0)
+                keys.done(j)
+                return ()
+
+            return added_to([dq], add)[0]
+
+        dq = lax.fori_loop(0, steps, step, filled((ROWS, q.shape[2]), 0.0))
+        dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA) + dq * scale
+
+
+def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):
+    q, k, v, *others = arrays
+    (s, h), t, dim = k.shape[2:], q.shape[2], v.shape[3]
+    blocks = Blocks(spec, t, s, ROWS, TALL, k.shape[1], lengths_of(extras))
+    held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
+    stages = _stages(q, TALL * sum(held), ROWS * (h + 2), ROWS * (dim + 2))
+    return launch(
+        functools.partial(_keys_body, blocks, wanted),
+        f"backward_{'_'.join(wanted)}",
+        blocks.num_k,
+        [(blocks.num_k * TALL, widths[name]) for name in wanted],
+        [
+            *(tiles(GROUPS, ROWS, width) for width in held),
+            barriers(GROUPS, len(held)),
+            *(tiles(n, ROWS, width) for n, width in zip(stages, (h, dim))),
+            *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
+            *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
+        ],
+        blocks.numbers(extras, at),
+        k,
+        v,
+        q,
+        *others,
+    )
+
+
+def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
+    outs, refs = refs[: len(wanted)], refs[len(wanted) :]
+    *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
+    queries, slopes = (
+        Stream([q, lse], [q_ring, lse_ring], q_full, q_free),
+        Stream([do, delta], [do_ring, delta_ring], do_full, do_free),
+    )
+    kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
+    sharing = q.shape[0] // k.shape[0]  # query heads of a key head
+    first, met = blocks.queries_met(numbers, kv, j)
+    of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
+
+    @pl.when(group == GROUPS)
+    def _bring():
+        plgpu.set_max_registers(BRINGING, action="decrease")
+        for g in range(GROUPS):
+            for source, own in zip((k, v), held):
+                plgpu.copy_gmem_to_smem(source.at[kv, pl.ds(j * TALL + g * ROWS, ROWS)], own.at[g], k_full.at[g])
+
+        def cut(step):
+            n, row = of_step(step)
+            return n, pl.ds(row, ROWS)
+
+        bring([queries, slopes], met * sharing, cut)
+
+    @pl.when(group < GROUPS)
+    def _multiply():
+        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
+        scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
+        plgpu.barrier_wait(k_full.at[group])
+
+        def step(n, totals):
+            (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
+            row = of_step(n)[1]
+
+            def both(s_acc, dp_acc):
+                def work(*accs):
+                    of_column = lambda ref: across(plgpu.load(ref, layout=WGMMA.reduce(0)), (ROWS, ROWS), 1)
+                    acc = dict(zip(wanted, accs))
+                    queries.wait(n)
+                    plgpu.wgmma(s_acc, held[0].at[own], query.transpose((1, 0)))
+                    slopes.wait(n)
+                    if "dk" in wanted:
+                        plgpu.wgmma(dp_acc, held[1].at[own], out.transpose((1, 0)))
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if "dk" in wanted else 0)
+                    s = blocks.masked(s, numbers, kv, row, key, turned=True)
+                    p = jnp.exp2(s * (scale * LOG2E) - of_column(lses))
+                    if "dv" in wanted:
+                        plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)
+                    if "dk" in wanted:
+                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
+                        plgpu.wgmma(acc["dk"], (p * (dp - of_column(deltas))).astype(q.dtype), query)
+                    plgpu.wgmma_wait(0)
+                    queries.done(n)
+                    slopes.done(n)
+                    return ()
+
+                return added_to(totals, work)
+
+            return tuple(pl.run_scoped(both, logits, logits))
+
+        totals = tuple(filled((ROWS, out.shape[2]), 0.0) for out in outs)
+        totals = lax.fori_loop(0, met * sharing, step, totals)
+        for name, out, total in zip(wanted, outs, totals):
+            out[kv, pl.ds(key, ROWS)] = total * scale if name == "dk" else total

@@ -1,0 +1,299 @@
+"""The Hopper kernels of attention: interpreted, against float64; down to ptxas; which calls they take; between a ring's sends.
+
+What only a GPU can tell, `python -m bench.gpu_attention` checks there.
+"""
+
+import dataclasses
+import itertools
+import re
+import warnings
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe.errors import CostWarning, forget_warnings
+from ringmoe.inspector import kernels
+from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Band, Causal, Chunks, Prefix
+from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
+from tests.helpers import assert_close
+from tests.test_attention_tpu_features import Case, oracle, run
+
+CAUSAL, WINDOW = Band(right=0), Band(70, 200)
+HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
+
+
+class Total:
+    """An accumulator that begins with a value."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.fixture
+def interpreted(monkeypatch, capfd):
+    """Fails on a data race (newer JAX raises, older prints). What the interpreter lacks is put in other words:
+
+    It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
+    what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
+    fence before TMA may write there again, for which a barrier is enough.
+    """
+
+    def added_to(totals, work, *kept):
+        accumulators = [Total(x) for x in totals]
+        found = work(*accumulators, *kept)
+        return (*(x.value for x in accumulators), *found)
+
+    def wgmma(acc, a, b, of_the_chip=plgpu.wgmma):
+        if not isinstance(acc, Total):
+            return of_the_chip(acc, a, b)
+        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+
+    def arrive(barrier, of_the_chip=plgpu.barrier_arrive):
+        plgpu.commit_smem()
+        of_the_chip(barrier)
+
+    for module in (attention_gpu, gradients_gpu):
+        monkeypatch.setattr(module, "added_to", added_to)
+        monkeypatch.setattr(module, "MOST_STAGES", 2)  # so that few steps take a slot again
+    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    monkeypatch.setattr(plgpu, "barrier_arrive", arrive)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def case(h=64, v=None, t=128, s=256, **kind):
+    return Case(h=h, v=v or h, t=t, s=s, **{"dtype": "bfloat16", "hops": 1} | kind)
+
+
+CASES = {
+    "all keys, heads that share them, sequences": case(n=4, k=2, b=2, t=64, s=128),
+    "causal over hops, one of which nobody sees": case(band=CAUSAL, n=1, s=256, hops=2),
+    "more steps than slots": case(band=CAUSAL, n=1, t=256, s=384),
+    "window, float16, lengths that no block divides": case(band=WINDOW, dtype="float16", n=1, t=201, s=303),
+    "a window's queries without keys": case(band=Band(20, 0), t=256, s=64, n=1),
+    "lengths": case(extras=("query_lengths", "key_lengths"), b=3, n=1, t=64, s=128, band=CAUSAL),
+    "prefix": case(band=Band.make(False, None, Causal() | Prefix(70)), n=1, s=128),
+    "chunks": case(band=Band.make(True, None, Chunks(100)), n=1, s=128),
+    "head dims 128": case(128, band=CAUSAL, n=1, s=128),
+    "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
+    "head dims 256": case(256, n=1, t=64, s=64),
+}
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_the_oracles(interpreted, name):
+    case = CASES[name]
+    # Numbers are rounded to these types where they are multiplied, and to nothing else: a logarithm of a sum is exact.
+    rounded = {"bfloat16": 2**-7, "float16": 2**-10}[case.dtype]
+    tolerance = {"output": rounded, "LSE": 2e-6, "dq": 2 * rounded, "dk": 2 * rounded, "dv": 2 * rounded}
+    for (what, most), a, e in zip(tolerance.items(), run(case, attention_gpu), oracle(case), strict=True):
+        assert_close(a, e, most, what)
+
+
+def test_what_is_past_a_length_changes_nothing(interpreted):
+    """NaN there, in every operand, gives the same bits as zeros."""
+    lengths = dataclasses.replace(CASES["lengths"], b=2)
+    (q, k, v, do), found = lengths.arrays()
+
+    def of(value):
+        def past(x, name):
+            at = np.arange(x.shape[2])[None, :] >= found[name][:, None]
+            return np.where(at[:, None, :, None], np.asarray(value, x.dtype), x)
+
+        with_past = [past(x, f"{side}_lengths") for x, side in zip((q, k, v, do), ("query", "key", "key", "query"))]
+        with mock.patch.object(Case, "arrays", return_value=(with_past, found)):
+            return run(lengths, attention_gpu)
+
+    for zeros, nans in zip(of(0), of(np.nan), strict=True):
+        np.testing.assert_array_equal(zeros, nans)
+
+
+@pytest.mark.oldest
+def test_pieces_stand_apart(interpreted):
+    """As a balanced ring has them; and gradients are added to those that came in."""
+    (q, k, v, do), _ = case(band=CAUSAL, t=256, s=256, n=1).arrays()
+    spec, at = AttentionSpec(0.125, CAUSAL, pieces=2), Offsets((128, 640), (256, 512))
+
+    def both(kernel, dtype):
+        def of(q, k, v, do):
+            o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q, v), q, k, v, Extras(), at))
+            dq, dk, dv = (jnp.ones(x.shape, o.dtype) for x in (q, k, v))
+            delta = jnp.sum(o * do.astype(o.dtype), -1)
+            grads = kernel.backward(spec, Grads(dq, dk, dv), q, k, v, do, lse, delta, Extras(), at)
+            return o, lse, grads.dq, grads.dk, grads.dv
+
+        return jax.jit(of)(*(jnp.asarray(x).astype(dtype) for x in (q, k, v, do)))
+
+    for actual, expected in zip(both(attention_gpu, q.dtype), both(attention_xla, jnp.float32), strict=True):
+        assert_close(actual, expected, 2**-6)
+
+
+def on(target):
+    try:
+        return SingleDeviceSharding(ringmoe.target(target).devices()[0])
+    except ImportError as error:
+        pytest.skip(f"no compiler for {target}: {error}")
+
+
+def types(sharding, h=128, v=128, t=1024, n=4, k=2, dtype=jnp.bfloat16):
+    """q, k, v [B, T, N, H]."""
+    of = lambda heads, width: jax.ShapeDtypeStruct((2, t, heads, width), dtype, sharding=sharding)
+    return of(n, h), of(k, h), of(k, v)
+
+
+def gradient(attend):
+    return jax.grad(lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32) ** 2), (0, 1, 2))
+
+
+@pytest.mark.parametrize(("h", "v", "s"), [(128, 128, 1024), *((*dims, 900) for dims in HEAD_DIMS)])
+def test_ptxas_spills_nothing(h, v, s, monkeypatch):
+    """Forward, afresh and from a state, and backward, at a place and of lengths that only the run knows."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    sharding, spec = on("h200"), AttentionSpec(0.1, CAUSAL)
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    t, plain = s + 100 if s % 128 else s, s % 128 == 0
+    q, k, val, do, row = (
+        of(2, 4, t, h),
+        of(2, 2, s, h),
+        of(2, 2, s, v),
+        of(2, 4, t, v),
+        of(2, 4, t, dtype=jnp.float32),
+    )
+
+    def both(q, k, v, do, lse, delta, place, lengths):
+        at, extras = Offsets((place,), (0,)), Extras(key_lengths=None if plain else lengths)
+        state = attention_gpu.forward(spec, attention_gpu.init(spec, q, v), q, k, v, extras, at)
+        state = attention_gpu.forward(spec, state, q, k, v, extras, at)
+        dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+        return state, attention_gpu.backward(spec, Grads(dq, dk, dv), q, k, v, do, lse, delta, extras, at)
+
+    with kernels.dumping() as dumps:
+        jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), of(2, dtype=jnp.int32)).compile()
+        found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
+        ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
+        words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}
+    assert len(found) == (4 if h + v <= 256 else 5)
+    # Products of 16 deep: those of S, dP, and of the result, by what is summed over; forward asks twice for each.
+    for name, kernel in found.items():
+        assert kernel.spills == kernel.fills == 0 and "0 bytes stack frame" in words[name], (name, words[name])
+        assert ".local" not in ptx[name] and "C7510" not in words[name], name  # else products are serialized
+        assert kernel.registers == 168 and 2**16 < (kernel.shared_bytes or 0) <= 227 * 2**10, (name, kernel)
+        keys = 128 if v <= 128 else 64
+        own = {
+            "forward": 2 * (h + keys),
+            "backward_queries": h + v + (128 if h <= (128 if plain else 64) else 64),
+            "backward_dk_dv": h + v + 2 * 64,
+            "backward_dk": h + v + 64,
+            "backward_dv": h + 64,
+        }[re.sub(r"ringmoe_attention_(.*)_\d+", r"\1", name)]
+        assert ptx[name].count("wgmma.mma_async") == own // 16, name
+
+
+@pytest.mark.parametrize(("of", "why"), [
+    ({"dtype": jnp.float32}, "q.dtype=dtype('float32')"),
+    ({"h": 80, "v": 80}, "head dims 80 and 80, supported: multiples of 64 up to 256"),
+    ({"h": 320}, "head dims 320 and 128"),
+    ({"t": 32}, "32 queries, 32 keys, supported: 64 or more"),
+    ({"spec": {"uniform": True}}, "XLA may have to partition the call further"),
+    ({"spec": {"soft_cap": 2.0}}, "spec.soft_cap=2.0"),
+    ({"spec": {"band": Band(also=lambda q, k: q != k)}}, "a mask_fn that is not one of ringmoe.masks"),
+    ({"spec": {"pieces": 2}, "t": 320}, "2 pieces of (320, 320) tokens, supported: multiples of 128 each"),
+    ({"extras": ("bias", "slopes")}, "bias, slopes given, supported: lengths"),
+])  # fmt: skip
+def test_says_what_it_lacks(of, why):
+    of = dict(of)
+    spec = dataclasses.replace(AttentionSpec(0.1), **of.pop("spec", {}))
+    extras = Extras()._replace(**dict.fromkeys(of.pop("extras", ()), jnp.zeros(1)))
+
+    def check(spec, extras, **of):
+        head_major = lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:0:-1], x.shape[3]), x.dtype)
+        q, k, v = map(head_major, types(None, **of))
+        attention_gpu.check(spec, q, k, v, extras)
+
+    check(AttentionSpec(0.1), Extras())
+    with pytest.raises(NotImplementedError, match=re.escape(why)):
+        check(spec, extras, **of)
+
+
+def lowered(target="h200", change=lambda f: f, of=None, **kind):
+    attend = lambda *arrays: ringmoe.dot_product_attention(*arrays, **kind)
+    return jax.jit(change(attend)).lower(*types(on(target), **(of or {}))).as_text()
+
+
+KERNELS = "ringmoe_attention_forward", "ringmoe_attention_backward_queries", "ringmoe_attention_backward_dk_dv"
+
+
+@pytest.mark.parametrize("change", [
+    gradient,
+    lambda attend: gradient(jax.checkpoint(attend)),
+    lambda attend: gradient(lambda *arrays: jax.vmap(attend)(*(x[:, None] for x in arrays))),
+])  # fmt: skip
+def test_what_it_takes_goes_through_it(change):
+    text = lowered(change=change, is_causal=True)
+    assert all(f'"{name}' in text or f"{name}_mosaic_gpu" in text for name in KERNELS) and "stablehlo.while" not in text
+
+
+def test_what_it_refuses_goes_to_xla_with_a_word():
+    forget_warnings()
+    with pytest.warns(
+        CostWarning, match="attention on hopper: the xla kernel runs instead of a faster one: Hopper.*head dims 80"
+    ):
+        text = lowered(of={"h": 80, "v": 80})
+    assert "mosaic_gpu" not in text
+    with pytest.raises(ExceptionGroup, match="no kernel of attention takes this call on hopper"):
+        lowered(of={"h": 80, "v": 80}, implementation="gpu")
+
+
+@pytest.mark.parametrize("target", ["b200", "cpu"])
+def test_elsewhere_nothing_changes(target):
+    forget_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "mosaic_gpu" not in lowered(target, is_causal=True)
+    with pytest.raises(ExceptionGroup, match="no kernel") as raised:
+        lowered(target, implementation="gpu")
+    assert "the gpu kernel runs on a hopper only" in str(raised.value.exceptions[0])
+
+
+def ring(change=lambda f: f, door=jax.jit, **kind):
+    """Compiled for eight GPUs, and the text of each of its computations."""
+    on("h200")
+    mesh = ringmoe.target("h200x8").mesh({"x": 8})
+    attend = lambda *arrays: ringmoe.dot_product_attention(*arrays, exchange="ring", **kind)
+    arrays = types(NamedSharding(mesh, P(None, "x")), t=8192)
+    text = door(change(attend)).lower(*arrays).compile().as_text() or ""
+    return text, re.split(r"\n(?=\S)", text)
+
+
+@pytest.mark.parametrize(("door", "is_causal"), [(jax.jit, False), (ringmoe.jit, True)])
+def test_a_rings_sends_go_on_during_the_kernels(door, is_causal):
+    text, parts = ring(gradient, door, is_causal=is_causal)
+    # The first hop, those in a loop, and the last: one kernel each forward, two each backward.
+    assert text.count('custom_call_target="mosaic_gpu') == 9
+    loops = [part for part in parts if "mosaic_gpu" in part and not part.startswith("ENTRY")]
+    assert len(loops) == 2
+    for part in loops:
+        order = re.findall(r"collective-permute-(?:start|done)\(|custom_call_target=\"mosaic_gpu", part)
+        kinds = [kind for kind, _ in itertools.groupby(order)]
+        assert [kind.split("(")[0] for kind in kinds] == [
+            "collective-permute-start", 'custom_call_target="mosaic_gpu', "collective-permute-done"
+        ]  # fmt: skip
+
+
+def test_in_the_users_shard_map_that_checks():
+    on("h200")
+    mesh = ringmoe.target("h200x8").mesh({"x": 8})
+    attend = lambda *arrays: ringmoe.dot_product_attention(*arrays, is_causal=True, exchange="ring", axis_name="x")
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=P(None, "x"), out_specs=P(None, "x"))
+    text = jax.jit(gradient(mapped)).lower(*types(NamedSharding(mesh, P(None, "x")), t=8192)).as_text()
+    assert all(name in text for name in KERNELS)
