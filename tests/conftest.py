@@ -1,5 +1,6 @@
 """Eight CPU devices, patient collectives and repeatable hypothesis runs, set before anything imports jax."""
 
+import gc
 import os
 
 # Eight devices on a few busy cores: a collective waits long for its last device, which is no dead lock.
@@ -20,8 +21,15 @@ os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).st
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+# What imports and JAX's caches hold stays: to look through all of it again and again took a tenth of the time.
+gc.set_threshold(50_000, 20, 100)
+
 hypothesis.settings.register_profile("ringmoe", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 hypothesis.settings.load_profile("ringmoe")
+
+
+def pytest_collection_finish():
+    gc.freeze()
 
 
 @pytest.fixture
