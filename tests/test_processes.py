@@ -69,26 +69,32 @@ for fun, arrays, specs, collective in (
         close(f"{fun.__name__}, {door}: gradient", grads, want[1], 1e-4)
         print("OK", fun.__name__, door, flush=True)
 
-def kept(logits, config):
-    routing = ringmoe.route(logits, config, key=jax.random.key(0))
-    return routing.expert, routing.slot
+configs = [
+    ringmoe.RouterConfig(8, 2, 0.75, group_size=16 if scope == "group" else None, scope=scope, priority=priority)
+    for scope, priority in itertools.product(SCOPES, PRIORITIES)
+]
+
+@jax.jit
+def choose(logits):
+    routings = [ringmoe.route(logits, config, key=jax.random.key(0)) for config in configs]
+    return [(routing.expert, routing.slot) for routing in routings]
 
 logits = normal(2, 32, 8) + np.arange(8, dtype=np.float32) / 4
-choose = jax.jit(kept, static_argnums=1)
 place = lambda types: jax.make_array_from_callback(
     logits.shape, NamedSharding(jax.make_mesh((2, 4), ("a", "b"), axis_types=(types,) * 2), P("a", "b")), lambda i: logits[i]
 )
+with jax.default_device(jax.local_devices()[0]):
+    want = choose(jnp.asarray(logits))
+placed = {types: choose(place(types)) for types in (AxisType.Explicit, AxisType.Auto)}
 digests = set()
-for scope, priority in itertools.product(SCOPES, PRIORITIES):
-    config = ringmoe.RouterConfig(8, 2, 0.75, group_size=16 if scope == "group" else None, scope=scope, priority=priority)
-    with jax.default_device(jax.local_devices()[0]):
-        want = choose(jnp.asarray(logits), config)
-    for types in (AxisType.Explicit, AxisType.Auto):
-        for got, expected in zip(choose(place(types), config), map(np.asarray, want)):
-            for shard in got.addressable_shards:
-                np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=f"{scope} {priority} {types}")
-    assert (want[1] < 0).any() and (want[1] >= 0).any()
-    digests.add(np.asarray(want[1]).tobytes())
+for n, config in enumerate(configs):
+    for types, got in placed.items():
+        for x, expected in zip(got[n], map(np.asarray, want[n])):
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=f"{config} {types}")
+    slot = np.asarray(want[n][1])
+    assert (slot < 0).any() and (slot >= 0).any()
+    digests.add(slot.tobytes())
 assert len(digests) > 3, "scopes and priorities keep different choices"
 print("OK kept", flush=True)
 """
