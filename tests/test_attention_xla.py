@@ -111,47 +111,50 @@ def local(case: Case, args, hop: int):
     """k, v, extras and offsets of one hop."""
     rows = slice(case.shard * case.t, (case.shard + 1) * case.t)
     keys = slice(hop * case.s, (hop + 1) * case.s)
-    has = lambda name, index: jnp.asarray(args[name][index]) if name in args else None
+    has = lambda name, index: args[name][index] if name in args else None
     extras = Extras(
-        *(jnp.asarray(cut(args[n], rows, keys)) if n in args else None for n in ("bias", "mask")),
+        *(cut(args[n], rows, keys) if n in args else None for n in ("bias", "mask")),
         has("query_seq_lengths", ...), has("key_value_seq_lengths", ...),
         has("query_segment_ids", np.s_[:, rows]), has("key_value_segment_ids", np.s_[:, keys]),
     )  # fmt: skip
-    k, v = (jnp.swapaxes(args[n][:, keys], 1, 2) for n in ("key", "value"))
-    return k, v, extras, Offsets((jnp.int32(rows.start),), (jnp.int32(keys.start),)), keys
+    k, v = (args[n][:, keys].swapaxes(1, 2) for n in ("key", "value"))
+    return k, v, extras, Offsets((np.int32(rows.start),), (np.int32(keys.start),)), keys
 
 
 def run(case: Case, args, do, dlse, dtype):
-    """What `oracle` returns, by the kernel and hop by hop, with q, k, v and do in `dtype`."""
+    """What `oracle` returns, by the kernel and hop by hop, with q, k, v and do in `dtype`.
+
+    Around the kernel all is NumPy's: JAX would compile each operation for each shape.
+    """
     spec = AttentionSpec(case.h**-0.5, Band.make(case.is_causal, case.window))
     config = case.config and kernel.Config(*(next(d for d in range(n, 0, -1) if full % d == 0) for n, full in zip(
         case.config[:2], (case.b, case.k))), *case.config[2:])  # fmt: skip
     rows = slice(case.shard * case.t, (case.shard + 1) * case.t)
-    args = args | {n: jnp.asarray(args[n], dtype) for n in ("query", "key", "value")}
-    q, do = (jnp.swapaxes(jnp.asarray(x, dtype)[:, rows], 1, 2) for x in (args["query"], do))
+    args = args | {n: args[n].astype(dtype) for n in ("query", "key", "value")}
+    q, do = (x.astype(dtype)[:, rows].swapaxes(1, 2) for x in (args["query"], do))
     hops = [local(case, args, hop) for hop in reversed(range(case.num_hops))]
 
     forward = jax.jit(partial(kernel.forward, spec, config=config))
     backward = jax.jit(partial(kernel.backward, spec, config=config))
-    state = kernel.init(spec, q, hops[0][1])
+    state = jax.jit(partial(kernel.init, spec))(q, hops[0][1])
     for k, v, extras, at, _ in hops:
         kernel.check(spec, q, k, v, extras)
         state = forward(state, q, k, v, extras, at)
-    o, lse, _ = kernel.finish(spec, state)
+    o, lse, _ = map(np.asarray, jax.jit(partial(kernel.finish, spec))(state))
     assert o.dtype == lse.dtype == jnp.promote_types(jnp.float32, dtype)
 
-    delta = jnp.sum(do * o, -1) - jnp.swapaxes(dlse[:, rows], 1, 2).astype(o.dtype)
-    zeros = lambda x: jnp.zeros(x.shape, o.dtype)
+    delta = np.sum(do.astype(o.dtype) * o, -1) - dlse[:, rows].swapaxes(1, 2).astype(o.dtype)
+    zeros = lambda x: np.zeros(x.shape, o.dtype)
     dq = zeros(q)
     total = {n: np.zeros(args[n].shape) for n in ("key", "value", "bias") if n in args}
     for k, v, extras, at, keys in hops:
         start = Grads(dq, zeros(k), zeros(v), None if extras.bias is None else zeros(extras.bias))
         dq, dk, dv, dbias = backward(start, q, k, v, do, lse, delta, extras, at)
-        total["key"][:, keys] += jnp.swapaxes(dk, 1, 2)
-        total["value"][:, keys] += jnp.swapaxes(dv, 1, 2)
+        total["key"][:, keys] += np.swapaxes(dk, 1, 2)
+        total["value"][:, keys] += np.swapaxes(dv, 1, 2)
         if dbias is not None:
             cut(total["bias"], rows, keys)[...] += dbias
-    return jnp.swapaxes(o, 1, 2), jnp.swapaxes(lse, 1, 2), total | {"query": jnp.swapaxes(dq, 1, 2)}
+    return o.swapaxes(1, 2), lse.swapaxes(1, 2), total | {"query": np.swapaxes(dq, 1, 2)}
 
 
 def compare(case: Case, dtype=jnp.float64):
