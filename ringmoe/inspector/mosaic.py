@@ -20,7 +20,7 @@ import operator
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxlib.mlir import ir
@@ -80,6 +80,10 @@ class Count:
         return sum(self.padded.values()) / 128 + self.vector + 4 * self.transcendental
 
 
+_Values = dict[Any, int | None]  # of scalars, None where it isn't known
+_Pass = Callable[[_Values], Count]  # one pass through a block, with what is known of its scalars
+
+
 @functools.lru_cache(64)
 def counts(bodies: tuple[str, ...], matrix_unit: int) -> tuple[Count | None, ...]:
     """Counts kernels.
@@ -127,13 +131,12 @@ class _Kernel:
         self.block = self.main.regions[0].blocks[0]
 
     def count(self) -> Count:
-        sampled, steps = Count(), 0
+        sampled, steps, run = Count(), 0, self._read(self.block)
         free = self._free_dims()
         walked = [range(1) if dim in free else range(n) for dim, n in enumerate(self.grid)]
         stride = -(-math.prod(len(dim) for dim in walked) // _STEPS)
         for step in itertools.islice(itertools.product(*walked), stride // 2, None, stride):
-            values: dict[Any, int | None] = {self.block.arguments[dim]: index for dim, index in enumerate(step)}
-            sampled.add(self._run(self.block, values))
+            sampled.add(run({self.block.arguments[dim]: index for dim, index in enumerate(step)}))
             steps += 1
         whole = Count()
         whole.add(sampled, math.prod(self.grid) / max(1, steps))
@@ -153,47 +156,64 @@ class _Kernel:
                 depends[result] = of_operands
         return set(range(len(self.grid))) - deciding
 
-    def _run(self, block: Any, values: dict[Any, int | None]) -> Count:
-        """One pass through a block, with what is known of its scalars."""
-        cost = Count()
+    def _read(self, block: Any) -> _Pass:
+        """A block, read once and not again for each step of the grid."""
+        own, steps = Count(), list[Callable[[_Values], Count | None]]()
         for wrapped in block.operations:
             op = wrapped.operation
             name = op.name.removeprefix(_PREFIX)
             if name == "scf.if":
-                cost.add(self._branch(op, values))
+                steps.append(self._branch(op))
             elif name in ("scf.for", "scf.while"):
-                cost.add(self._loop(op, values))
+                steps.append(self._loop(op))
             elif op.regions:
-                for region in op.regions:
-                    for inner in region.blocks:
-                        cost.add(self._run(inner, values))
+                steps += [self._read(inner) for region in op.regions for inner in region.blocks]
             else:
                 if len(op.results) == 1 and not _VECTOR.match(str(op.results[0].type)):
-                    values[op.results[0]] = _scalar(op, name, values)
-                self._vector(op, name, cost)
-        return cost
+                    steps.append(_scalar(op, name))
+                self._vector(op, name, own)
 
-    def _branch(self, op: Any, values: dict[Any, int | None]) -> Count:
-        condition = values.get(op.operands[0])
-        if condition is not None:
-            region = op.regions[0 if condition else 1]
-            return self._run(region.blocks[0], values) if len(region.blocks) else Count()
-        both = [self._run(region.blocks[0], values) if len(region.blocks) else Count() for region in op.regions]
-        costlier = max(both, key=Count.size)
-        costlier.known &= all(other.size() == costlier.size() for other in both)
-        return costlier
+        def run(values: _Values) -> Count:
+            cost = Count()
+            cost.add(own)
+            for step in steps:
+                if (found := step(values)) is not None:
+                    cost.add(found)
+            return cost
 
-    def _loop(self, op: Any, values: dict[Any, int | None]) -> Count:
-        cost, trips = Count(), 1.0
-        bounds = [values.get(value) for value in list(op.operands)[:3]]
-        body = op.regions[-1].blocks[0]
-        if op.name.endswith("scf.for") and None not in bounds and bounds[2]:
-            low, high, step = (int(bound or 0) for bound in bounds)
-            trips = max(0.0, math.ceil((high - low) / step))
-        else:
-            cost.known = False
-        cost.add(self._run(body, values), trips)
-        return cost
+        return run
+
+    def _branch(self, op: Any) -> _Pass:
+        condition = op.operands[0]
+        ways = [self._read(region.blocks[0]) if len(region.blocks) else lambda _: Count() for region in op.regions]
+
+        def run(values: _Values) -> Count:
+            known = values.get(condition)
+            if known is not None:
+                return ways[0 if known else 1](values)
+            both = [way(values) for way in ways]
+            costlier = max(both, key=Count.size)
+            costlier.known &= all(other.size() == costlier.size() for other in both)
+            return costlier
+
+        return run
+
+    def _loop(self, op: Any) -> _Pass:
+        counted, limits = op.name.endswith("scf.for"), list(op.operands)[:3]
+        body = self._read(op.regions[-1].blocks[0])
+
+        def run(values: _Values) -> Count:
+            cost, trips = Count(), 1.0
+            bounds = [values.get(value) for value in limits]
+            if counted and None not in bounds and bounds[2]:
+                low, high, step = (int(bound or 0) for bound in bounds)
+                trips = max(0.0, math.ceil((high - low) / step))
+            else:
+                cost.known = False
+            cost.add(body(values), trips)
+            return cost
+
+        return run
 
     def _vector(self, op: Any, name: str, cost: Count) -> None:
         """Adds the work of one operation on vectors."""
@@ -233,22 +253,28 @@ class _Kernel:
         cost.padded[key] = cost.padded.get(key, 0.0) + 2.0 * groups * filled
 
 
-def _scalar(op: Any, name: str, values: Mapping[Any, int | None]) -> int | None:
-    """The value of a scalar operation, None where it isn't known."""
+def _scalar(op: Any, name: str) -> Callable[[_Values], None]:
+    """Notes the value of a scalar operation, None where it isn't known."""
+    (result,), operands = op.results, list(op.operands)
+    of = _SCALARS.get(name)
     if name == "arith.constant":
         attribute = op.attributes["value"]
-        return int(attribute.value) if isinstance(attribute, (ir.IntegerAttr, ir.BoolAttr)) else None
-    operands = [values.get(value) for value in op.operands]
-    if name == "arith.select" and operands[0] is not None:
-        return operands[1] if operands[0] else operands[2]
-    if None in operands or not operands:
-        return None
-    if name in _SAME:
-        return operands[0]
-    if name == "arith.cmpi":
+        constant = int(attribute.value) if isinstance(attribute, (ir.IntegerAttr, ir.BoolAttr)) else None
+        of = lambda: constant
+    elif name in _SAME:
+        of = lambda x: x
+    elif name == "arith.cmpi":
         compare = _COMPARE.get(int(op.attributes["predicate"].value))
-        return int(compare(*operands)) if compare else None
-    return _SCALARS[name](*operands) if name in _SCALARS else None
+        of = compare and (lambda a, b: int(compare(a, b)))
+
+    def note(values: _Values) -> None:
+        found = [values.get(operand) for operand in operands]
+        if name == "arith.select" and found[0] is not None:
+            values[result] = found[1] if found[0] else found[2]
+        else:
+            values[result] = of(*found) if of and None not in found else None
+
+    return note
 
 
 def _walk(block: Any) -> Iterator[Any]:
