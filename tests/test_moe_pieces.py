@@ -86,11 +86,11 @@ def test_a_machine_hides_all_but_the_first_piece_and_the_last(target, backward):
 def test_without_its_option_a_tpu_waits_for_each_piece():
     """So `ringmoe.jit` gives it, unless the caller does."""
     off = functools.partial(ringmoe.jit, compiler_options={"xla_tpu_enable_async_all_to_all": "false"})
-    text = lowered("v6e:2x2", 4, False, "pieces", jit=off).compile().as_text()
+    text = lowered("v6e:2x2", 4, False, "pieces", tokens=128, jit=off).compile().as_text()
     assert "all-to-all-start" not in text and "all-to-all" in collectives(text)
 
 
 def test_of_more_chips_than_it_can_the_option_is_not_given():
     """On v5e from 32 chips on it is an error: "Async all-to-all not supported on limited ICI"."""
-    text = lowered("v5e:4x8", 32, False, "pieces").compile().as_text()
+    text = lowered("v5e:4x8", 32, False, "pieces", tokens=128).compile().as_text()
     assert "all-to-all-start" not in text and "all-to-all" in collectives(text)
