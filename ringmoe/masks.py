@@ -58,12 +58,23 @@ class Mask:
         raise NotImplementedError
 
     def keys_of(self, start, stop):
-        """`(low, high)`: no query at `start .. stop` sees a key outside `low .. high`. Python ints or traced int32."""
+        """`(low, high)`: no query at `start .. stop` sees a key outside `low .. high`. Python ints or traced int32.
+
+        A query alone, with `stop = start + 1`, sees all of these; what doesn't hold to that has a `keys_seen` of its own.
+        """
         raise NotImplementedError
 
     def queries_of(self, start, stop):
         """`(low, high)`: no key at `start .. stop` is seen by a query outside `low .. high`."""
         raise NotImplementedError
+
+    def keys_seen(self, query):
+        """The spans `(low, high)` that together are the keys that one query sees, or that each of an array of them does."""
+        return [self.keys_of(query, query + 1)]
+
+    def queries_seen(self, key):
+        """The same the other way round."""
+        return [self.queries_of(key, key + 1)]
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
         """True where every query of the block sees every key of it (no masking needed)."""
@@ -126,8 +137,7 @@ class Prefix(Mask):
         return -FAR, self.length
 
     def queries_of(self, start, stop):
-        met = start < self.length
-        return jnp.where(met, -FAR, FAR), jnp.where(met, FAR, -FAR)
+        return jnp.where(start < self.length, -FAR, FAR), FAR
 
     def is_full_block(self, q_start, q_stop, k_start, k_stop):
         return k_stop <= self.length
@@ -173,7 +183,17 @@ def _farther(a: int | None, b: int | None) -> int | None:
 
 
 def _common(a, b):
-    return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
+    """What is in both spans; a side that is open in both, -FAR or FAR itself, stays it."""
+    return _nearest(jnp.maximum, -FAR, a[0], b[0]), _nearest(jnp.minimum, FAR, a[1], b[1])
+
+
+def _nearest(of, far: int, *bounds):
+    return functools.reduce(of, [x for x in bounds if not is_open(x, far)] or [far])
+
+
+def is_open(bound, far: int) -> bool:
+    """Whether a side of a span leaves everything on it in, as is known before the run."""
+    return isinstance(bound, int) and bound == far
 
 
 def _hull(*spans):
@@ -222,12 +242,24 @@ class Both(_Joined):
     _pairs, _spans, _sides = map(staticmethod, (operator.and_, _common, _nearer))
     _sign = "&"
 
+    def keys_seen(self, query):
+        return [_common(x, y) for x in self.a.keys_seen(query) for y in self.b.keys_seen(query)]
+
+    def queries_seen(self, key):
+        return [_common(x, y) for x in self.a.queries_seen(key) for y in self.b.queries_seen(key)]
+
 
 class Either(_Joined):
     """What either mask shows: `a | b`. That a block is full by the two together only is not seen."""
 
     _pairs, _spans, _sides = map(staticmethod, (operator.or_, _hull, _farther))
     _sign = "|"
+
+    def keys_seen(self, query):
+        return self.a.keys_seen(query) + self.b.keys_seen(query)
+
+    def queries_seen(self, key):
+        return self.a.queries_seen(key) + self.b.queries_seen(key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +315,26 @@ class Band:
         if not conditions:
             return jnp.ones(shape, bool)
         return jnp.broadcast_to(functools.reduce(operator.and_, conditions), shape)
+
+    def keys_seen(self, query):
+        """As of a `Mask`, which `also` has to be, if it is given."""
+        spans = [] if self.also is None else self.also.keys_seen(query)
+        return self._seen(query, (self.left, self.right), (self.queries, self.keys), spans)
+
+    def queries_seen(self, key):
+        """The same the other way round."""
+        spans = [] if self.also is None else self.also.queries_seen(key)
+        return self._seen(key, (self.right, self.left), (self.keys, self.queries), spans)
+
+    @staticmethod
+    def _seen(place, sides, ends, spans):
+        (before, after), (own_end, end) = sides, ends
+        low, high = -FAR if before is None else place - before, FAR if after is None else place + (after + 1)
+        if end is not None:
+            high = _nearest(jnp.minimum, FAR, high, end)
+        if own_end is not None:
+            high = jnp.where(place < own_end, high, -FAR)
+        return [_common((low, high), span) for span in spans] or [(low, high)]
 
     @property
     def window(self) -> "Band":

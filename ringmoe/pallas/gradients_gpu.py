@@ -204,11 +204,17 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
+        together = len(wanted) > 1  # wide heads leave no registers for a mask while dP is under way
         plgpu.barrier_wait(k_full.at[group])
 
         def step(n, totals):
             (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
             row = of_step(n)[1]
+
+            def ask_slopes(dp_acc):
+                slopes.wait(n)
+                if "dk" in wanted:
+                    plgpu.wgmma(dp_acc, held[1].at[own], out.transpose((1, 0)))
 
             def both(s_acc, dp_acc):
                 def work(*accs):
@@ -216,11 +222,12 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
                     acc = dict(zip(wanted, accs))
                     queries.wait(n)
                     plgpu.wgmma(s_acc, held[0].at[own], query.transpose((1, 0)))
-                    slopes.wait(n)
-                    if "dk" in wanted:
-                        plgpu.wgmma(dp_acc, held[1].at[own], out.transpose((1, 0)))
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if "dk" in wanted else 0)
+                    if together:
+                        ask_slopes(dp_acc)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(together))
                     s = blocks.masked(s, numbers, kv, row, key, turned=True)
+                    if not together:
+                        ask_slopes(dp_acc)
                     p = jnp.exp2(s * (scale * LOG2E) - of_column(lses))
                     if "dv" in wanted:
                         plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)

@@ -8,6 +8,7 @@ vector.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import compat, softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
-from ringmoe.masks import Band, Places
+from ringmoe.masks import FAR, Band, Places, is_open
 from ringmoe.pallas.hopper import swizzled
 
 LOG2E = math.log2(math.e)
@@ -103,13 +104,23 @@ class Blocks:
         """
         if self.spec.band.is_full and not self.lengths and self.num_keys % self.block_k == 0:
             return s
+        # Anew in every step: what is the same in all would wait in registers, for which there is no room.
+        n, row, key = lax.optimization_barrier((n, row, key))
         band, queries, keys = self._here(numbers, n)
         height, width = s.shape[::-1] if turned else s.shape
         q_start, k_start = queries.of(row), keys.of(key)
 
         def hide(s):
-            along = lambda dim: plgpu.broadcasted_iota(jnp.int32, s.shape, dim, layout=plgpu.Layout.WGMMA)
-            return jnp.where(band(q_start + along(int(turned)), k_start + along(int(not turned))), s, softmax.MASKED)
+            # Two numbers a row, of which a thread has two, say what is seen of it: a comparison or two for each logit.
+            rows = plgpu.broadcasted_iota(jnp.int32, s.shape[:1], 0, layout=WGMMA.reduce(1))
+            columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA) + (q_start if turned else k_start)
+            of_rows = lambda bound: across(bound, s.shape) if jnp.ndim(bound) else bound
+            seen = []
+            for low, high in band.queries_seen(k_start + rows) if turned else band.keys_seen(q_start + rows):
+                sides = [] if is_open(low, -FAR) else [columns >= of_rows(low)]
+                sides += [] if is_open(high, FAR) else [columns < of_rows(high)]
+                seen.append(functools.reduce(operator.and_, sides) if sides else columns >= -FAR)
+            return jnp.where(functools.reduce(operator.or_, seen), s, softmax.MASKED)
 
         full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
         return lax.cond(full, lambda s: s, hide, s)
