@@ -21,12 +21,13 @@ import ringmoe
 from ringmoe.errors import CostWarning, forget_warnings
 from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.masks import Band, Causal, Chunks, Prefix
+from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
 from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
 from tests.helpers import assert_close
 from tests.test_attention_tpu_features import Case, oracle, run
 
 CAUSAL, WINDOW = Band(right=0), Band(70, 200)
+EVERYTHING = Band.make(True, None, (Window(80, 5) | Prefix(70)) & Chunks(100))
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
@@ -83,6 +84,7 @@ CASES = {
     "lengths": case(extras=("query_lengths", "key_lengths"), b=3, n=1, t=64, s=128, band=CAUSAL),
     "prefix": case(band=Band.make(False, None, Causal() | Prefix(70)), n=1, s=128),
     "chunks": case(band=Band.make(True, None, Chunks(100)), n=1, s=128),
+    "everything of masks": case(band=EVERYTHING, extras=("query_lengths", "key_lengths"), b=2, n=1, t=201, s=203),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
     "head dims 256": case(256, n=1, t=64, s=64),
@@ -157,11 +159,13 @@ def gradient(attend):
 
 @pytest.mark.parametrize(("h", "v", "s"), [(128, 128, 1024), *((*dims, 900) for dims in HEAD_DIMS)])
 def test_ptxas_spills_nothing(h, v, s, monkeypatch):
-    """Forward, afresh and from a state, and backward, at a place and of lengths that only the run knows."""
+    """Forward, afresh and from a state, and backward, at a place that only the run knows; and of lengths of which it's true,
+    under a mask of everything."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    sharding, spec = on("h200"), AttentionSpec(0.1, CAUSAL)
+    plain = s % 128 == 0
+    sharding, spec = on("h200"), AttentionSpec(0.1, CAUSAL if plain else EVERYTHING)
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    t, plain = s + 100 if s % 128 else s, s % 128 == 0
+    t = s if plain else s + 100
     q, k, val, do, row = (
         of(2, 4, t, h),
         of(2, 2, s, h),
@@ -170,15 +174,16 @@ def test_ptxas_spills_nothing(h, v, s, monkeypatch):
         of(2, 4, t, dtype=jnp.float32),
     )
 
-    def both(q, k, v, do, lse, delta, place, lengths):
-        at, extras = Offsets((place,), (0,)), Extras(key_lengths=None if plain else lengths)
+    def both(q, k, v, do, lse, delta, place, *lengths):
+        at = Offsets((place,), (0,))
+        extras = Extras() if plain else Extras(query_lengths=lengths[0], key_lengths=lengths[1])
         state = attention_gpu.forward(spec, attention_gpu.init(spec, q, v), q, k, v, extras, at)
         state = attention_gpu.forward(spec, state, q, k, v, extras, at)
         dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
         return state, attention_gpu.backward(spec, Grads(dq, dk, dv), q, k, v, do, lse, delta, extras, at)
 
     with kernels.dumping() as dumps:
-        jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), of(2, dtype=jnp.int32)).compile()
+        jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), *[of(2, dtype=jnp.int32)] * 2).compile()
         found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
         words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}

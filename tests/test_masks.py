@@ -1,5 +1,7 @@
 """Bands and masks against brute force: who sees whom, and which blocks are met or full."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,19 @@ def test_positions(band, q0, k0):
     queries, keys = q0 + np.arange(6), k0 + np.arange(7)
     want = [[sees(band, i, j) for j in keys] for i in queries]
     np.testing.assert_array_equal(band(jnp.asarray(queries)[:, None], jnp.asarray(keys)), want)
+
+
+@given(BANDS, *[st.none() | st.integers(0, 9)] * 2, st.booleans())
+@settings(max_examples=100)
+def test_spans_are_what_is_seen(band, queries, keys, of_keys):
+    """Of each row, together, with where sequences end."""
+    band = dataclasses.replace(band, queries=queries, keys=keys)
+    at = np.arange(12, dtype=np.int32)
+    spans = (band.keys_seen if of_keys else band.queries_seen)(jnp.asarray(at))
+    column = lambda bound: np.broadcast_to(np.asarray(bound), at.shape)[:, None]
+    got = np.any([(at >= column(low)) & (at < column(high)) for low, high in spans], 0)
+    want = np.asarray(band(jnp.asarray(at)[:, None], jnp.asarray(at)))
+    np.testing.assert_array_equal(got, want if of_keys else want.T)
 
 
 @given(BANDS, *map(st.integers, (0, 1, 0, 1, 1), (20, 6, 20, 5, 5)), st.booleans(), st.booleans(), st.booleans())
