@@ -204,7 +204,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
-        together = len(wanted) > 1  # wide heads leave no registers for a mask while dP is under way
+        early = blocks.spec.band.also is None  # else there are no registers for the spans it shows while dP is under way
         plgpu.barrier_wait(k_full.at[group])
 
         def step(n, totals):
@@ -222,11 +222,11 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
                     acc = dict(zip(wanted, accs))
                     queries.wait(n)
                     plgpu.wgmma(s_acc, held[0].at[own], query.transpose((1, 0)))
-                    if together:
+                    if early:
                         ask_slopes(dp_acc)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(together))
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early and "dk" in wanted))
                     s = blocks.masked(s, numbers, kv, row, key, turned=True)
-                    if not together:
+                    if not early:
                         ask_slopes(dp_acc)
                     p = jnp.exp2(s * (scale * LOG2E) - of_column(lses))
                     if "dv" in wanted:
