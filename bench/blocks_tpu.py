@@ -24,14 +24,11 @@ TRIED = {  # wider ones lose more in blocks that the boundary crosses
 
 def kilobundles(target: str, head_dim: int, direction: str, config: Config) -> float | None:
     """Of a causal call; None where the blocks don't fit."""
-    count = lambda masked, **how: static_tpu.ours(target, head_dim, "bfloat16", direction, masked, config=config, **how)
     try:
-        full, crossed = count(False), count(True)
-        half = count(True, half=True) if static_tpu.halves(config) else crossed
+        return static_tpu.causal_call(target, head_dim, "bfloat16", direction, config)[1]
     except Exception as error:  # too large for VMEM, say
         print(f"{target} {head_dim} {direction} {config}: {str(error)[:80]}", file=sys.stderr, flush=True)
         return None
-    return static_tpu.call(config.block_q, config.block_k, full, crossed, half)
 
 
 def main() -> None:

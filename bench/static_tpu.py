@@ -5,7 +5,8 @@ and, where it is installed, tokamax's.
 
 Needs libtpu, and no TPU. A TPU issues its bundles in order, so they are cycles but for waits for memory. Counted are those from
 the first to the last that uses a matrix unit, of 512 queries and 1024 keys: of a block that nothing is hidden of, of one that
-the causal boundary crosses, and of one with segments. `causal call` is all blocks of 8192 tokens as they occur, in kilobundles.
+is masked by a causal boundary, and of one with segments besides. `causal call` is all blocks of 8192 tokens as they occur, in
+kilobundles: of those along the diagonal ours computes little more than what is seen.
 """
 
 import os
@@ -16,6 +17,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import functools
+from collections.abc import Sequence
 from unittest import mock
 
 import jax
@@ -62,10 +64,11 @@ def ours(
     direction: str,
     masked: bool,
     segments: bool = False,
-    half: bool = False,
+    diagonal: int | None = None,
     config: Config | None = None,
 ) -> float:
-    """Bundles of one pair of blocks, or of half of its keys; of blocks of another size, of as many as make up a pair."""
+    """Bundles of one pair of blocks, in which the boundary begins at the key `diagonal`, if that isn't None; of blocks of
+    another size, of as many as make up a pair."""
     config = config or config_of(target, head_dim, dtype, direction)
     spec, at = AttentionSpec(head_dim**-0.5, Band(right=0)), Offsets((0,), (0,))
     ids = (jax.ShapeDtypeStruct((1, 2048), jnp.int32),) * 2 if segments else ()
@@ -79,7 +82,7 @@ def ours(
 
     def run(self, block):
         self._seen_and_full()
-        block(masked, 0, self.blocks.block_k // (2 if half else 1))
+        block(masked, 0, config.block_k if diagonal is None else diagonal + config.block_q, diagonal)
 
     with mock.patch.object(Pair, "run", run):
         (kernel,) = bundles(target, forward, *shapes(2048, head_dim, dtype), *ids)
@@ -146,40 +149,36 @@ def fewest(make, target: str, head_dim: int, dtype: str, direction: str) -> floa
     return min(found) / (2 if make is tokamax else 1)
 
 
-def call(rows: int, block: int, full: float, crossed: float, half: float) -> float:
+def call(full: float, crossed: Sequence[float], rows: int = ROWS, keys: int = KEYS) -> float:
     """Kilobundles of a causal call in blocks of so many queries and keys, of which a pair of ROWS and KEYS takes so many:
-    queries meet the keys before their end, and of the last block, which the boundary crosses, all or half."""
-    ends = [(i + 1) * rows for i in range(LENGTH // rows)]
-    whole = [max(0, (end - rows) // block) for end in ends]
-    last = [-(-end // block) - n for end, n in zip(ends, whole)]
-    cut = [half if n == 1 and (end - 1) % block < block // 2 else n * crossed for end, n in zip(ends, last)]
-    return (sum(whole) * full + sum(cut)) * rows / ROWS * block / KEYS / 1000
+    `full` before the boundary, `crossed[n]` where it begins n blocks of queries after the first key."""
+    cost = sum(start // keys * full + crossed[start % keys // rows] for start in range(0, LENGTH, rows))
+    return cost * rows / ROWS * keys / KEYS / 1000
 
 
-def halves(config: Config) -> bool:
-    """Whether of a crossed block only half may be computed."""
-    return config.block_k >= 2 * config.block_q
+def causal_call(target: str, head_dim: int, dtype: str, direction: str, config: Config) -> tuple[float, float]:
+    """Bundles of a full pair of our blocks, and kilobundles of the call."""
+    count = functools.partial(ours, target, head_dim, dtype, direction, config=config)
+    full, diagonals = count(False), range(0, config.block_k, config.block_q)
+    return full, call(full, [count(True, diagonal=n) for n in diagonals], config.block_q, config.block_k)
 
 
 def main() -> None:
     kernels.request()  # before libtpu starts
     print(
-        "| target | H | dtype | direction | full | crossed | segments | causal call | splash | ratio | tokamax | ratio |"
+        "| target | H | dtype | direction | full | masked | segments | causal call | splash | ratio | tokamax | ratio |"
     )
     print("|---" * 12 + "|")
     for target in sys.argv[1:] or TARGETS:
         for head_dim, dtype in ((128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (128, "float32")):
             for direction in ("forward", "backward"):
                 what = target, head_dim, dtype, direction
-                full, crossed = (ours(*what, masked) for masked in (False, True))
-                packed = ours(*what, True, segments=True)
-                config = config_of(*what)
-                half = ours(*what, True, half=True) if halves(config) else crossed
-                mine = call(config.block_q, config.block_k, full, crossed, half)
-                words = [*what, *(f"{x:.0f}" for x in (full, crossed, packed, mine))]
+                full, mine = causal_call(*what, config_of(*what))
+                masked, packed = (ours(*what, True, segments=segments) for segments in (False, True))
+                words = [*what, *(f"{x:.0f}" for x in (full, masked, packed, mine))]
                 for make in (splash, tokamax):
                     pair = fewest(make, *what)
-                    theirs = None if pair is None else call(ROWS, KEYS, pair, pair, pair)
+                    theirs = None if pair is None else call(pair, (pair, pair))
                     words += ["-", "-"] if theirs is None else [f"{theirs:.0f}", f"{mine / theirs:.2f}"]
                 print("|", " | ".join(map(str, words)), "|", flush=True)
 

@@ -126,6 +126,31 @@ def test_backward_in_runs_of_query_blocks(races, blocks):
     close(backward(spec, q, k, v, do, o, lse, config=config), expected, 1e-4)
 
 
+DIAGONAL = attention_tpu.Config(block_q=256, block_k=512, chunk=256)
+
+
+@pytest.mark.parametrize(("t", "at"), [(512, (0, 0)), (512, (256, 256)), (256, (320, 64)), (256, (64, 0))], ids=str)
+def test_along_the_diagonal(races, t, at):
+    """Queries that begin with the first key of a block, with one in the middle of it, and elsewhere."""
+    spec = AttentionSpec(0.2, CAUSAL)
+    q, k, v, do = random_inputs(n=1, t=t, s=512)
+    expected = dense(spec, q, k, v, do, at)
+    close(forward(spec, q, k, v, at, config=DIAGONAL), expected[:2], 1e-5)
+    close(backward(spec, q, k, v, do, *expected[:2], at, config=DIAGONAL), expected[2:], 1e-4)
+
+
+@pytest.mark.parametrize("last", [128, 384])
+def test_along_the_diagonal_queries_meet_few_keys_after_theirs(races, last):
+    """What a query is computed with spreads its NaN, since 0 * NaN is NaN."""
+    spec = AttentionSpec(0.2, CAUSAL)
+    q, k, v, do = random_inputs(n=1, t=512, s=512)
+    v = v.at[:, :, last:].set(jnp.nan)
+    o, lse = forward(spec, q, k, v, config=DIAGONAL)
+    assert np.isfinite(o[:, :, :last]).all() and np.isnan(o[:, :, last:]).all()
+    dq, _, _ = backward(spec, q, k, v, do, jnp.nan_to_num(o), lse, config=DIAGONAL)
+    assert np.isfinite(dq[:, :, :last]).all()
+
+
 @pytest.mark.parametrize("config", [TILES, tiles_tpu.DEFAULT["forward"]], ids=["small", "default"])
 def test_lengths_that_no_tile_divides(races, config):
     spec = AttentionSpec(0.2, CAUSAL)

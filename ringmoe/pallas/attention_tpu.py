@@ -29,7 +29,7 @@ from ringmoe.pallas.tiles_tpu import (
     nbytes,
     shape_of,
     varying_like,
-    walk_chunks,
+    walk,
     within,
 )
 
@@ -145,17 +145,17 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
     def load():
         acc[...], m[...], l[...] = acc_in[...], m_in[...], l_in[...]
 
-    def block(masked: bool, first, keys: int):
+    def block(masked: bool, first, keys: int, diagonal: int | None = None):
         def scores(c):
-            return pair.logits(dot(k_ref[c], q_ref[...], 1, 1), c, masked)[0]
+            return pair.logits(dot(k_ref[c.keys], q_ref[c.queries], 1, 1), c, masked)[0]
 
         def accumulate(c, s):
-            m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=0, exp=jnp.exp2)
-            v = pair.inside(v_ref[c], "key", c.start) if masked else v_ref[c]
-            acc[...] = acc[...] * alpha + dot(v, dropout.drop(p, rate, pair.kept(c)).astype(v.dtype), 0, 0)
-            m[...], l[...] = m_new, l_new
+            rows = slice(None), c.queries
+            m[rows], l[rows], alpha, p = softmax.step(m[rows], l[rows], s, axis=0, exp=jnp.exp2)
+            v = pair.inside(v_ref[c.keys], "key", c.keys.start) if masked else v_ref[c.keys]
+            acc[rows] = acc[rows] * alpha + dot(v, dropout.drop(p, rate, pair.kept(c)).astype(v.dtype), 0, 0)
 
-        walk_chunks(config, first, keys, scores, accumulate)
+        walk(config, blocks.block_q, first, keys, diagonal, scores, accumulate)
 
     pair.run(block)
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe import dropout, softmax
 from ringmoe.interface import Grads
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
-from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, shape_of, walk_chunks, within
+from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, shape_of, walk, within
 
 
 def of_operands(call, config: Config, grads: Grads, arrays, apart: int | None) -> Grads:
@@ -103,7 +103,7 @@ def _vmem_bytes(q, v) -> int:
 
 
 class _Weights:
-    """The softmax's weights of a pair of blocks, and the gradient of its logits, by chunks of keys."""
+    """The softmax's weights of a pair of blocks, and the gradient of its logits, by tiles."""
 
     def __init__(self, pair: Pair, masked: bool, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref):
         self.pair, self.refs = pair, (q_ref, k_ref, v_ref, do_ref)
@@ -112,25 +112,26 @@ class _Weights:
         lse, self.delta = (self.inside(ref[...], "query", 0, 1) for ref in (lse_ref, delta_ref))
         self.lse = softmax.finite_lse(lse) * LOG2E
 
-    def q(self):
-        return self.inside(self.refs[0][...], "query")
+    def q(self, c):
+        return self.inside(self.refs[0][c.queries], "query", c.queries.start)
 
-    def do(self):
-        return self.inside(self.refs[3][...], "query")
+    def do(self, c):
+        return self.inside(self.refs[3][c.queries], "query", c.queries.start)
 
     def k(self, c):
-        return self.inside(self.refs[1][c], "key", c.start)
+        return self.inside(self.refs[1][c.keys], "key", c.keys.start)
 
     def scores(self, c):
         """Two products: the logits, and the gradient of the weights."""
-        v = self.inside(self.refs[2][c], "key", c.start)
-        return self.pair.logits(dot(self.k(c), self.q(), 1, 1), c, self.masked), dot(v, self.do(), 1, 1)
+        v = self.inside(self.refs[2][c.keys], "key", c.keys.start)
+        return self.pair.logits(dot(self.k(c), self.q(c), 1, 1), c, self.masked), dot(v, self.do(c), 1, 1)
 
     def finish(self, c, found):
-        """`(p, ds)` [chunk, block_q] in float32: the weights after dropout, and the gradient of logits before a cap."""
+        """`(p, ds)` [keys, queries] in float32: the weights after dropout, and the gradient of logits before a cap."""
         (s, slope), dp = found
-        p, kept, rate = jnp.exp2(s - self.lse), self.pair.kept(c), self.pair.spec.dropout_rate
-        ds = p * (dropout.drop(dp, rate, kept) - self.delta)
+        lse, delta = (x[:, c.queries.start :] for x in (self.lse, self.delta))
+        p, kept, rate = jnp.exp2(s - lse), self.pair.kept(c), self.pair.spec.dropout_rate
+        ds = p * (dropout.drop(dp, rate, kept) - delta)
         return dropout.drop(p, rate, kept), ds if slope is None else ds * slope
 
 
@@ -154,16 +155,16 @@ def _kernel(
         dk[...] = jnp.zeros_like(dk)
         dv_ref[...] = dv_in[...]
 
-    def block(masked: bool, first, size: int):
+    def block(masked: bool, first, keys: int, diagonal: int | None = None):
         weights = _Weights(pair, masked, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
 
         def accumulate(c, found):
             p, ds = (x.astype(q_ref.dtype) for x in weights.finish(c, found))
-            dv_ref[c] += dot(p, weights.do(), 1, 0)
-            dk[c] += dot(ds, weights.q(), 1, 0)
-            dq[r] += dot(weights.k(c), ds, 0, 0)
+            dv_ref[c.keys] += dot(p, weights.do(c), 1, 0)
+            dk[c.keys] += dot(ds, weights.q(c), 1, 0)
+            dq[r, :, c.queries] += dot(weights.k(c), ds, 0, 0)
 
-        walk_chunks(config, first, size, weights.scores, accumulate)
+        walk(config, blocks.block_q, first, keys, diagonal, weights.scores, accumulate)
 
     pair.run(block)
 
@@ -232,24 +233,20 @@ def _bias_kernel(
 ):
     step = [pl.program_id(order.index(d)) for d in range(4)]
     pair = Pair(blocks, scalars, vectors, *step)
-    wide = dbias.shape[1] > 1
 
     # Invariant: dbias is what came in and the sum over the steps so far of the dims that it lacks.
     @pl.when(sum((pl.program_id(4 - 1 - d) for d in range(lacking)), jnp.int32(0)) == 0)
     def load():
         dbias[...] = dbias_in[...]
 
-    def block(masked: bool, first, size: int):
+    def block(masked: bool, first, keys: int, diagonal: int | None = None):
         weights = _Weights(pair, masked, q, k, v, do, lse, delta)
 
         def accumulate(c, found):
             ds = weights.finish(c, found)[1].T
-            ds = ds if dbias.shape[0] > 1 else jnp.sum(ds, 0, keepdims=True)
-            if wide:
-                dbias[:, c] += ds
-            else:
-                dbias[...] += jnp.sum(ds, 1, keepdims=True)
+            alike = tuple(dim for dim, n in enumerate(dbias.shape) if n == 1)
+            dbias[c.within(*dbias.shape)] += jnp.sum(ds, alike, keepdims=True) if alike else ds
 
-        walk_chunks(config, first, size, weights.scores, accumulate)
+        walk(config, blocks.block_q, first, keys, diagonal, weights.scores, accumulate)
 
     pair.run(block)

@@ -3,7 +3,8 @@
 `Blocks` lays a call out: numbers that a kernel is given first (where blocks stand, lengths, the least and greatest segment
 and position of each block, a head's slope and dropout seed) in one int32 vector, numbers of queries and keys as `[B, 1, T]`
 and `[B, 1, S]`, and a bias and a mask as they are. By the numbers a block pair is skipped, or computed without a mask, or
-with one. A `Pair` is one such pair within a kernel. Logits are transposed, keys by queries, and in units of log 2.
+with one. A `Pair` is one such pair within a kernel, computed by `Tile`s. Logits are transposed, keys by queries, and in units
+of log 2.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +27,25 @@ LOG2E = math.log2(math.e)
 ROWS = ("query_segments", "query_positions")
 COLUMNS = ("key_segments", "key_positions")
 PAIRS = ("bias", "mask")
+
+
+class Tile(NamedTuple):
+    """Part of a pair of blocks: some of its keys, and the queries from one on.
+
+    From the first `crossed` of these the band may hide some of the keys, from the others none.
+    """
+
+    keys: pl.Slice
+    queries: pl.Slice
+    crossed: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.keys.size, self.queries.size
+
+    def within(self, rows: int, columns: int) -> tuple:
+        """Where it is in an array of the pair, which has one row or one column where they are alike."""
+        return self.queries if rows > 1 else slice(None), self.keys if columns > 1 else slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +115,16 @@ class Blocks:
         """Whether a boundary can leave half of a block's keys unseen by all of its queries."""
         narrow = self.block_k >= 2 * self.block_q and self.block_k % (2 * LANES) == 0
         return narrow and not self.spec.band.window.is_full and not self.has("key_positions")
+
+    @property
+    def diagonals(self) -> range:
+        """Keys of a block with which the queries' may begin, so that the causal boundary is the diagonal from there on.
+
+        Each is one more body of the kernel.
+        """
+        few = self.block_q % LANES == 0 and self.block_k in (self.block_q, 2 * self.block_q)
+        alone = self.spec.band.window == Band(right=0) and not self.has("query_positions", "key_positions")
+        return range(0, self.block_k if few and alone else 0, self.block_q)
 
     def number(self, scalars, name: str, *index):
         place, shape = self._at[name]
@@ -180,6 +210,7 @@ class Pair:
         """Calls `block(masked, first, keys)` of so many keys from `first` on; not at all where no query sees any of them.
 
         A block of which nothing is hidden isn't masked, and of one whose other half nobody sees only a half is computed.
+        `block(True, 0, keys, diagonal)`: the key `diagonal` stands where the first query does, and the boundary is causal.
         """
         blocks, band, size = self.blocks, self.spec.band, self.blocks.block_k
         extras = ("query_lengths", "key_lengths", *ROWS, *COLUMNS)
@@ -188,13 +219,18 @@ class Pair:
             return
         seen, full = self._seen_and_full()
         pl.when(full)(lambda: block(False, 0, size))
-        if not blocks.halves:
-            pl.when(seen & ~full)(lambda: block(True, 0, size))
+        crossed, (start, _) = seen & ~full, self.spans[1]
+        for diagonal in blocks.diagonals:
+            here = self.spans[0][0] == start + diagonal
+            pl.when(crossed & here)(functools.partial(block, True, 0, diagonal + blocks.block_q, diagonal))
+            crossed &= ~here
+        if not blocks.halves or blocks.diagonals:
+            pl.when(crossed)(lambda: block(True, 0, size))
             return
-        queries, (start, _), half = self._compared()[0], self.spans[1], size // 2
+        queries, half = self._compared()[0], size // 2
         earlier, later = (band.window.meets(*queries, at, at + half) for at in (start, start + half))
-        pl.when(seen & ~full & earlier & later)(lambda: block(True, 0, size))
-        pl.when(seen & ~full & (earlier ^ later))(lambda: block(True, jnp.where(later, half, 0), half))
+        pl.when(crossed & earlier & later)(lambda: block(True, 0, size))
+        pl.when(crossed & (earlier ^ later))(lambda: block(True, jnp.where(later, half, 0), half))
 
     def _seen_and_full(self):
         blocks, (queries, keys), compared = self.blocks, self.spans, self._compared()
@@ -215,8 +251,8 @@ class Pair:
                 full &= (index + 1) * block <= length
         return seen, full & ("mask" not in self.vectors)
 
-    def logits(self, dot, c, masked: bool):
-        """`(s, slope)` of the keys `c`: logits [chunk, block_q], and the derivative of a soft cap there, or None."""
+    def logits(self, dot, c: Tile, masked: bool):
+        """`(s, slope)` of a tile: logits [keys, queries], and the derivative of a soft cap there, or None."""
         spec, slope = self.spec, None
         if not self.blocks.has("slopes") and "bias" not in self.vectors and spec.soft_cap is None:
             s = dot * (spec.scale * LOG2E)
@@ -238,8 +274,8 @@ class Pair:
         # A slope of what a block's last rows hold may be NaN.
         return jnp.where(seen, s, softmax.MASKED), None if slope is None else jnp.where(seen, slope, 0.0)
 
-    def kept(self, c):
-        """Which pairs of the keys `c` dropout keeps; None without it."""
+    def kept(self, c: Tile):
+        """Which pairs of a tile dropout keeps; None without it."""
         if not self.blocks.has("seeds"):
             return None
         key, query = self._places_within(c)
@@ -258,58 +294,65 @@ class Pair:
             real.append(place < blocks.number(self.scalars, f"{side}_lengths", self.b))
         return jnp.where(functools.reduce(operator.and_, real), x, jnp.zeros_like(x)) if real else x
 
-    def _places_within(self, c):
-        """Places of the keys `c` [chunk, 1] and of the queries [1, block_q]."""
+    def _places_within(self, c: Tile):
+        """Places of its keys [keys, 1] and of its queries [1, queries]."""
         (q_start, _), (k_start, _) = self.spans
-        key = k_start + c.start + lax.broadcasted_iota(jnp.int32, (c.size, 1), 0)
-        return key, q_start + lax.broadcasted_iota(jnp.int32, (1, self.blocks.block_q), 1)
+        return k_start + _along(c, 0), q_start + _along(c, 1)
 
-    def _compared_within(self, c):
+    def _compared_within(self, c: Tile):
         """What the band compares of them."""
         key, query = self._places_within(c)
         if "key_positions" in self.vectors:
             key = self._column("key_positions", c)
         if "query_positions" in self.vectors:
-            query = self.vectors["query_positions"][...]
+            query = self.vectors["query_positions"][:, c.queries]
         return key, query
 
-    def _seen(self, c):
-        """Which pairs take part, [chunk, block_q]."""
-        blocks, band, shape = self.blocks, self.spec.band, (c.size, self.blocks.block_q)
+    def _seen(self, c: Tile):
+        """Which pairs take part, [keys, queries]."""
+        blocks, band = self.blocks, self.spec.band
         key, query = self._compared_within(c)
-        seen = [band.window(query, key)] if band.window != Band() else []
+        seen = []
+        if c.crossed and band.window != Band():
+            crossed = jnp.broadcast_to(band.window(query[:, : c.crossed], key), (c.keys.size, c.crossed))
+            rest = jnp.ones((c.keys.size, c.queries.size - c.crossed), bool)
+            seen.append(jnp.concatenate([crossed, rest], 1) if rest.size else crossed)
         key, query = self._places_within(c)
         seen += [band.ends(query, key)] if band.ends != Band() else []
         for name, place in (("query_lengths", query), ("key_lengths", key)):
             if blocks.has(name):
                 seen.append(place < blocks.number(self.scalars, name, self.b))
         if "query_segments" in self.vectors:
-            seen.append(self._column("key_segments", c) == self.vectors["query_segments"][...])
+            seen.append(self._column("key_segments", c) == self.vectors["query_segments"][:, c.queries])
         if blocks.num_keys % blocks.block_k:
-            first = self.j * blocks.block_k + c.start
-            seen.append(first + lax.broadcasted_iota(jnp.int32, (c.size, 1), 0) < blocks.num_keys)
+            seen.append(self.j * blocks.block_k + _along(c, 0) < blocks.num_keys)
         if blocks.num_queries % blocks.block_q:
-            first = self.i * blocks.block_q
-            seen.append(first + lax.broadcasted_iota(jnp.int32, (1, blocks.block_q), 1) < blocks.num_queries)
+            seen.append(self.i * blocks.block_q + _along(c, 1) < blocks.num_queries)
         if "mask" in self.vectors:
             seen.append(self._turned("mask", c) != 0)
-        return jnp.broadcast_to(functools.reduce(operator.and_, seen), shape)
+        return jnp.broadcast_to(functools.reduce(operator.and_, seen, jnp.bool_(True)), c.shape)
 
-    def _column(self, name: str, c):
-        """Numbers of the keys `c`, turned from a row into [chunk, block_q], alike in every lane."""
-        return _across(self.vectors[name][:, c], self.blocks.block_q)
+    def _column(self, name: str, c: Tile):
+        """Numbers of its keys, turned from a row into [keys, queries], alike in every lane."""
+        return _across(self.vectors[name][:, c.keys], c.queries.size)
 
-    def _turned(self, name: str, c):
-        """The columns `c` of a bias or a mask, [1 or chunk, 1 or block_q]."""
+    def _turned(self, name: str, c: Tile):
+        """A bias or a mask of it, [1 or keys, 1 or queries]."""
         ref = self.vectors[name]
         rows, columns = ref.shape
-        x = ref[...] if columns == 1 else ref[:, c]
+        x = ref[c.within(*ref.shape)]
         x = x.astype(jnp.float32 if name == "bias" else jnp.int32)
         if rows == columns == 1:
             return x
         if columns == 1:
             return jnp.broadcast_to(x, (rows, LANES)).T[:1]
-        return _across(x, self.blocks.block_q) if rows == 1 else x.T
+        return _across(x, c.queries.size) if rows == 1 else x.T
+
+
+def _along(c: Tile, dim: int):
+    """Where its keys (dim 0) or queries (dim 1) are within the blocks, [keys, 1] or [1, queries]."""
+    shape = (c.keys.size, 1) if dim == 0 else (1, c.queries.size)
+    return c[dim].start + lax.broadcasted_iota(jnp.int32, shape, dim)
 
 
 def _across(row, width: int):

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ringmoe.interface import AttentionSpec, Offsets
-from ringmoe.pallas.logits_tpu import LANES
+from ringmoe.pallas.logits_tpu import LANES, Tile
 
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
 WIDE = 256  # above this head dim blocks are smaller; float32 at 256 needs 32 MiB of VMEM beside dq
@@ -80,19 +80,30 @@ def best(direction: str, spec: AttentionSpec, q, v) -> Config:
     return found or DEFAULT[direction]
 
 
-def walk_chunks(config: Config, first, size: int, start, finish) -> None:
-    """Calls `finish(c, start(c))` for each chunk `c` of so many keys, some starts ahead: the MXU works during the softmax.
+def walk(config: Config, block_q: int, first, size: int, diagonal: int | None, start, finish) -> None:
+    """Calls `finish(c, start(c))` for each tile `c` of so many keys, some starts ahead: the MXU works during the softmax.
 
-    The first and the last chunk are half ones, since nothing else runs beside the first start and the last finish.
+    Along a diagonal (see `Pair.run`) a tile has only the queries that see one of its keys.
     """
+    if diagonal is None:
+        tiles, ahead = _tiles(config, block_q, first, size), config.ahead
+    else:
+        before = _tiles(config, block_q, 0, diagonal) if diagonal else []
+        tiles, ahead = [c._replace(crossed=0) for c in before], config.ahead * max(1, config.chunk // LANES)
+        for low in range(0, size - diagonal, LANES):
+            tiles.append(Tile(pl.ds(diagonal + low, LANES), pl.ds(low, block_q - low), LANES))
+    started = [start(c) for c in tiles[:ahead]]
+    for i, c in enumerate(tiles):
+        if i + ahead < len(tiles):
+            started.append(start(tiles[i + ahead]))
+        finish(c, started.pop(0))
+
+
+def _tiles(config: Config, block_q: int, first, size: int) -> list[Tile]:
+    """The first and the last have half as many keys, since nothing else runs beside the first start and the last finish."""
     edges = [0, *range(config.chunk // 2, size - SUBLANES + 1, config.chunk), size]
     at = lambda low: low if isinstance(first, int) else pl.multiple_of(first + low, math.gcd(low, LANES))
-    chunks = [pl.ds(at(low), high - low) for low, high in itertools.pairwise(edges)]
-    started = [start(c) for c in chunks[: config.ahead]]
-    for i, c in enumerate(chunks):
-        if i + config.ahead < len(chunks):
-            started.append(start(chunks[i + config.ahead]))
-        finish(c, started.pop(0))
+    return [Tile(pl.ds(at(low), high - low), pl.ds(0, block_q), block_q) for low, high in itertools.pairwise(edges)]
 
 
 def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
