@@ -318,11 +318,13 @@ class Band:
 
     def keys_seen(self, query):
         """As of a `Mask`, which `also` has to be, if it is given."""
+        assert self.also is None or isinstance(self.also, Mask), self.also
         spans = [] if self.also is None else self.also.keys_seen(query)
         return self._seen(query, (self.left, self.right), (self.queries, self.keys), spans)
 
     def queries_seen(self, key):
         """The same the other way round."""
+        assert self.also is None or isinstance(self.also, Mask), self.also
         spans = [] if self.also is None else self.also.queries_seen(key)
         return self._seen(key, (self.right, self.left), (self.keys, self.queries), spans)
 

@@ -35,8 +35,8 @@ class Tile(NamedTuple):
     From the first `crossed` of these the band may hide some of the keys, from the others none.
     """
 
-    keys: pl.Slice
-    queries: pl.Slice
+    keys: Any  # of pl.ds
+    queries: Any
     crossed: int
 
     @property
@@ -352,7 +352,7 @@ class Pair:
 def _along(c: Tile, dim: int):
     """Where its keys (dim 0) or queries (dim 1) are within the blocks, [keys, 1] or [1, queries]."""
     shape = (c.keys.size, 1) if dim == 0 else (1, c.queries.size)
-    return c[dim].start + lax.broadcasted_iota(jnp.int32, shape, dim)
+    return (c.queries if dim else c.keys).start + lax.broadcasted_iota(jnp.int32, shape, dim)
 
 
 def _across(row, width: int):
