@@ -41,7 +41,7 @@ def bundles(target: str, fun, *args) -> list[kernels.Kernel]:
     """The compiler's schedules of the Pallas kernels in `fun`."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[0]
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), args)
-    with kernels.dumping() as dumps:
+    with kernels.dumping(tpu=True) as dumps:
         jax.jit(fun).lower(*args).compile()
         return [
             kernel

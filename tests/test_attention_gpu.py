@@ -182,7 +182,7 @@ def test_ptxas_spills_nothing(h, v, s, monkeypatch):
         dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
         return state, attention_gpu.backward(spec, Grads(dq, dk, dv), q, k, v, do, lse, delta, extras, at)
 
-    with kernels.dumping() as dumps:
+    with kernels.dumping(tpu=False) as dumps:
         jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), *[of(2, dtype=jnp.int32)] * 2).compile()
         found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}

@@ -126,7 +126,7 @@ def on(target):
 def test_ptxas_spills_nothing(kind, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     arrays = types(kind, sharding=on("h200"))
-    with kernels.dumping() as dumps:
+    with kernels.dumping(tpu=False) as dumps:
         jax.jit(KINDS[kind]).lower(*arrays).compile()
         (kernel,) = kernels.read(dumps, frozenset())
         (ptx,) = (path.read_text() for path in dumps.gpu.glob("*.ptx"))

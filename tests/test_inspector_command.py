@@ -348,10 +348,22 @@ def test_schedules_of_another_form_are_told():
 
 def test_kernels_asked_too_late(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
-    with kernels.dumping() as dumps, pytest.raises(RuntimeError, match="JAX started before"):
+    with kernels.dumping(tpu=True) as dumps, pytest.raises(RuntimeError, match="JAX started before"):
         kernels.read(dumps, frozenset({"kernel"}))
     (tmp_path / "1-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text("MXU, VALU\n4 4\n1 1\n")
-    with kernels.dumping() as dumps:
+    with kernels.dumping(tpu=True) as dumps:
         (tmp_path / "2-kernel-9-final_hlo-static-per-bundle-utilization.txt").write_text("MXU, VALU\n4 4\n1 1\n1 1\n")
         assert [k.bundles for k in kernels.read(dumps, frozenset({"kernel"}))] == [2]  # not the one from before
     assert "MOSAIC_GPU_DUMP_TO" not in os.environ
+
+
+def test_dumps_do_not_pile_up(monkeypatch):
+    """What libtpu wrote is gone once it was read; and it isn't asked where only GPUs' compilers are wanted."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    with kernels.dumping(tpu=False) as dumps:
+        assert dumps.tpu is None and dumps.gpu.is_dir() and not kernels.read(dumps, frozenset())
+    assert not os.environ["LIBTPU_INIT_ARGS"]
+    with kernels.dumping(tpu=True) as dumps:
+        (dumps.tpu / "1-kernel.txt").write_text("")
+        assert str(dumps.tpu) in os.environ["LIBTPU_INIT_ARGS"]
+    assert dumps.tpu.is_dir() and not list(dumps.tpu.iterdir())

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+_OWN = "ringmoe-kernels-"  # how our folders' names begin
 _SCHEDULE = "*final_hlo-static-per-bundle-utilization.txt"
 _SPILL, _FILL = "VSTORE:SPILL", "VLOAD:FILL"
 
@@ -63,38 +64,41 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Dumps:
-    """Folders of both compilers, and the schedules that lay in libtpu's before."""
+    """Folders of both compilers, and the schedules that lay in libtpu's before; None where it wasn't asked."""
 
-    tpu: pathlib.Path
+    tpu: pathlib.Path | None
     gpu: pathlib.Path
     before: frozenset[pathlib.Path]
 
 
 def request() -> pathlib.Path:
     """Asks libtpu, which reads its arguments when JAX starts, to write its schedules; returns the
-    folder it writes to."""
+    folder it writes to. It then does so, slowly, for all that the process compiles."""
     marker = "--xla_jf_dump_to="
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
     for argument in arguments.split():
         if argument.startswith(marker):
             return pathlib.Path(argument.removeprefix(marker))
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="ringmoe-kernels-"))
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=_OWN))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {marker}{folder} --xla_jf_dump_llo_text=true".strip()
     return folder
 
 
 @contextlib.contextmanager
-def dumping() -> Iterator[_Dumps]:
-    """Asks the compilers for their dumps while the block runs; yields where they go."""
-    tpu = request()
-    with tempfile.TemporaryDirectory(prefix="ringmoe-kernels-") as folder:
+def dumping(tpu: bool) -> Iterator[_Dumps]:
+    """Asks the compilers, libtpu only with `tpu`, for their dumps while the block runs; yields where they go."""
+    schedules = request() if tpu else None
+    with tempfile.TemporaryDirectory(prefix=_OWN) as folder:
         os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": folder}
-        before = set(tpu.glob(_SCHEDULE))
+        before = set(schedules.glob(_SCHEDULE)) if schedules else ()
         try:
-            yield _Dumps(tpu, pathlib.Path(folder), frozenset(before))
+            yield _Dumps(schedules, pathlib.Path(folder), frozenset(before))
         finally:
             del os.environ["MOSAIC_GPU_DUMP_PTXAS"], os.environ["MOSAIC_GPU_DUMP_TO"]
+            if schedules and schedules.name.startswith(_OWN):  # hundreds of MB for one attention kernel
+                for file in schedules.iterdir():
+                    file.unlink()
 
 
 def read(dumps: _Dumps, names: frozenset[str]) -> tuple[Kernel, ...]:
@@ -109,7 +113,7 @@ def read(dumps: _Dumps, names: frozenset[str]) -> tuple[Kernel, ...]:
         asked.
     """
     found: dict[str, Kernel] = {}
-    for file in sorted(set(dumps.tpu.glob(_SCHEDULE)) - dumps.before):
+    for file in sorted(set(dumps.tpu.glob(_SCHEDULE)) - dumps.before) if dumps.tpu else ():
         name = re.sub(r"^\d+-|-\d+-final_hlo-.*$", "", file.name)
         if name in names:
             found[name] = tpu_kernel(name, file.read_text())
