@@ -343,6 +343,10 @@ LAYOUTS = {
         mesh=(2, 2, 2), roles=("batch", "sequence", "heads"), bias=(True, False, False, False)
     ),
     "window": Case(t=4, is_causal=True, window=(5, 0)),
+    "window to both sides": Case(exchange="ring", t=4, window=(5, 2), k=2, segments=True, bias=NO_ONES),
+    "window to both sides, on all devices": Case(
+        mesh=(3,), exchange="ring", t=4, window=(1, 3), lengths=(True, True), b=2
+    ),
     "packed segments and lengths": Case(mesh=(2, 4), roles=("batch", "sequence"), segments=True, lengths=(True, True)),
     "cross attention": Case(mesh=(2, 4), roles=("batch", "sequence"), t=2, s=5, is_causal=True, bias=NO_ONES),
 }

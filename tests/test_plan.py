@@ -152,22 +152,32 @@ def test_a_backward_ring_sends_gradients_in_float32_once_more_than_keys():
 @given(st.sampled_from((1, 2, 4, 8)), st.integers(1, 5), st.none() | st.integers(0, 45), st.sampled_from((None, 0, 3)))
 @settings(max_examples=150)
 def test_hops_are_as_few_as_cover_every_pair(size, tokens, left, right):
-    """Walking from its own block back, each device meets all blocks that its queries see; one hop less misses some."""
+    """Walking from its own block back, or both ways, each device meets all blocks that its queries see; one hop less misses
+    some."""
     band, length = Band(left, right), size * tokens
     queries, keys = np.arange(length)[:, None], np.arange(length)
     seen = np.asarray(band(queries, keys))
     got = attention({"t": ("r",), "s": ("r",)}, band, "ring", (("r", size),), t=length, s=length)
+    both = got.ways > got.parts
 
     def misses(hops):
         blocks = seen.reshape(size, tokens, size, tokens).any((1, 3))
-        return any(blocks[i, j] and (i - j) % size >= hops for i in range(size) for j in range(size))
+        met = lambda i, j: (i - j) % size < hops or (both and (j - i) % size < hops)
+        return any(blocks[i, j] and not met(i, j) for i in range(size) for j in range(size))
 
     hops = got.hops if size > 1 else 1
     assert not misses(hops)
-    if right == 0 and left is not None:
+    if both or (right == 0 and left is not None):
         assert hops == 1 or misses(hops - 1)
     block = 2 * B * tokens * K * H
-    assert got.wire_bytes == block * 2 * (hops - 1)
+    assert got.wire_bytes == block * 2 * (hops - 1) * (1 + both)
+
+
+def test_a_narrow_window_to_both_sides_takes_neighbours_of_both():
+    both = attention({"t": ("r",), "s": ("r",)}, Band(9, 3), "ring", (("r", 8),), t=64, s=64)
+    assert (both.hops, both.ways, both.parts) == (3, 2, 1)
+    wide = attention({"t": ("r",), "s": ("r",)}, Band(9, 25), "ring", (("r", 8),), t=64, s=64)
+    assert wide.hops == 8 and wide.ways == wide.parts
 
 
 @pytest.mark.parametrize(("kind", "band", "tokens", "how", "ways", "pieces"), [

@@ -30,7 +30,8 @@ class AttentionPlan:
     ring: Ring  # the devices whose blocks are met one after another; one device where nothing travels
     size: int  # devices on `axes`
     hops: int  # key blocks that a device meets, its own included
-    ways: int  # parts of a block, each of which goes its own way round the ring
+    ways: int  # that blocks travel round the ring
+    parts: int  # of a block, each of which goes its own way; 1 where the whole block goes one way, or both
     pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
     head_axes: Axes  # the last of them, along which heads are split instead, during the work
@@ -212,14 +213,14 @@ class _Call:
             keys=sizes["s"] if padded["s"] > sizes["s"] else None,
         )
         ring = Ring.make(keys[: len(keys) - len(head_axes)], length) if walks or kind == "merge" else Ring()
-        hops, ways, pieces = self._walk(ring.size, padded["t"], padded["s"]) if walks else (1, 1, 1)
+        hops, ways, parts, pieces = self._walk(ring.size, padded["t"], padded["s"]) if walks else (1, 1, 1, 1)
         axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
         query, key = axes(rule.operands[0]), axes(rule.operands[1])
         own = () if kind == "all_gather" else keys
         shared = {a for a in key if a not in keys} | set(own)
         summed = (*query, *(a for a in keys if kind == "merge" and a not in query))
         head_parts, joint_parts = self.devices(head_axes), self.devices(joint_axes)
-        how = dict(head_parts=head_parts, joint_parts=joint_parts, hops=hops, ways=ways, pieces=pieces)
+        how = dict(head_parts=head_parts, joint_parts=joint_parts, hops=hops, ways=ways, parts=parts, pieces=pieces)
         load = self._load(kind, rule, split, **how)
         return AttentionPlan(
             factors=freeze(split),
@@ -266,30 +267,35 @@ class _Call:
             **how,
         )
 
-    def _walk(self, size: int, queries: int, keys: int) -> tuple[int, int, int]:
-        """(hops, ways, pieces) of a ring of so many devices, which have so many tokens together.
+    def _walk(self, size: int, queries: int, keys: int) -> tuple[int, int, int, int]:
+        """(hops, ways, parts, pieces) of a ring of so many devices, which have so many tokens together.
 
-        Two ways and two pieces only where all blocks are met: what a window cuts short comes from one side alone. Two ways
-        where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links carry what goes to
-        one. Two pieces, balanced places, where later devices would see more. Each of at least LEAST or TILE keys.
+        Two parts and two pieces only where all blocks are met: what a window cuts short comes whole, from one side or from
+        both. Two parts where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links
+        carry what goes to one. Two pieces, balanced places, where later devices would see more. Each of at least LEAST or
+        TILE keys.
         """
         band, block = self.band if self.in_order else Band(), keys // size
-        hops = _hops(band, size, queries // size, block)
+        hops, ways = _hops(band, size, queries // size, block)
         if size == 1 or hops < size:
-            return hops, 1, 1
+            return hops, ways, 1, 1
         least = TILE if self.in_tiles else LEAST
         causal = band.right == 0 and band.left is None and queries == keys
         pieces = 2 if causal and not self.rows_stay and block % (2 * least) == 0 else 1
         switched = cost.family(self.device_kind) == "gpu"
         ways = 2 if not switched and size > 2 and block % (2 * pieces * least) == 0 else 1
-        return hops, ways, pieces
+        return hops, ways, ways, pieces
 
 
-def _hops(band: Band, size: int, queries: int, keys: int) -> int:
-    """Key blocks that any device needs, walking from its own one to earlier ones.
+def _hops(band: Band, size: int, queries: int, keys: int) -> tuple[int, int]:
+    """(hops, ways): key blocks that any device needs, from its own one to earlier ones, or both ways to the farthest.
 
-    With `right <= 0` and a finite `left`, queries `[i t, i t + t)` see no key before `i t - left`: the ring stops there.
+    Queries `[i t, i t + t)` see no key before `i t - left`, and none from `i t + t + right` on: the ring stops there.
     """
-    if band.right != 0 or band.left is None or queries != keys:
-        return size
-    return min(size, 1 + -(-band.left // keys))
+    if band.left is None or band.right is None or queries != keys:
+        return size, 1
+    earlier, later = (-(-side // keys) for side in (band.left, band.right))
+    if not later:
+        return min(size, 1 + earlier), 1
+    farthest = max(earlier, later)
+    return (1 + farthest, 2) if 2 * farthest < size else (size, 1)

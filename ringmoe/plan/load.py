@@ -48,6 +48,7 @@ class Load:
     joint_parts: int
     hops: int
     ways: int
+    parts: int
     pieces: int
 
     @property
@@ -87,6 +88,7 @@ class Load:
     def sent(self) -> int:
         """Bytes, of what has heads and a head dim."""
         sends, returns = (self.hops - 1, self.hops) if self.walks and self.size > self.head_parts else (0, 0)
+        sends, returns = (self.ways // self.parts * times for times in (sends, returns))
         if self.kind == "all_gather":
             sends = returns = self.size - 1
         sent = 2 * self.key * (sends * self.itemsize + returns * self.owed_itemsize)
@@ -115,15 +117,20 @@ class Load:
         """Of memory for keys and values, and their gradients, of all devices."""
         return 2 * self.size * self.key * (self.itemsize + self.owed_itemsize) if self.kind == "all_gather" else 0
 
+    @property
+    def blocks(self) -> int:
+        """Of the keys, that a device meets."""
+        return self.hops if self.ways == self.parts else 2 * self.hops - 1
+
     def _calls(self) -> float:
         """All calls of one hop."""
-        machine, calls = self.machine, self.hops * self.ways
+        machine, calls = self.machine, self.blocks * self.parts
         rows = self.batch * self.heads // self.head_parts * self.queries * self.head_parts * self.joint_parts
         keys = self.keys * (self.size if self.kind == "all_gather" else self.head_parts)
         pairs = rows * self._met(keys) / calls
         if not self.in_tiles:
             return self.ways * (pairs * LOGITS[self.backward] / machine.memory + LAUNCH)
-        fetched, kept = self._bytes(rows, keys / self.ways)
+        fetched, kept = self._bytes(rows, keys / self.parts)
         flops = (10 if self.backward else 4) * self.width * pairs
         work = max(flops / machine.flops / SHARE, pairs * VECTOR[self.backward] / machine.vector)
         return self.ways * (max(work, (fetched + kept) / machine.memory) + EDGE * kept / machine.memory + LAUNCH)
@@ -140,12 +147,12 @@ class Load:
 
     def _met(self, keys: int) -> float:
         """Keys that a query meets in all hops, on the device that meets most."""
-        total, band = self.hops * keys, self.band
+        total, band = self.blocks * keys, self.band
         if band.right is not None and band.left is not None:
             return min(total, band.left + band.right + 1 + BLOCK)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            in_part = self.hops * self.ways * BLOCK  # a block of each call
+            in_part = self.blocks * self.parts * BLOCK  # a block of each call
             return total / 2 + min(in_part, PARTLY * total)
         return total
 
@@ -154,7 +161,7 @@ class Load:
         calls, machine = self._calls(), self.machine
         if self.hops == 1:
             return calls
-        block = 2 * self.key / self.ways
+        block = 2 * self.key / self.parts
         way = machine.alone(block * self.itemsize / machine.link, 1)
         owed = machine.alone(block * self.owed_itemsize / machine.link, 1) if self.backward else 0.0
         late = LATE if self.ways > 1 else 1.0

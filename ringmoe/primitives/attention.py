@@ -142,7 +142,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         (math.prod(x.shape[:-3]), heads // plan.head_parts, length * plan.head_parts, x.shape[-1]), x.dtype
     )
     q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
-    met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.ways
+    met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.parts
     k, v = (head_major(x, max(x.shape[-2], plan.head_parts), met) for x in (key, value))
     accepts = lambda kernel: kernel.check(spec, q, k, v, extras)
     return pallas.pick("attention", platform, params["implementation"], accepts), spec

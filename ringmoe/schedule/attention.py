@@ -153,7 +153,7 @@ class _Blocks:
         self.gathered = plan.exchange == "all_gather"
         self.columns = key.shape[-3] * plan.size  # of all devices together
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
-        self.piece = self.keys // plan.ways // plan.pieces  # consecutive keys of a part
+        self.piece = self.keys // plan.parts // plan.pieces  # consecutive keys of a part
         me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
         self.first_queries = self._starts(me, q.shape[2])
         self.batch = query.shape[:-3]
@@ -177,23 +177,28 @@ class _Blocks:
         return balance.starts(self.plan.ring, device, length) if self.plan.pieces > 1 else (device * length,)
 
     def first_keys(self, owner, n: int) -> tuple:
-        """Where the pieces of part n of `owner`'s block begin."""
-        return tuple(start + n * self.piece for start in self._starts(owner, self.keys))
+        """Where the pieces of what goes the nth way of `owner`'s block begin."""
+        part = n if self.plan.parts > 1 else 0
+        return tuple(start + part * self.piece for start in self._starts(owner, self.keys))
 
     def offsets(self, first: tuple) -> Offsets:
         return Offsets(self.first_queries, first)
 
     def cut(self, kv) -> list:
-        """One block's parts, which travel in opposite directions: each has its share of every piece."""
-        shape = self.plan.pieces, self.plan.ways, self.piece
+        """What travels of one block in opposite directions: the whole, or parts that have their share of every piece."""
+        if self.plan.parts == 1:
+            return [kv] * self.plan.ways
+        shape = self.plan.pieces, self.plan.parts, self.piece
 
         def part(x, n):
             return x.reshape(*x.shape[:2], *shape, *x.shape[3:])[:, :, :, n].reshape(*x.shape[:2], -1, *x.shape[3:])
 
-        return [jax.tree.map(lambda x, n=n: part(x, n), kv) for n in range(self.plan.ways)]
+        return [jax.tree.map(lambda x, n=n: part(x, n), kv) for n in range(self.plan.parts)]
 
     def join(self, parts: list):
-        """The inverse of `cut`."""
+        """The transpose of `cut`."""
+        if self.plan.parts == 1:
+            return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
 
         def one(*xs):
             cut = [x.reshape(*x.shape[:2], self.plan.pieces, 1, self.piece, x.shape[-1]) for x in xs]

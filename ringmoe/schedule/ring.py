@@ -2,7 +2,8 @@
 
 Hop h, device i: holds the block of device i - h, works on it, and meanwhile sends it to i + 1. The last hop sends nothing.
 Where a block is cut in two, its second part goes the other way round: the one of device i + h is here in hop h, and goes to
-i - 1, so that both links of a device carry, and a hop takes half the time.
+i - 1, so that both links of a device carry, and a hop takes half the time. Where only neighbours on both sides are met, the
+whole block goes both ways.
 What a device owes the owner of a block (its gradients) travels one hop behind the block, so that its transfer too goes on
 during the work: what arrived is added to this device's share and sent on at the start of the next hop.
 """
@@ -76,10 +77,11 @@ def walk(
       step: `(state, part, owner, n) -> (state, share)`: the work on part n of the block of the device whose int32 index is
         `owner`; `share` is a pytree like `owed[n]` that is summed at the owner.
       ring: the devices in the order in which blocks pass them.
-      hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; where there
-        are two parts all of them, the second one's of its successors.
+      hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; and, where
+        there are two parts, of its successors.
       state: stays on its device; may begin as a pytree without arrays.
-      parts: this device's own block in one or two parts, pytrees that travel in opposite directions.
+      parts: this device's own block in one or two parts, pytrees that travel in opposite directions; of fewer hops than devices
+        two parts are the same whole block, which the first hop works on once.
       owed: zeros, a pytree for each part; () when nothing is owed.
       travel: how they do.
 
@@ -89,7 +91,8 @@ def walk(
     Per hop and device, `parts` go over the wire once, `owed` once from the second hop on and once at the end.
     """
     size = ring.size
-    assert len(parts) == 1 or hops == size, (len(parts), hops, size)
+    twice = len(parts) == 2 and hops < size
+    assert not twice or 1 < hops <= (size + 1) // 2, (hops, size)
     me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
     owes = bool(jax.tree.leaves(owed))
 
@@ -103,6 +106,9 @@ def walk(
         with jax.named_scope("ring_work"):
             shares = []
             for n, block in enumerate(here):
+                if n and first and twice:
+                    shares.append(owed[n])
+                    continue
                 if n and owes and not last:
                     under_way, state = travel.beside(under_way, state)
                 state, share = step(state, block, (me - WAYS[n] * h) % size, n)
@@ -118,9 +124,8 @@ def walk(
     carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
     if hops > 1:
         start = 0
-        if owes or not jax.tree.leaves(
-            state
-        ):  # in the first hop nothing is owed yet, and a state may be nothing: no zeros
+        # In the first hop nothing is owed yet, and a state may be nothing: no zeros.
+        if owes or twice or not jax.tree.leaves(state):
             carry, start = hop(carry, 0, first=True), 1
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
     state, trains = hop(carry, hops - 1, first=hops == 1, last=True)
