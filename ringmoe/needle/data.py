@@ -177,7 +177,7 @@ def near_miss(key: bytes, rng: np.random.Generator) -> bytes:
 
 def recall(cells: int, links: int, rng: np.random.Generator) -> tuple[list[bytes], list[Asked]]:
     """Facts for up to so many cells, in chains of `links`, and of keys much like theirs; and the questions."""
-    made = chains(max(1, rng.integers(cells // 8, cells // 2 + 1) // links), links, rng)
+    made = chains(max(1, int(rng.integers(cells // 8, cells // 2 + 1)) // links), links, rng)
     facts = [one for one_chain, _ in made for one in one_chain]
     known = {one[1 : 1 + KEY] for one in facts}
     for i in rng.permutation(len(facts))[: min(len(facts) // 2, cells - len(facts))]:
@@ -234,10 +234,10 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
         facts, asked = cipher(rng, room // 16)
     else:
         facts, asked = recall(cells, 2 if rng.random() < lesson.chain else 1, rng)
-    own = rng.integers(lesson.kinds) if rng.random() < 0.6 or lesson.kinds == 1 else None
+    own = int(rng.integers(lesson.kinds)) if rng.random() < 0.6 or lesson.kinds == 1 else None
     stretch = joined(haystack(context, own, rng), haystack(room, 0, rng))
     for cell, one in zip(rng.permutation(cells), facts, strict=False):
-        put(stretch, cell * CELL + rng.integers(CELL + 1 - len(one)), rng.integers(lesson.kinds), one)
+        put(stretch, cell * CELL + int(rng.integers(CELL + 1 - len(one))), int(rng.integers(lesson.kinds)), one)
     targets = np.full(room + 1, -1, np.int32)
     at = 0
     for one in (asked[i] for i in rng.permutation(len(asked))):
@@ -247,7 +247,7 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
         put(stretch, context + at, 0, whole)
         targets[at + len(one.question) : at + len(whole)] = np.frombuffer(one.answer, np.uint8)
         at += len(whole)
-    shown = np.where((stretch.kind > 0) & (stretch.symbol > 32), stretch.symbol, -1).astype(np.int32)
+    shown = np.where((stretch.kind > 0) & (stretch.symbol > 32), stretch.symbol.astype(np.int32), -1)
     return Example(render(stretch, rng), shown, targets[1:])
 
 

@@ -55,7 +55,7 @@ def hide(
     asked, free = [], []
 
     def place(cell: int, kind: int, one: bytes):
-        data.put(stretch, cell * data.CELL + rng.integers(data.CELL + 1 - len(one)), kind, one)
+        data.put(stretch, cell * data.CELL + int(rng.integers(data.CELL + 1 - len(one))), kind, one)
 
     for depth in range(DEPTHS):
         count = per_depth * len(KINDS)
@@ -70,7 +70,7 @@ def hide(
         for facts, question in chosen[:num_chains]:
             taken |= {f[1 : 1 + data.KEY] for f in facts}
             for one in facts:
-                place(next(rest), rng.integers(len(KINDS)), one)
+                place(next(rest), int(rng.integers(len(KINDS))), one)
             asked.append(({"needle": "any", "depth": -1, "links": links}, question))
     return asked
 

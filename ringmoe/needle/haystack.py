@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 import ringmoe
 from ringmoe.needle import data, model
@@ -91,7 +92,7 @@ class Reader:
     capacity: int
     chunk: int = 32768
     mesh: Mesh | None = None
-    dtype: jnp.dtype = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
 
     @functools.cached_property
     def _read(self) -> Callable:

@@ -14,8 +14,6 @@ from matplotlib.ticker import PercentFormatter
 from ringmoe.needle.evaluate import DEPTHS, Trial
 from ringmoe.needle.model import KINDS
 
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-
 
 def named(length: int) -> str:
     """1024 is 1K, 2^20 1M."""
@@ -30,9 +28,9 @@ def heat_map(path: pathlib.Path, trials: Sequence[Trial], trained: int) -> None:
     """
     singles = [t for t in trials if t.links == 1]
     lengths = sorted({t.length for t in singles})
-    with plt.rc_context(STYLE):
+    with plt.rc_context({"font.size": 9}):
         figure = plt.figure(figsize=(13, 6.2), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.35))
+        ((left, right),) = figure.subfigures(1, 2, width_ratios=(1, 1.35), squeeze=False)
         axes = left.subplots()
         image = _cells(axes, singles, lengths, trained, numbers=True)
         axes.set_title(f"Recall of {len(singles):,} facts, each asked once")

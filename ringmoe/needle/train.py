@@ -81,7 +81,9 @@ def checkpoints(folder: pathlib.Path) -> orbax.checkpoint.CheckpointManager:
 def resumed(manager: orbax.checkpoint.CheckpointManager, state: State) -> State:
     """The state of the latest checkpoint, or the one given where there is none."""
     latest = manager.latest_step()
-    return state if latest is None else manager.restore(latest, args=orbax.checkpoint.args.StandardRestore(state))
+    if latest is None:
+        return state
+    return State(*manager.restore(latest, args=orbax.checkpoint.args.StandardRestore(tuple(state))))
 
 
 def fit(
@@ -117,7 +119,7 @@ def fit(
             if not console.is_terminal and (i % 100 == 99 or i == first):
                 console.print(f"step {i + 1}/{steps}  {line}")
             if manager is not None and ((i + 1) % EVERY == 0 or i + 1 == steps):
-                manager.save(i + 1, args=orbax.checkpoint.args.StandardSave(state))
+                manager.save(i + 1, args=orbax.checkpoint.args.StandardSave(tuple(state)))
     if manager is not None:
         manager.wait_until_finished()
         manager.close()
