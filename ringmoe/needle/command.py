@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ringmoe.demo import placement
-from ringmoe.needle import evaluate, model, picture, train
+from ringmoe.needle import evaluate, experts, machines, model, picture, train
 from ringmoe.needle.haystack import AXIS, Reader
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights.npz"
@@ -57,7 +57,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=pathlib.Path, default=pathlib.Path("out/needle"), help="folder (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and haystacks (default %(default)s)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="what to measure (default all; quick: recall cipher agree)"
+    )
     arguments = parser.parse_args(argv)
+    arguments.parts = arguments.parts or (("recall", "cipher", "agree") if arguments.quick else tuple(PARTS))
     if arguments.steps < 1:
         parser.error(f"--steps {arguments.steps}, expected at least 1")
     if not 1 <= arguments.devices <= placement.NUM_DEVICES:
@@ -93,16 +97,76 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     weights = arguments.weights or (WEIGHTS if arguments.quick else None)
     params = trained(config, arguments, console) if weights is None else train.load(weights, config)
     lengths = arguments.lengths or (QUICK if arguments.quick else FULL)
-    trials = arguments.trials or (2 if arguments.quick else 4)
     reader = Reader(config, max(lengths), min(32768, max(lengths)), make_mesh(arguments.devices))
+    found = {name: PARTS[name](reader, params, lengths, arguments, console) for name in arguments.parts}
+    path = arguments.out / "results.json"
+    path.write_text(json.dumps(found, indent=1))
+    console.print(f"pictures, and every trial: {path.parent}")
+
+
+def recall(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """Facts at every depth of every length, and chains of facts."""
     told = lambda line: console.print(line, markup=False)
+    trials = arguments.trials or (2 if arguments.quick else 4)
     done, costs = evaluate.measure(reader, params, lengths, trials, arguments.seed, told)
     picture.heat_map(arguments.out / "recall.png", done, train.LONGEST)
-    (arguments.out / "trials.json").write_text(
-        json.dumps({"trials": [t._asdict() for t in done], "costs": [c._asdict() for c in costs]}, indent=1)
-    )
     console.print(recall_table(done), cost_table(costs))
-    console.print(f"pictures and every trial: {arguments.out}")
+    return {"trials": [t._asdict() for t in done], "costs": [c._asdict() for c in costs]}
+
+
+def cipher(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """Ciphers that nobody has seen, with their dictionaries in the context and without."""
+    told = lambda line: console.print(line, markup=False)
+    short = [length for length in lengths if length <= 2**20]
+    found = evaluate.translate(reader, params, short, 2 if arguments.quick else 4, 16, arguments.seed, told)
+    picture.cipher(arguments.out / "cipher.png", found, train.LONGEST)
+    return {"ciphers": [t._asdict() for t in found]}
+
+
+def served(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """Which experts serve which modality."""
+    found = experts.served(params, reader.config)
+    picture.experts(arguments.out / "experts.png", found.load, found.dropped)
+    return {"load": found.load.tolist(), "dropped": found.dropped.tolist()}
+
+
+def balance(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """What the balance loss and the noise are good for: four short trainings."""
+    found = experts.balance(reader.config, max(1, arguments.steps // 5), arguments.seed, console)
+    table = Table("trained with", "busiest / mean", "unused", "dropped", "bytes right", title="use of 8 experts")
+    for one in found:
+        table.add_row(one.what, f"{one.busiest:.2f}", f"{one.unused:.2f}", f"{one.dropped:.1%}", f"{one.accuracy:.1%}")
+    console.print(table)
+    return {"variants": [one._asdict() for one in found]}
+
+
+def agree(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """Logits of one program over a whole sequence against those after reading it in chunks, on one device and eight."""
+    mesh = make_mesh(placement.NUM_DEVICES)
+    found = machines.agreement(reader.config, params, mesh, min(16384, max(lengths)), 4096, arguments.seed)
+    console.print(
+        f"{found.length:,} tokens, {found.questions} questions, logits up to {found.largest:.1f}: largest difference "
+        f"{found.chunks:.1e} read in chunks, {found.sharded:.1e} in chunks over {placement.NUM_DEVICES} devices"
+    )
+    return found._asdict()
+
+
+def targets(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+    """The same programs on machines that are not here."""
+    rows = {}
+    table = Table(
+        "program", "machine", "time", "waiting", "memory", title=f"compiled, {max(lengths):,} tokens of context"
+    )
+    for target in machines.TARGETS:
+        for name, report in machines.compiled(reader.config, target, max(lengths), 32768).items():
+            memory = (report.peak_bytes or 0) / 2**20
+            table.add_row(name, target, f"{report.us:,.0f} us", f"{report.exposed_us:,.0f} us", f"{memory:,.0f} MiB")
+            rows[f"{name} on {target}"] = {"us": report.us, "exposed_us": report.exposed_us, "MiB": memory}
+    console.print(table)
+    return rows
+
+
+PARTS = {"recall": recall, "cipher": cipher, "experts": served, "balance": balance, "agree": agree, "targets": targets}
 
 
 def trained(config: model.Config, arguments: argparse.Namespace, console: Console) -> model.Params:

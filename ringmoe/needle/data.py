@@ -13,7 +13,7 @@ frequencies, in which it is a chord of two tones (as on a telephone's keys). Pat
 import dataclasses
 import functools
 import string
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -206,7 +206,7 @@ class Lesson:
 
     Args:
       batch: B, sequences. length: T, of which `room` tokens at the end are questions with their answers.
-      kinds: facts and contexts are of the first so many modalities.
+      kinds: facts are of the first so many modalities; contexts are of all.
       cipher, chain: the shares of sequences that teach a cipher, and chains of two facts; the others teach single facts.
     """
 
@@ -222,8 +222,8 @@ class Example(NamedTuple):
     """A sequence, or a batch of them, and what is to be learnt from it."""
 
     tokens: Tokens  # [T]
-    shown: np.ndarray  # [T] int32, the symbol that a patch or frame shows; -1 of text, and where there is none
-    targets: np.ndarray  # [room] int32, what follows each of the last tokens where an answer does, else -1
+    shown: Any  # [T] int32, the symbol that a patch or frame shows; -1 of text, and where there is none
+    targets: Any  # [room] int32, what follows each of the last tokens where an answer does, else -1
 
 
 def example(lesson: Lesson, rng: np.random.Generator) -> Example:
@@ -234,7 +234,7 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
         facts, asked = cipher(rng, room // 16)
     else:
         facts, asked = recall(cells, 2 if rng.random() < lesson.chain else 1, rng)
-    own = int(rng.integers(lesson.kinds)) if rng.random() < 0.6 or lesson.kinds == 1 else None
+    own = int(rng.integers(len(KINDS))) if rng.random() < 0.6 else None
     stretch = joined(haystack(context, own, rng), haystack(room, 0, rng))
     for cell, one in zip(rng.permutation(cells), facts, strict=False):
         put(stretch, cell * CELL + int(rng.integers(CELL + 1 - len(one))), int(rng.integers(lesson.kinds)), one)

@@ -124,6 +124,52 @@ def measure(
     return done, costs
 
 
+class Translated(NamedTuple):
+    """Words of a cipher that nobody had seen, after contexts of one length."""
+
+    length: int  # tokens
+    dictionary: bool  # whether the context held the cipher's dictionary
+    letters: int  # that were asked for
+    right: int
+    words: int
+    right_words: int
+
+
+def translate(
+    reader: Reader,
+    params: Params,
+    lengths: Sequence[int],
+    ciphers: int,
+    words: int,
+    seed: int,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[Translated]:
+    """How much of unseen ciphers is learnt from their dictionaries in a context of mixed modalities, and without them.
+
+    Each of `ciphers` contexts holds the 26 lines of its own cipher's dictionary at any depths, three at a time, in any
+    modality; `words` words of six letters are asked.
+    """
+    found = []
+    cache = reader.empty()
+    for length in lengths:
+        for dictionary in (True, False):
+            right = np.zeros((ciphers, words, data.WORD), bool)
+            for i in range(ciphers):
+                rng = np.random.default_rng((seed, length, i))
+                stretch = data.haystack(length, None, rng)
+                lines, asked = data.cipher(rng, words)
+                for cell, line in zip(rng.choice(length // data.CELL, len(lines), False), lines if dictionary else ()):
+                    data.put(stretch, int(cell) * data.CELL, int(rng.integers(len(KINDS))), line)
+                cache, context = reader.prefill(params, cache, stretch, rng)
+                for j, (said, question) in enumerate(zip(reader.ask(params, cache, context, asked), asked)):
+                    right[i, j] = [a == b for a, b in zip(said[: data.WORD], question.answer)]
+            whole = right.all(-1)
+            found.append(Translated(length, dictionary, right.size, int(right.sum()), whole.size, int(whole.sum())))
+            what = "given" if dictionary else "withheld"
+            told(f"{length:>10,} tokens, dictionary {what}: {found[-1].right}/{right.size} letters")
+    return found
+
+
 def counted(right: Iterable[bool]) -> str:
     right = list(right)
     return f"{sum(right)}/{len(right)}"

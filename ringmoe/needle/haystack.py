@@ -6,7 +6,7 @@ The cache is one array of keys and one of values for all global layers, sharded 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ TOGETHER = 32  # questions that are asked at once
 class Cache(NamedTuple):
     """Keys and values of S tokens, [1, S, 1, H] each."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
 
 
 class Context(NamedTuple):
@@ -95,11 +95,13 @@ class Reader:
     dtype: DTypeLike = jnp.bfloat16
 
     @functools.cached_property
-    def _read(self) -> Callable:
+    def reading(self) -> Callable:
+        """`read`, compiled: (params, cache, tokens, first, skip=) -> cache; the cache is overwritten."""
         return ringmoe.jit(functools.partial(read, config=self.config), donate_argnames="cache", static_argnames="skip")
 
     @functools.cached_property
-    def _answer(self) -> Callable:
+    def answering(self) -> Callable:
+        """`answer`, compiled: (params, cache, length, tokens, own) -> logits."""
         return ringmoe.jit(functools.partial(answer, config=self.config))
 
     def _placed(self, x, *spec):
@@ -144,7 +146,7 @@ class Reader:
             end = seen if end is None else Tokens(*(np.concatenate([a, b[skip:]]) for a, b in zip(end, seen)))
             end = Tokens(*(a[-self.room :] for a in end))
             placed = Tokens(*(self._placed(a, None, AXIS) for a in tokens))
-            cache = self._read(params, cache, placed, np.full(1, first, np.int32), skip=skip)
+            cache = self.reading(params, cache, placed, np.full(1, first, np.int32), skip=skip)
         assert end is not None
         return cache, Context(end, length)
 
@@ -172,7 +174,7 @@ class Reader:
         """Logits [Q, SYMBOLS] of what follows each of some texts after the context."""
         tokens = Tokens(*map(np.stack, zip(*(_followed(context.end, one, self.room) for one in written))))
         own = np.array([len(one) for one in written], np.int32)
-        return np.asarray(self._answer(params, cache, np.full(1, context.length, np.int32), tokens, own))
+        return np.asarray(self.answering(params, cache, np.full(1, context.length, np.int32), tokens, own))
 
 
 def _followed(end: Tokens, written: bytes, room: int) -> Tokens:
