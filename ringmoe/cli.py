@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _program(name: str, argv: Sequence[str]) -> int:
     try:  # they need packages of their own, and set XLA's flags before jax looks for devices: imported when asked for
         if name == "demo":
-            from ringmoe.demo.train import main as run
+            from ringmoe.demo import train as program
         else:
-            from ringmoe.needle.command import main as run
+            from ringmoe.needle import command as program
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    return run(argv)
+    return program.main(argv)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_no_import_inside_a_function(path):
 
 def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
-    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py")
+    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py").removesuffix("-checkpoint")
     declared = {name(r) for r in project["dependencies"]}
     extra = {name(r) for r in project["optional-dependencies"]["examples"]}
     for path in files():

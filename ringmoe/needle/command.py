@@ -171,7 +171,7 @@ PARTS = {"recall": recall, "cipher": cipher, "experts": served, "balance": balan
 
 def trained(config: model.Config, arguments: argparse.Namespace, console: Console) -> model.Params:
     """Weights after training, which are also written to the folder of results."""
-    state = train.init_state(arguments.seed, config, train.make_optimizer(arguments.steps))
+    state = train.init_state(arguments.seed, config, arguments.steps)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     start = time.perf_counter()
     state, _ = train.fit(state, config, arguments.steps, arguments.checkpoints, console)

@@ -7,7 +7,7 @@ frequencies, in which it is a chord of two tones (as on a telephone's keys). Pat
     @KQZR:ABCD.     a fact whose value is a key: a link of a chain
     ?KQZR:481.      a question, in text, and its answer; of a chain ?KQZR:ABCD:481.
     #c=p;           a line of a cipher's dictionary
-    !cccccc=pppppp; a word of that cipher, and what it means
+    !ccc=ppp;       a word of that cipher, and what it means
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from ringmoe.needle.model import KINDS, SIGNAL, Tokens
 
 LETTERS, DIGITS = (np.frombuffer(s.encode(), np.uint8) for s in (string.ascii_uppercase, string.digits))
 LOWER = np.frombuffer(string.ascii_lowercase.encode(), np.uint8)
-KEY, VALUE, WORD = 4, 3, 6  # letters of a key, digits of a value, letters of a cipher's word
+KEY, VALUE, WORD = 4, 3, 3  # letters of a key, digits of a value, letters of a cipher's word
 CELL = 16  # tokens; a fact lies within one cell
 NOTHING = 0  # the symbol of a patch or frame that shows none
-NOISE = 0.1  # standard deviation; a glyph's pixels and a chord's tones are about 1
+NOISE = 0.08  # standard deviation; a glyph's pixels and a chord's tones are about 1
 
 
 class Stretch(NamedTuple):
@@ -54,7 +54,7 @@ def glyphs() -> np.ndarray:
     for symbol in range(33, 127):
         font.set_text(chr(symbol), 0.0)
         font.draw_glyphs_to_bitmap(antialiased=True)
-        image = np.asarray(font.get_image())[:side, :side] / 255
+        image = np.asarray(font.get_image())[-side:, :side] / 255  # what hangs below a line stays
         top = max(0, min(side - len(image), side - 1 - len(image) + round(font.get_descent() / 64)))
         pixels[symbol, top : top + len(image), : image.shape[1]] = image
     return pixels.reshape(128, SIGNAL)
@@ -90,7 +90,7 @@ def render(stretch: Stretch, rng: np.random.Generator) -> Tokens:
     signal = np.zeros((len(kind), SIGNAL), np.float32)
     for i, (table, other) in enumerate(((glyphs(), textures), (chords(), tones)), 1):
         (where,) = np.nonzero(kind == i)
-        shown = table[symbol[where]] * rng.uniform(0.7, 1.3, (len(where), 1)).astype(np.float32)
+        shown = table[symbol[where]] * rng.uniform(0.8, 1.2, (len(where), 1)).astype(np.float32)
         (empty,) = np.nonzero(symbol[where] == NOTHING)
         shown[empty] = other(len(empty), rng)
         signal[where] = shown + NOISE * rng.standard_normal(shown.shape, np.float32)
@@ -231,7 +231,7 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
     context, room = lesson.length - lesson.room, lesson.room
     cells = context // CELL
     if rng.random() < lesson.cipher:
-        facts, asked = cipher(rng, room // 16)
+        facts, asked = cipher(rng, room // (2 * WORD + 4))
     else:
         facts, asked = recall(cells, 2 if rng.random() < lesson.chain else 1, rng)
     own = int(rng.integers(len(KINDS))) if rng.random() < 0.6 else None

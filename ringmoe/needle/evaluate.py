@@ -147,7 +147,7 @@ def translate(
     """How much of unseen ciphers is learnt from their dictionaries in a context of mixed modalities, and without them.
 
     Each of `ciphers` contexts holds the 26 lines of its own cipher's dictionary at any depths, three at a time, in any
-    modality; `words` words of six letters are asked.
+    modality; `words` words are asked.
     """
     found = []
     cache = reader.empty()

@@ -59,7 +59,7 @@ def balance(config: Config, steps: int, seed: int, console: Console) -> list[Bal
     found = []
     for what, variant in variants(config).items():
         console.print(f"training with {what}", markup=False)
-        state = train.init_state(seed, variant, train.make_optimizer(steps))
+        state = train.init_state(seed, variant, steps)
         _, reports = train.fit(state, variant, steps, None, console)
         found.append(_of(what, reports[-max(1, steps // 10) :]))
     return found

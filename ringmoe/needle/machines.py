@@ -75,13 +75,12 @@ def programs(
         return Tokens(numbers, numbers, placed((rows, length, SIGNAL), jnp.float32, *spec))
 
     reader = Reader(config, capacity, chunk, mesh)
-    optimizer = train.make_optimizer(train.STEPS)
-    state = everywhere(jax.eval_shape(lambda: train.init_state(0, config, optimizer)))
+    state = everywhere(jax.eval_shape(lambda: train.init_state(0, config, train.STEPS)))
     cache = Cache(*[placed((1, capacity, 1, config.global_head_dim), reader.dtype, None, AXIS)] * 2)
     one = placed((1,), jnp.int32)
     shown, room = placed((batch, capacity), jnp.int32, None, AXIS), placed((batch, 256), jnp.int32)
     example = data.Example(tokens(batch, capacity, None, AXIS), shown, room)
-    step = ringmoe.jit(train.make_train_step(config, optimizer), donate_argnums=0)
+    step = ringmoe.jit(functools.partial(train.train_step, config=config, steps=train.STEPS), donate_argnums=0)
     questions = (state.params, cache, one, tokens(TOGETHER, reader.room), placed((TOGETHER,), jnp.int32))
     return {
         f"reading {chunk:,} tokens": (

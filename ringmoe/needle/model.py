@@ -52,7 +52,6 @@ class Config:
     router: ringmoe.RouterConfig = ringmoe.RouterConfig.preset("top2_noisy")
     rope_base: float = 100.0
     temperature: bool = True  # logits of global layers times log n, n the keys that a query sees
-    global_rope: bool = False  # positions in the global layers too: to compare
     load_balance_weight: float = 0.05
 
     @property

@@ -1,5 +1,6 @@
 """Training on short contexts: a curriculum of lessons, checkpoints by orbax, and a small file of weights to keep."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -26,7 +27,7 @@ CURRICULUM = (
     ((Lesson(16, 512, 128), Lesson(4, 2048, 256)), 0.32),
 )
 LONGEST = max(lesson.length for lessons, _ in CURRICULUM for lesson in lessons)
-STEPS = 2500
+STEPS = 2400
 EVERY = 250  # steps between checkpoints
 
 
@@ -54,23 +55,23 @@ def make_optimizer(steps: int, peak: float = 3e-3) -> optax.GradientTransformati
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.02, mask=is_matrix))
 
 
-def init_state(seed: int, config: Config, optimizer: optax.GradientTransformation) -> State:
+def init_state(seed: int, config: Config, steps: int) -> State:
     params = model.init(jax.random.key(seed), config)
-    return State(params, optimizer.init(params), jnp.int32(0))
+    return State(params, make_optimizer(steps).init(params), jnp.int32(0))
 
 
-def make_train_step(config: Config, optimizer: optax.GradientTransformation):
-    """`step(state, example) -> (state, report)`; its arguments alone make it dense or sharded."""
+def train_step(
+    state: State, example: data.Example, *, config: Config, steps: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """One of `steps` steps: the next state, and what `model.loss` reports. Its arguments alone make it dense or sharded."""
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    loss = functools.partial(model.loss, config=config, key=key)
+    grads, report = jax.grad(loss, has_aux=True)(state.params, *example)
+    updates, optimizer = make_optimizer(steps).update(grads, state.optimizer, state.params)
+    return State(optax.apply_updates(state.params, updates), optimizer, state.step + 1), report
 
-    def train_step(state: State, example: data.Example):
-        key = jax.random.fold_in(jax.random.key(0), state.step)
-        grads, report = jax.grad(functools.partial(model.loss, config=config, key=key), has_aux=True)(
-            state.params, *example
-        )
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), report
 
-    return train_step
+_train_step = jax.jit(train_step, donate_argnums=0, static_argnames=("config", "steps"))
 
 
 def checkpoints(folder: pathlib.Path) -> orbax.checkpoint.CheckpointManager:
@@ -94,36 +95,34 @@ def fit(
     Raises:
       Diverged: the loss was not finite.
     """
-    manager = None if folder is None else checkpoints(folder)
-    if manager is not None:
-        state = resumed(manager, state)
-    step = jax.jit(make_train_step(config, make_optimizer(steps)), donate_argnums=0)
     reports = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    first = int(state.step)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoints(folder)) if folder else None
+        state = resumed(manager, state) if manager else state
+        first = int(state.step)
+        progress = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
         bar = progress.add_task("training", total=steps, completed=first)
         for i in range(first, steps):
             start = time.perf_counter()
             example = data.batch(lesson_of(i, steps), i)
-            state, report = step(state, example)
+            state, report = _train_step(state, example, config=config, steps=steps)
             reports.append(report := jax.device_get(report))
-            if not math.isfinite(report["loss"]):
-                raise Diverged(
-                    f"the loss of step {i} is {report['loss']}: training diverged; start again from the last checkpoint"
-                    f"{f' in {folder}' if folder else ''} with a lower rate or another --seed"
-                )
+            check_finite(i, report["loss"], folder)
             rate = example.shown.size / (time.perf_counter() - start)
             line = f"loss {report['loss']:.3f}  bytes right {report['accuracy']:.1%}  {rate:,.0f} tokens/s"
             progress.update(bar, advance=1, description=line)
             if not console.is_terminal and (i % 100 == 99 or i == first):
                 console.print(f"step {i + 1}/{steps}  {line}")
-            if manager is not None and ((i + 1) % EVERY == 0 or i + 1 == steps):
+            if manager and ((i + 1) % EVERY == 0 or i + 1 == steps):
                 manager.save(i + 1, args=orbax.checkpoint.args.StandardSave(tuple(state)))
-    if manager is not None:
-        manager.wait_until_finished()
-        manager.close()
     return state, reports
+
+
+def check_finite(step: int, loss: float, folder: pathlib.Path | None) -> None:
+    if not math.isfinite(loss):
+        again = f"from the last checkpoint in {folder}, or anew" if folder else "anew"
+        raise Diverged(f"the loss of step {step} is {loss}: training diverged; start {again} with another --seed")
 
 
 def save(path: pathlib.Path, params: Params) -> None:

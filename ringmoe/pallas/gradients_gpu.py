@@ -204,7 +204,9 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
-        early = blocks.spec.band.also is None  # else there are no registers for the spans it shows while dP is under way
+        early = (
+            blocks.spec.band.also is None
+        )  # else there are no registers for the spans it shows while dP is under way
         plgpu.barrier_wait(k_full.at[group])
 
         def step(n, totals):
