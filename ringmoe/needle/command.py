@@ -4,11 +4,13 @@ ringmoe needle --quick
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -94,83 +96,109 @@ def make_mesh(devices: int) -> Mesh | None:
 def run(arguments: argparse.Namespace, console: Console) -> None:
     config = model.Config()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    weights = arguments.weights or (WEIGHTS if arguments.quick else None)
-    params = trained(config, arguments, console) if weights is None else train.load(weights, config)
-    lengths = arguments.lengths or (QUICK if arguments.quick else FULL)
-    reader = Reader(config, max(lengths), min(32768, max(lengths)), make_mesh(arguments.devices))
-    found = {name: PARTS[name](reader, params, lengths, arguments, console) for name in arguments.parts}
-    path = arguments.out / "results.json"
-    path.write_text(json.dumps(found, indent=1))
-    console.print(f"pictures, and every trial: {path.parent}")
+    weights = arguments.weights or (WEIGHTS if arguments.quick else trained(config, arguments, console))
+    params = train.load(weights, config)
+    arguments.lengths = arguments.lengths or (QUICK if arguments.quick else FULL)
+    longest = max(arguments.lengths)
+    reader = Reader(config, longest, min(32768, longest), make_mesh(arguments.devices))
+    results = Results(arguments.out / "results.json", hashlib.sha256(weights.read_bytes()).hexdigest())
+    for name in arguments.parts:
+        PARTS[name](reader, params, arguments, console, results)
+    console.print(f"pictures, and every trial: {arguments.out}")
 
 
-def recall(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+class Results:
+    """What was measured of one file of weights: written part by part; a later run adds to it, one of other weights
+    begins anew."""
+
+    def __init__(self, path: pathlib.Path, weights: str):
+        self.path = path
+        self.parts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if self.parts.get("weights") != weights:
+            self.parts = {"weights": weights}
+
+    def keep(self, name: str, found: Any) -> None:
+        self.parts[name] = found
+        self.path.write_text(json.dumps(self.parts, indent=1))
+
+
+def recall(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """Facts at every depth of every length, and chains of facts."""
     told = lambda line: console.print(line, markup=False)
     trials = arguments.trials or (2 if arguments.quick else 4)
-    done, costs = evaluate.measure(reader, params, lengths, trials, arguments.seed, told)
+    done = [evaluate.Trial(**t) for t in results.parts.get("trials", ()) if t["length"] not in arguments.lengths]
+    costs = [evaluate.Cost(**c) for c in results.parts.get("costs", ()) if c["length"] not in arguments.lengths]
+    for length in arguments.lengths:
+        more, taken = evaluate.measure(reader, params, (length,), trials, arguments.seed, told)
+        done, costs = done + more, costs + taken
+        results.keep("trials", [t._asdict() for t in done])
+        results.keep("costs", [c._asdict() for c in costs])
     picture.heat_map(arguments.out / "recall.png", done, train.LONGEST)
     console.print(recall_table(done), cost_table(costs))
-    return {"trials": [t._asdict() for t in done], "costs": [c._asdict() for c in costs]}
 
 
-def cipher(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+def cipher(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """Ciphers that nobody has seen, with their dictionaries in the context and without."""
     told = lambda line: console.print(line, markup=False)
-    short = [length for length in lengths if length <= 2**20]
+    short = [length for length in arguments.lengths if length <= 2**20]
     found = evaluate.translate(reader, params, short, 2 if arguments.quick else 4, 16, arguments.seed, told)
     picture.cipher(arguments.out / "cipher.png", found, train.LONGEST)
-    return {"ciphers": [t._asdict() for t in found]}
+    results.keep("ciphers", [t._asdict() for t in found])
 
 
-def served(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+def served(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """Which experts serve which modality."""
     found = experts.served(params, reader.config)
     picture.experts(arguments.out / "experts.png", found.load, found.dropped)
-    return {"load": found.load.tolist(), "dropped": found.dropped.tolist()}
+    results.keep("experts", {"load": found.load.tolist(), "dropped": found.dropped.tolist()})
 
 
-def balance(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+def balance(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """What the balance loss and the noise are good for: four short trainings."""
     found = experts.balance(reader.config, max(1, arguments.steps // 5), arguments.seed, console)
     table = Table("trained with", "busiest / mean", "unused", "dropped", "bytes right", title="use of 8 experts")
     for one in found:
         table.add_row(one.what, f"{one.busiest:.2f}", f"{one.unused:.2f}", f"{one.dropped:.1%}", f"{one.accuracy:.1%}")
     console.print(table)
-    return {"variants": [one._asdict() for one in found]}
+    results.keep("balance", [one._asdict() for one in found])
 
 
-def agree(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+def agree(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """Logits of one program over a whole sequence against those after reading it in chunks, on one device and eight."""
     mesh = make_mesh(placement.NUM_DEVICES)
-    found = machines.agreement(reader.config, params, mesh, min(16384, max(lengths)), 4096, arguments.seed)
+    found = machines.agreement(reader.config, params, mesh, min(16384, max(arguments.lengths)), 4096, arguments.seed)
     console.print(
         f"{found.length:,} tokens, {found.questions} questions, logits up to {found.largest:.1f}: largest difference "
         f"{found.chunks:.1e} read in chunks, {found.sharded:.1e} in chunks over {placement.NUM_DEVICES} devices"
     )
-    return found._asdict()
+    results.keep("agreement", found._asdict())
 
 
-def targets(reader: Reader, params: model.Params, lengths, arguments, console: Console) -> dict:
+def targets(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """The same programs on machines that are not here."""
     rows = {}
     table = Table(
-        "program", "machine", "time", "waiting", "memory", title=f"compiled, {max(lengths):,} tokens of context"
+        "program",
+        "machine",
+        "time",
+        "waiting",
+        "memory",
+        title=f"compiled, {max(arguments.lengths):,} tokens of context",
     )
     for target in machines.TARGETS:
-        for name, report in machines.compiled(reader.config, target, max(lengths), 32768).items():
+        for name, report in machines.compiled(reader.config, target, max(arguments.lengths), 32768).items():
             memory = (report.peak_bytes or 0) / 2**20
             table.add_row(name, target, f"{report.us:,.0f} us", f"{report.exposed_us:,.0f} us", f"{memory:,.0f} MiB")
             rows[f"{name} on {target}"] = {"us": report.us, "exposed_us": report.exposed_us, "MiB": memory}
     console.print(table)
-    return rows
+    results.keep("targets", rows)
 
 
 PARTS = {"recall": recall, "cipher": cipher, "experts": served, "balance": balance, "agree": agree, "targets": targets}
 
 
-def trained(config: model.Config, arguments: argparse.Namespace, console: Console) -> model.Params:
-    """Weights after training, which are also written to the folder of results."""
+def trained(config: model.Config, arguments: argparse.Namespace, console: Console) -> pathlib.Path:
+    """A file of weights after training, in the folder of results."""
     state = train.init_state(arguments.seed, config, arguments.steps)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     start = time.perf_counter()
@@ -178,7 +206,7 @@ def trained(config: model.Config, arguments: argparse.Namespace, console: Consol
     path = arguments.out / "weights.npz"
     train.save(path, state.params)
     console.print(f"{count:,} weights trained in {time.perf_counter() - start:.0f} s: {path}")
-    return train.load(path, config)  # rounded as they were written, so that the file gives the same figures
+    return path
 
 
 def recall_table(trials: Sequence[evaluate.Trial]) -> Table:

@@ -158,17 +158,19 @@ class Reader:
     def ask(self, params: Params, cache: Cache, context: Context, asked: Sequence[data.Asked]) -> list[bytes]:
         """What the model says to each question, as long as the answer is; the likeliest byte each time.
 
-        TOGETHER questions pass over the cache at once, those with answers of like lengths.
+        Up to TOGETHER questions with answers of one length pass over the cache at once.
         """
         said = [b""] * len(asked)
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i].answer))
-        for group in (order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)):
-            for _ in range(len(asked[group[-1]].answer)):
-                written = [asked[i].question + said[i] for i in group]
-                written += written[:1] * (TOGETHER - len(group))  # always as many: one program
-                for i, logits in zip(group, self.logits(params, cache, context, written), strict=False):
-                    said[i] += bytes([np.argmax(logits)])
-        return [one[: len(a.answer)] for one, a in zip(said, asked)]
+        for size in sorted({len(one.answer) for one in asked}):
+            alike = [i for i, one in enumerate(asked) if len(one.answer) == size]
+            for group in (alike[i : i + TOGETHER] for i in range(0, len(alike), TOGETHER)):
+                room = min(TOGETHER, 1 << (len(group) - 1).bit_length())  # few programs: powers of two
+                for _ in range(size):
+                    written = [asked[i].question + said[i] for i in group]
+                    logits = self.logits(params, cache, context, written + written[:1] * (room - len(group)))
+                    for i, one in zip(group, logits, strict=False):
+                        said[i] += bytes([np.argmax(one)])
+        return said
 
     def logits(self, params: Params, cache: Cache, context: Context, written: Sequence[bytes]) -> np.ndarray:
         """Logits [Q, SYMBOLS] of what follows each of some texts after the context."""
