@@ -87,8 +87,9 @@ def measure(
     """Recall at each length, in a haystack of each modality.
 
     Args:
-      trials: facts of each modality at each depth and as many chains of each length, for each length and haystack. A long
-        haystack holds all of them, a short one a few: then there are several haystacks.
+      trials: facts of each modality at each depth, for each length and haystack. A long haystack holds all of them, a short
+        one a few: then there are several haystacks. Of chains of each number of links there are as many, or where there is
+        room for them four times as many.
       told: is given a line after each haystack.
     """
     done: list[Trial] = []
@@ -100,7 +101,7 @@ def measure(
             for repeat in range(trials // per_depth):
                 rng = np.random.default_rng((seed, length, kind, repeat))
                 stretch = data.haystack(length, kind, rng)
-                asked = hide(stretch, per_depth, per_depth, rng)
+                asked = hide(stretch, per_depth, per_depth if length < 4096 else 4 * per_depth, rng)
                 start = time.perf_counter()
                 cache, context = reader.prefill(params, cache, stretch, rng)
                 jax.block_until_ready(cache)
