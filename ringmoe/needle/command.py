@@ -168,8 +168,9 @@ def agree(reader: Reader, params: model.Params, arguments, console: Console, res
     mesh = make_mesh(placement.NUM_DEVICES)
     found = machines.agreement(reader.config, params, mesh, min(16384, max(arguments.lengths)), 4096, arguments.seed)
     console.print(
-        f"{found.length:,} tokens, {found.questions} questions, logits up to {found.largest:.1f}: largest difference "
-        f"{found.chunks:.1e} read in chunks, {found.sharded:.1e} in chunks over {placement.NUM_DEVICES} devices"
+        f"{found.length:,} tokens, {found.questions} questions, float32, logits up to {found.largest:.1f}: largest difference "
+        f"{found.devices:.1e} between one device and {placement.NUM_DEVICES}, {found.chunks:.1e} between reading in chunks "
+        "and one program over the whole sequence"
     )
     results.keep("agreement", found._asdict())
 

@@ -23,8 +23,9 @@ class Agreement(NamedTuple):
     length: int  # tokens
     questions: int
     largest: float  # logit
-    chunks: float  # largest difference, one device reading chunks into a cache
-    sharded: float  # largest difference, the same over a mesh
+    chunks: float  # largest difference of one device that reads chunks into a cache, from one program over all
+    sharded: float  # of the same over a mesh, from one program over all
+    devices: float  # of the two that read chunks, over a mesh and on one device
 
 
 def agreement(
@@ -49,8 +50,16 @@ def agreement(
     whole = Tokens(*(np.concatenate([t[i][:, skip:] for _, skip, t in chunks], 1)[:, :length] for i in range(3)))
     forward = jax.jit(functools.partial(model.forward, num_queries=1, config=config))
     expected = np.concatenate([forward(params, _after(whole, one))[0][:, 0] for one in written])
-    off = [float(np.abs(one - expected).max()) for one in logits]
-    return Agreement(length, count, float(np.abs(expected).max()), *off)
+    apart = lambda a, b: float(np.abs(a - b).max())
+    dense, sharded = logits
+    return Agreement(
+        length,
+        count,
+        float(np.abs(expected).max()),
+        apart(dense, expected),
+        apart(sharded, expected),
+        apart(sharded, dense),
+    )
 
 
 def _after(context: Tokens, written: bytes) -> Tokens:
