@@ -89,6 +89,17 @@ def test_a_batch_is_the_seed_s():
     assert (one.tokens.byte != other.tokens.byte).any()
 
 
+def test_decoys_are_no_facts():
+    rng = np.random.default_rng(0)
+    decoys = [data.decoy(b"KQZR", rng) for _ in range(50)]
+    assert all(b"@" not in one and len(one) <= data.CELL for one in decoys)
+    assert any(b"KQZR:" in one for one in decoys) and len(set(decoys)) == 50
+    lesson = data.Lesson(1, 256, 96, cipher=0, decoys=1.0)
+    kind, shown = (x[0] for x in (data.batch(lesson, 0).tokens.kind, data.batch(lesson, 0).shown))
+    plain = data.batch(dataclasses.replace(lesson, decoys=0.0), 0)
+    assert (kind == 0).sum() and (shown != plain.shown[0]).any()
+
+
 def test_a_cipher_is_a_permutation_in_its_dictionary():
     cells, asked = data.cipher(np.random.default_rng(0), 4)
     meaning = {cell[i + 1]: cell[i + 3] for cell in cells for i in range(0, len(cell), 5)}

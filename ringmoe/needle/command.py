@@ -5,6 +5,7 @@ ringmoe needle --quick
 
 import argparse
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -128,8 +129,8 @@ def recall(reader: Reader, params: model.Params, arguments, console: Console, re
     trials = arguments.trials or (2 if arguments.quick else 4)
     done = [evaluate.Trial(**t) for t in results.parts.get("trials", ()) if t["length"] not in arguments.lengths]
     costs = [evaluate.Cost(**c) for c in results.parts.get("costs", ()) if c["length"] not in arguments.lengths]
-    for length in arguments.lengths:
-        more, taken = evaluate.measure(reader, params, (length,), trials, arguments.seed, told)
+    for length, kind in itertools.product(arguments.lengths, range(len(model.KINDS))):
+        more, taken = evaluate.measure(reader, params, (length,), trials, arguments.seed, told, (kind,))
         done, costs = done + more, costs + taken
         results.keep("trials", [t._asdict() for t in done])
         results.keep("costs", [c._asdict() for c in costs])

@@ -175,6 +175,17 @@ def near_miss(key: bytes, rng: np.random.Generator) -> bytes:
     return key[:place] + bytes([other]) + key[place + 1 :]
 
 
+def decoy(key: bytes, rng: np.random.Generator) -> bytes:
+    """Capitals and a colon, as in PRINTING:DO, more or less like the key: ten million tokens hold many, 2048 few."""
+    for _ in range(rng.integers(5)):
+        key = near_miss(key, rng)
+    before = (
+        rng.choice(LETTERS, rng.integers(4)).tobytes() if rng.random() < 0.5 else rng.choice([b" ", b"#", b".", b"("])
+    )
+    after = rng.choice(np.concatenate([LETTERS, DIGITS, DIGITS, LOWER]), 5).tobytes()
+    return bytes(before) + key + bytes(rng.choice([b":", b":", b"=", b" "]) or b" ") + after
+
+
 def recall(cells: int, links: int, rng: np.random.Generator) -> tuple[list[bytes], list[Asked]]:
     """Facts for up to so many cells, in chains of `links`, and of keys much like theirs; and the questions."""
     made = chains(max(1, int(rng.integers(cells // 8, cells // 2 + 1)) // links), links, rng)
@@ -208,6 +219,7 @@ class Lesson:
       batch: B, sequences. length: T, of which `room` tokens at the end are questions with their answers.
       kinds: facts are of the first so many modalities; contexts are of all.
       cipher, chain: the shares of sequences that teach a cipher, and chains of two facts; the others teach single facts.
+      decoys: the share of the other cells that hold what looks like a fact about one of the keys and is none.
     """
 
     batch: int
@@ -216,6 +228,7 @@ class Lesson:
     kinds: int = len(KINDS)
     cipher: float = 0.2
     chain: float = 0.3
+    decoys: float = 0.0
 
 
 class Example(NamedTuple):
@@ -236,6 +249,10 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
         facts, asked = recall(cells, 2 if rng.random() < lesson.chain else 1, rng)
     own = int(rng.integers(len(KINDS))) if rng.random() < 0.6 else None
     stretch = joined(haystack(context, own, rng), haystack(room, 0, rng))
+    free = len(facts) if not facts[0].startswith(b"@") else cells
+    facts = facts + [
+        decoy(facts[i % len(facts)][1 : 1 + KEY], rng) for i in range(int(lesson.decoys * (free - len(facts))))
+    ]
     for cell, one in zip(rng.permutation(cells), facts, strict=False):
         put(stretch, cell * CELL + int(rng.integers(CELL + 1 - len(one))), int(rng.integers(lesson.kinds)), one)
     targets = np.full(room + 1, -1, np.int32)

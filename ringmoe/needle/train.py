@@ -19,15 +19,17 @@ from ringmoe.needle import data, model
 from ringmoe.needle.data import Lesson
 from ringmoe.needle.model import Config, Params
 
-# (lesson, share of the steps). Single facts in text teach to match keys in a hundred steps; on everything at once that takes a
-# thousand. No sequence is longer than 2048 tokens.
-CURRICULUM = (
-    ((Lesson(32, 256, 96, kinds=1, cipher=0, chain=0),), 0.08),
-    ((Lesson(16, 512, 128),), 0.6),
-    ((Lesson(16, 512, 128), Lesson(4, 2048, 256)), 0.32),
+# (lessons, steps). Single facts in text teach to match keys in a hundred steps; on everything at once that takes a thousand. No
+# sequence is longer than 2048 tokens; decoys stand for what only a longer one holds.
+_PARTS = (
+    ((Lesson(32, 256, 96, kinds=1, cipher=0, chain=0),), 192),
+    ((Lesson(16, 512, 128),), 1440),
+    ((Lesson(16, 512, 128), Lesson(4, 2048, 256)), 768),
+    ((Lesson(16, 512, 128, decoys=0.6), Lesson(4, 2048, 256, decoys=0.6)), 400),
 )
+STEPS = sum(steps for _, steps in _PARTS)
+CURRICULUM = tuple((lessons, steps / STEPS) for lessons, steps in _PARTS)  # shares of however many steps there are
 LONGEST = max(lesson.length for lessons, _ in CURRICULUM for lesson in lessons)
-STEPS = 2400
 EVERY = 250  # steps between checkpoints
 
 
