@@ -289,7 +289,7 @@ def test_the_command_measures_and_writes(monkeypatch, tmp_path, capsys, params):
     assert command.main([*words, "--parts", "recall", "--devices", "1"]) == 0
     assert "one fact" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["trials"]) == 32
+    assert len(results["trials"]) == 3 * 32
     assert (tmp_path / "recall.png").exists()
 
 
