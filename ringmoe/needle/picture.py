@@ -61,7 +61,7 @@ def _cells(axes, trials: Sequence[Trial], lengths: Sequence[int], trained: int, 
                 axes.text(column, depth, f"{right[depth, column]:.0f}/{n:.0f}", ha="center", va="center", fontsize=7)
     after = sum(length <= trained for length in lengths) - 0.5
     axes.axvline(after, color="black", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(lengths)), [named(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [named(length) for length in lengths], fontsize=9 if numbers else 7)
     axes.set_yticks(range(0, DEPTHS, 3), [f"{(i + 0.5) / DEPTHS:.0%}" for i in range(0, DEPTHS, 3)])
     return image
 
