@@ -443,6 +443,14 @@ def test_chosen_blocks_fit(q_shape, k_shape):
         dataclasses.replace(config, t=0)
 
 
+def test_blocks_of_a_narrow_window_are_short():
+    long, other = (1, 2, 4096, 16), (1, 1, 4096, 16)
+    blocks = lambda *band: dataclasses.astuple(kernel.Config.choose(long, other, Band(*band)))[2:]
+    assert blocks() == blocks(None, 0) == blocks(4095, 0) == (256, 512)
+    assert blocks(32, 0) == blocks(64, 64) == (128, 128)
+    assert blocks(200, 0) == (200, 200)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_error_does_not_grow_with_the_hops(dtype):
     """Of 64 simulated ones, output and dq, against float64: at most 1.2 times that of one."""

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "ringmoe"
 # What each part of ringmoe/ may import of the others. A new file must be given a place here.
 FLOOR = ("errors", "reference", "reference_moe", "masks", "interface", "ffn", "softmax", "dropout")
 ORDER = (FLOOR, ("meshes",), ("rules", "compat"), ("pallas",), ("plan",), ("schedule",), ("primitives",),
-         ("attention", "decode", "router", "dense", "moe"), ("lowering",), ("demo",), ("cli",))  # fmt: skip
+         ("attention", "decode", "router", "dense", "moe"), ("lowering",), ("demo",), ("needle",), ("cli",))  # fmt: skip
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # `router` is plain jnp and needs only `errors`; among equals these edges exist and none leads back.
 AMONG_EQUALS = {
@@ -37,6 +37,7 @@ PUBLIC = ("__init__",)  # imports the public parts
 # (file, imported module): why it is imported inside a function.
 INSIDE_FUNCTIONS = {
     ("cli.py", "ringmoe.demo"): "the demo needs the extra `examples` and sets XLA's flags before jax starts",
+    ("cli.py", "ringmoe.needle"): "so does the reference system",
     ("inspector/plot.py", "matplotlib.figure"): "a second to load, for a picture only; in the extra `examples`",
 }
 
@@ -76,8 +77,9 @@ def test_imports_point_one_way(path):
     found = internal(tree) - {here}
     if here in ALONE:
         assert not found
-    elif here == "demo":
-        assert all(name in vars(ringmoe) for name in found), f"the demo imports {found}, expected ringmoe's public face"
+    elif here in ("demo", "needle"):
+        found -= {"demo"}  # the needle's text and norms are the demo's
+        assert all(name in vars(ringmoe) for name in found), f"{here} imports {found}, expected ringmoe's public face"
     elif here in LEVEL:
         for other in found:
             assert (here, other) not in FORBIDDEN, f"{here} may not import {other}"
@@ -126,13 +128,13 @@ def test_no_import_inside_a_function(path):
 
 def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
-    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py")
+    name = lambda requirement: re.match(r"[\w-]+", requirement).group().removesuffix("-py").removesuffix("-checkpoint")
     declared = {name(r) for r in project["dependencies"]}
     extra = {name(r) for r in project["optional-dependencies"]["examples"]}
     for path in files():
         packages = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
         found = packages - sys.stdlib_module_names - {"ringmoe"} - declared
-        assert found <= (extra if part(path) in ("demo", "inspector") else set()), f"{path}: {found}"
+        assert found <= (extra if part(path) in ("demo", "needle", "inspector") else set()), f"{path}: {found}"
 
 
 def test_kernels_do_not_communicate():

@@ -25,6 +25,9 @@ from ringmoe.masks import Band, Places
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head
+NARROW = (
+    128  # longest block where a window is no wider: a block meets as much again as it is long, or as the window is wide
+)
 TILE = BLOCK**2  # most logits held at once: 1 MiB in float32, a core's L2; eight times as much measured 1.2-1.5x slower
 
 
@@ -41,11 +44,12 @@ class Config:
         assert min(dataclasses.astuple(self)) >= 1, self
 
     @classmethod
-    def choose(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> "Config":
-        """The blocks for q [B, N, T, H] and k [B, K, S, H]."""
+    def choose(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...], band: Band = Band()) -> "Config":
+        """The blocks for q [B, N, T, H] and k [B, K, S, H], of which a query sees those in the band."""
         (batch, num_heads, t, _), (_, key_heads, s, _) = q_shape, k_shape
         group = num_heads // key_heads
-        t, s = max(1, min(t, BLOCK // group)), max(1, min(s, BLOCK))
+        longest = BLOCK if band.left is None or band.right is None else min(BLOCK, max(NARROW, band.left + band.right))
+        t, s = max(1, min(t, longest, BLOCK // group)), max(1, min(s, longest))
         room = max(1, TILE // (group * t * s))
         heads = _divisor(key_heads, room)
         return cls(_divisor(batch, room // key_heads), heads, t, s)
@@ -205,10 +209,11 @@ class _Walk:
         sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
         lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
         rows, columns = (lambda x: x[:, None, None, :, None]), (lambda x: x[:, None, None, None, :])
+        moved = extras.query_positions is not None or extras.key_positions is not None  # then no block is skipped
         along = lambda t, s: {d: shape(x) for d, shape, x in (("t", rows, t), ("s", columns, s)) if x is not None}
         walk = cls(
             spec,
-            config or Config.choose(q.shape, k.shape),
+            config or Config.choose(q.shape, k.shape, Band() if moved else spec.band),
             q.dtype,
             sizes,
             dict(zip("ts", at.places(t, s))),
