@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ringmoe import softmax
 from ringmoe.errors import Unsuited
-from ringmoe.interface import AttentionSpec, Extras, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets, is_float8
 from ringmoe.pallas import attention_xla
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
 from ringmoe.pallas.tiles_tpu import Config, block_of, dot, nbytes, shape_of, varying_like, walk_chunks, within
@@ -43,9 +43,10 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
         raise _lacks(f"{sorted(given - TAKEN)}, {spec.dropout_rate=}, supported: {sorted(TAKEN)}, no dropout")
     for x in (k, v):
         # Then XLA keeps the heads of a token beside each other, in the order of the rows of [S K, H]; else it would copy all.
-        least = max(1, jnp.dtype(x.dtype).itemsize**-1 * 4) if x.shape[3] == LANES else SUBLANES
-        if x.shape[3] % LANES or (key_heads > 1 and key_heads % least and key_heads % SUBLANES):
-            raise _lacks(f"{key_heads} key heads of {x.shape[3]}, supported: of {LANES}, a power of two of them")
+        beside = (1, 4, *(() if is_float8(x.dtype) else (2,))) if x.shape[3] == LANES else (1,)
+        if x.shape[3] % LANES or (key_heads not in beside and key_heads % SUBLANES):
+            multiples = f"{beside} of them or a multiple of {SUBLANES}"
+            raise _lacks(f"{key_heads} key heads of {x.shape[3]}, supported: {multiples}, each a multiple of {LANES}")
 
 
 def _lacks(what: str) -> NotImplementedError:
@@ -75,7 +76,7 @@ def forward(
     check(spec, q, k, v, extras)
     state = varying_like(state, q, k, v)
     (b, n, t, _), (key_heads, s) = q.shape, k.shape[1:3]
-    config = config or Config(block_k=_block_k(k, v), chunk=1024, ahead=1)
+    config = config or _config(n * t, k, v)
     positions = extras.query_positions
     if positions is None:
         positions = jnp.broadcast_to(at.query[0] + jnp.arange(t, dtype=jnp.int32), (b, t))
@@ -187,10 +188,11 @@ def _real_columns(blocks: Blocks, scalars, b, j, start):
     return real if blocks.spec.band.keys is None else jnp.minimum(real, blocks.spec.band.keys - start)
 
 
-def _block_k(k, v) -> int:
-    """Keys of a block of BLOCK_BYTES."""
-    row = max(k.shape[1] * x.shape[3] * x.dtype.itemsize for x in (k, v))
-    return max(LANES, BLOCK_BYTES // row // LANES * LANES)
+def _config(rows: int, k, v) -> Config:
+    """Blocks of BLOCK_BYTES, in chunks of so many columns: of fewer the softmax waits longer, more have no room in VMEM."""
+    of_key = max(k.shape[1] * x.shape[3] * x.dtype.itemsize for x in (k, v))
+    chunk = 2048 if rows <= ROWS // 2 else 1024
+    return Config(block_k=max(LANES, BLOCK_BYTES // of_key // LANES * LANES), chunk=chunk, ahead=1)
 
 
 def _rows(x, fill=0):
