@@ -12,8 +12,6 @@ from ringmoe.attention import dot_product_attention
 from ringmoe.errors import check
 from ringmoe.primitives import cache as primitive
 
-FEW = 128  # queries that a TPU kernel's tile has room for
-
 
 # fmt: off
 @overload
@@ -22,7 +20,7 @@ def decode_attention(
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
+    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
 @overload
@@ -31,7 +29,7 @@ def decode_attention(
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: bool,
+    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None, return_residual: bool,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 # fmt: on
@@ -51,7 +49,7 @@ def decode_attention(
     alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None,
     value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu", "gpu", "xla"] | None = None,
+    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -70,10 +68,8 @@ def decode_attention(
         have different ones. What is past them in the cache is not read, NaN or not.
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
-      implementation: as in `dot_product_attention`; None means "xla" for fewer than 128 queries, for a TPU's kernel takes as
-        long for one as for 128.
       key_scales, value_scales: as in `dot_product_attention`; `update_cache(key_scales[..., None], ...)` keeps a cache of them.
-      mask_fn, logits_soft_cap, sinks, alibi_slopes, return_residual, exchange: as in `dot_product_attention`.
+      mask_fn, logits_soft_cap, sinks, alibi_slopes, implementation, return_residual, exchange: as in `dot_product_attention`.
 
     Returns:
       output like query; with `return_residual` also the LSE [B, T, N]. A query before the sequence's start (where
@@ -111,7 +107,7 @@ def decode_attention(
         value_scales=value_scales,
         key_value_seq_lengths=lengths,
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
-        implementation="xla" if implementation is None and num_queries < FEW else implementation,
+        implementation=implementation,
         return_residual=return_residual,
         exchange=exchange,
     )

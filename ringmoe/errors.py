@@ -15,6 +15,10 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class Unsuited(NotImplementedError):
+    """The next kernel in line is no slower for this call: it is tried without a warning."""
+
+
 class CostWarning(UserWarning):
     """The answer is right, but a slower or larger way to it was taken."""
 

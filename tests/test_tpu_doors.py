@@ -117,13 +117,13 @@ def test_a_kernel_takes_the_blocks_of_its_chip(target, door):
     assert {*chips} == {target.split(":")[0]}
 
 
-@pytest.mark.parametrize(("tokens", "by_kernel"), [(256, True), (1, False)])
-def test_a_chunk_of_a_prompt_takes_the_tpu_kernel(tokens, by_kernel):
-    """And one token does not, without a warning; neither gathers the cache."""
+@pytest.mark.parametrize(("tokens", "kernel"), [(256, "forward"), (64, None), (8, "decode"), (1, "decode")])
+def test_a_cache_is_attended_to_by_the_kernel_for_so_many_tokens(tokens, kernel):
+    """Without a warning; none gathers the cache."""
     mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)
     cache = shape_of(mesh, (2, 8192, 2, 128), P("a", "b"))
     query, lengths = shape_of(mesh, (2, tokens, 8, 128), P("a")), shape_of(mesh, (2,), P("a"), jnp.int32)
     with no_cost_warnings():
         text = jax.jit(ringmoe.decode_attention).lower(query, cache, cache, lengths).compile().as_text()
-    assert ("ringmoe_attention_forward" in text) == by_kernel
+    assert {name for name in ("forward", "decode") if f"ringmoe_attention_{name}" in text} == {*filter(None, (kernel,))}
     assert "all-gather" not in collectives(text)

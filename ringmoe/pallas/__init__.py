@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from types import ModuleType
 
-from ringmoe.errors import check, warn_once
-from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, experts_xla
+from ringmoe.errors import Unsuited, check, warn_once
+from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, decode_tpu, experts_xla
 from ringmoe.pallas.hopper import is_hopper
 
 KERNELS: dict[str, dict[str, ModuleType]] = {
-    "attention": {"tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
+    "attention": {"tpu_decode": decode_tpu, "tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
     "experts": {"xla": experts_xla},
 }
+FOR_FEW = {"tpu": ("tpu_decode", "xla")}  # queries against many keys, which other kernels would turn round first
 PREFERRED = {"tpu": ("tpu", "xla"), "hopper": ("gpu", "xla")}  # any other platform: the XLA kernel
 ONLY_ON = {"gpu": "hopper"}  # what no interpreter runs elsewhere
 
@@ -28,13 +29,17 @@ def check_implementation(op: str, implementation: str | None) -> None:
     )
 
 
-def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[ModuleType], None]) -> ModuleType:
+def pick(
+    op: str, platform: str, implementation: str | None, accepts: Callable[[ModuleType], None], few: bool = False
+) -> ModuleType:
     """The first kernel of `op` for `platform` that accepts the call.
 
     `accepts(kernel)` raises NotImplementedError with what the kernel lacks; then the next one is tried. An
-    implementation that was asked for is the only one tried. Falling back is slower and said once.
+    implementation that was asked for is the only one tried. Falling back is slower and said once, but where a kernel is
+    Unsuited. `few`: whether few queries meet many keys.
     """
-    names = [implementation] if implementation else [n for n in PREFERRED.get(platform, ("xla",)) if n in KERNELS[op]]
+    order = (FOR_FEW if few else PREFERRED).get(platform, ("xla",))
+    names = [implementation] if implementation else [n for n in order if n in KERNELS[op]]
     refusals: list[NotImplementedError] = []
     for name in names:
         try:
@@ -45,6 +50,8 @@ def pick(op: str, platform: str, implementation: str | None, accepts: Callable[[
             refusals.append(refusal)
             continue
         for refusal in refusals:
+            if isinstance(refusal, Unsuited):
+                continue
             warn_once(f"{op} on {platform}", f"the {name} kernel runs instead of a faster one: {refusal}")
         return KERNELS[op][name]
     raise ExceptionGroup(f"no kernel of {op} takes this call on {platform}", refusals)

@@ -145,7 +145,12 @@ class Blocks:
 
     def keys_met(self, scalars, b, i):
         """First and last (exclusive) block of keys that query block i of sequence b needs, as far as places tell."""
-        return self._met(scalars, Band.keys_met, "key", b, self.span(scalars, "query", i))
+        first, last = self._met(scalars, Band.keys_met, "key", b, self.span(scalars, "query", i))
+        if self.has("query_positions") and not self.has("key_positions"):  # else in no order, and any block may be met
+            compared = (self.number(scalars, "query_positions", b, i, end) for end in range(2))
+            nearest, farthest = self.spec.band.window.keys_met(*compared, self.places(scalars)[1], self.block_k)
+            first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
+        return first, last
 
     def queries_met(self, scalars, b, j):
         """The same of query blocks, for key block j."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from ringmoe import meshes, pallas
+from ringmoe.errors import Unsuited
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.pallas import ring_tpu
 from ringmoe.pallas.hopper import is_hopper
@@ -21,6 +23,7 @@ from ringmoe.schedule import attention as schedule
 from ringmoe.schedule.ring import BY_XLA, Travel
 
 INPUTS = ("query", "key", "value")
+FEW = 128  # queries that the tile of a kernel for many has room for
 RESULTS = ("output", "lse", "lse_tail")
 SAVED = ("lse", "lse_tail", "output_cotangent", "delta")  # what BACKWARD takes after the inputs
 RESIDUALS = (ATTENTION_OUTPUT, ATTENTION_LSE, ATTENTION_LSE)  # of RESULTS
@@ -144,8 +147,14 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
     q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
     met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.parts
     k, v = (head_major(x, max(x.shape[-2], plan.head_parts), met) for x in (key, value))
-    accepts = lambda kernel: kernel.check(spec, q, k, v, extras)
-    return pallas.pick("attention", platform, params["implementation"], accepts), spec
+
+    def accepts(kernel: ModuleType):
+        kernel.check(spec, q, k, v, extras)
+        if params["results"] != RESULTS and not hasattr(kernel, "backward"):
+            raise Unsuited(f"{kernel.__name__} has no backward pass")
+
+    few = q.shape[2] < FEW and 8 * q.shape[2] <= k.shape[2]
+    return pallas.pick("attention", platform, params["implementation"], accepts, few), spec
 
 
 def _travel(plan: AttentionPlan, platform: str, params) -> Travel:

@@ -1,0 +1,187 @@
+"""The TPU's kernel for decoding: in Pallas's interpreter against the dense oracle in float64, and compiled for every TPU."""
+
+import dataclasses
+import functools
+import math
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import ringmoe
+from ringmoe.errors import Unsuited
+from ringmoe.interface import AttentionSpec, Extras, Offsets
+from ringmoe.masks import Band, Causal, Prefix
+from ringmoe.pallas import attention_xla, decode_tpu, pick
+from ringmoe.pallas.logits_tpu import Blocks
+from ringmoe.pallas.tiles_tpu import Config
+from tests.helpers import assert_close, collectives, no_cost_warnings, tpu_mesh
+from tests.test_attention_tpu_features import ALONG_KEYS, CAUSAL, Case, oracle
+
+TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
+CHUNKED = Config(block_k=128, chunk=256, ahead=1)
+Few = functools.partial(
+    Case, t=1, s=768, h=128, v=128, n=8, k=2, extras=("key_lengths", "query_positions"), band=CAUSAL
+)
+CASES = {
+    "one token": Few(b=3),
+    "some tokens": Few(t=5, b=3),
+    "in bfloat16": Few(t=3, b=2, dtype="bfloat16"),
+    "one key head": Few(k=1, b=2),
+    "as many key heads": Few(k=8),
+    "eight key heads, values of another width": Few(n=16, k=8, v=256, b=2),
+    "one head": Few(n=1, k=1),
+    "window": Few(t=3, b=3, band=Band(90, 0)),
+    "prefix": Few(t=3, band=Band.make(False, None, Causal() | Prefix(300))),
+    "window on both sides": Few(t=2, band=Band(300, 20)),
+    "any function": Few(t=2, band=Band.make(True, None, lambda query, key: (query - key) % 3 == 0)),
+    "soft cap": Few(cap=1.5, b=2),
+    "slopes": Few(t=2, extras=("query_positions", "slopes")),
+    "float8": Few(n=16, k=8, b=2, extras=("key_lengths", "key_scales", "value_scales"), band=Band()),
+    "values in float8": Few(k=4, dtype="bfloat16", extras=("query_positions", "value_scales")),
+    "nothing hidden": Few(extras=(), band=Band()),
+    "in order": Few(t=4, s=512, extras=(), hops=1, band=Band(right=300)),
+    "lengths that no block divides": Few(s=2 * 333, t=2, b=3),
+    "few keys": Few(s=2 * 100),
+    "padded": Few(band=Band(right=0, queries=1, keys=500)),
+}  # fmt: skip
+
+
+def run(case: Case, config=CHUNKED):
+    """Over hops, the later keys first: output and LSE."""
+    (q, k, v, _), found = case.arrays()
+    spec, size = AttentionSpec(1 / math.sqrt(case.h), case.band, case.cap), case.s // case.hops
+
+    @jax.jit
+    def forward(q, k, v, extras):
+        state = decode_tpu.init(spec, q, v)
+        for first in range(case.s - size, -1, -size):
+            cut = lambda x, axis=-1, first=first: jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+            here = extras._replace(**{n: cut(getattr(extras, n)) for n in ALONG_KEYS if getattr(extras, n) is not None})
+            state = decode_tpu.forward(spec, state, q, cut(k, 2), cut(v, 2), here, Offsets((0,), (first,)), config)
+        return decode_tpu.finish(spec, state)[:2]
+
+    return forward(*map(jnp.asarray, (q, k, v)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_the_oracles(name, races):
+    case = CASES[name]
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype]
+    for actual, expected in zip(run(case), oracle(case)):
+        assert_close(actual, expected, tolerance)
+
+
+def test_what_is_past_a_length_changes_nothing(races):
+    """NaN there gives the same bits as zeros."""
+    case = dataclasses.replace(CASES["one token"], b=2)
+    (q, k, v, do), found = case.arrays()
+    hidden = (np.arange(case.s) >= found["key_lengths"][:, None])[:, None, :, None]
+
+    def of(value):
+        changed = [np.where(hidden, np.float32(value), x) for x in (k, v)]
+        with mock.patch.object(Case, "arrays", return_value=((q, *changed, do), found)):
+            return run(case)
+
+    for a, b in zip(of(np.nan), of(0.0)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("length", "t", "left", "start"), [(700, 1, 200, 0), (700, 4, None, 300), (90, 2, 30, 0), (0, 1, 9, 0)]
+)
+def test_blocks_that_are_fetched(length, t, left, start):
+    """Those with a key that a query sees, by brute force, of this device's keys, which begin at `start`."""
+    spec, band = AttentionSpec(1.0, Band(left, 0)), Band(left, 0)
+    x = lambda rows: jnp.zeros((1, 1, rows, 8))
+    positions = length - t + np.arange(t, dtype=np.int32)
+    extras = Extras(key_lengths=jnp.array([length]), query_positions=jnp.asarray(positions)[None])
+    blocks, scalars, _ = Blocks.make(spec, x(t), x(1024), extras, Offsets((0,), (start,)), t, 128)
+    keys = start + np.arange(1024)
+    seen = np.asarray(band(positions[:, None], keys)) & (keys < length)
+    expected = np.flatnonzero(seen.any(0).reshape(-1, 128).any(1))
+    first, last = blocks.keys_met(scalars, 0, 0)
+    np.testing.assert_array_equal(np.arange(first, last), expected)
+
+
+def step(query, new, key_cache, value_cache, lengths, **features):
+    """A token's: its key and value into the cache, then attention."""
+    caches = [ringmoe.update_cache(cache, new, lengths - new.shape[1]) for cache in (key_cache, value_cache)]
+    return ringmoe.decode_attention(query, *caches, lengths, **features), caches
+
+
+KINDS = {
+    "plain": {}, "window": {"local_window_size": 1000}, "one key head": {}, "float8": {}, "float32": {},
+    "logits": {"logits_soft_cap": 30.0, "mask_fn": lambda q, k: (q - k) & 3 == 0},
+}  # fmt: skip
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_and_copies_no_cache(target, kind):
+    """In the cache's layout as it comes, with the update before it; the most rows there may be in float32."""
+    mesh = tpu_mesh(target, TARGETS[target], AxisType.Explicit)
+    heads, key_heads, t = {"one key head": (8, 1, 1), "float32": (32, 8, 8)}.get(kind, (32, 8, 1))
+    dtype = {"float8": jnp.float8_e4m3fn, "float32": jnp.float32}.get(kind, jnp.bfloat16)
+    of = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
+    batch, s = TARGETS[target][0], 65536
+    cache = of((batch, s, key_heads, 128), dtype, "a", "b")
+    scales = dict.fromkeys(("key_scales", "value_scales"), of((batch, s, key_heads), jnp.float32, "a", "b"))
+    wide = jnp.float32 if kind == "float32" else jnp.bfloat16
+    query, new = of((batch, t, heads, 128), wide, "a"), of((batch, t, key_heads, 128), dtype, "a")
+    extras = (scales if kind == "float8" else {}) | ({"sinks": of((heads,), wide)} if kind == "logits" else {})
+    run = jax.jit(functools.partial(step, **KINDS[kind]), donate_argnums=(2, 3))
+    with no_cost_warnings():
+        lowered = run.lower(query, new, cache, cache, of((batch,), jnp.int32, "a"), **extras)
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    assert "ringmoe_attention_decode" in text and not collectives(text) & {"all-gather", "all-to-all"}
+    own = cache.size * cache.dtype.itemsize // mesh.size
+    assert compiled.memory_analysis().temp_size_in_bytes < own  # a copy of one cache would be as much
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"n": 257}, Unsuited, "257 rows in 1 pieces, supported: up to 256, in one"),
+        ({"dtype": "float16"}, NotImplementedError, "supported: both bfloat16, both float32"),
+        ({"extras": ("bias",)}, NotImplementedError, r"\['bias'\], spec.dropout_rate=0.0, supported: .*, no dropout"),
+        ({"rate": 0.5}, NotImplementedError, "spec.dropout_rate=0.5"),
+        ({"h": 64}, NotImplementedError, "2 key heads of 64, supported: .* each a multiple of 128"),
+        ({"n": 9, "k": 3}, NotImplementedError, "3 key heads of 128, supported: "),
+        ({"v": 256}, NotImplementedError, "2 key heads of 256, supported: "),
+        ({"extras": ("key_scales",)}, NotImplementedError, "2 key heads of 128, supported: "),
+    ],
+)
+def test_what_it_lacks(change, error, message):
+    case = dataclasses.replace(Few(), **change)
+    (q, k, v, _), found = case.arrays()
+    found.pop("seeds", None)
+    with pytest.raises(error, match=message):
+        decode_tpu.check(AttentionSpec(1.0, dropout_rate=case.rate), q, k, v, Extras(**found))
+
+
+def test_a_gradient_is_another_kernels():
+    """Which takes the LSE of this one."""
+    mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("a")))
+    loss = lambda *x: jnp.sum(ringmoe.dot_product_attention(*x).astype(jnp.float32))
+    with no_cost_warnings():
+        text = jax.jit(jax.grad(loss)).lower(of(2, 1, 8, 128), *[of(2, 4096, 2, 128)] * 2).compile().as_text()
+    assert text.count("ringmoe_attention_decode") and "ringmoe_attention_backward" not in text
+
+
+def test_an_unsuited_kernel_is_passed_over_in_silence():
+    def accepts(kernel):
+        if kernel is decode_tpu:
+            raise Unsuited("too many rows")
+
+    with no_cost_warnings():
+        assert pick("attention", "tpu", None, accepts, few=True) is attention_xla
+    with pytest.raises(ExceptionGroup, match="no kernel of attention takes this call on tpu"):
+        pick("attention", "tpu", "tpu_decode", accepts, few=True)
