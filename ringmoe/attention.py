@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
     local_window_size: int | tuple[int, int] | None
-    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None
+    implementation: Literal["tpu", "gpu", "xla"] | None
     query_segment_ids: ArrayLike | None
     key_value_segment_ids: ArrayLike | None
     query_positions: ArrayLike | None
@@ -75,7 +75,7 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,

@@ -20,7 +20,7 @@ def decode_attention(
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
 @overload
@@ -29,7 +29,7 @@ def decode_attention(
     local_window_size: int | None = None, mask_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None, return_residual: bool,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: bool,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 # fmt: on
@@ -49,7 +49,7 @@ def decode_attention(
     alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None,
     value_scales: ArrayLike | None = None,
-    implementation: Literal["tpu_decode", "tpu", "gpu", "xla"] | None = None,
+    implementation: Literal["tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ import ringmoe
 from ringmoe.errors import Unsuited
 from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band, Causal, Prefix
-from ringmoe.pallas import attention_xla, decode_tpu, pick
+from ringmoe.pallas import attention_tpu, attention_xla, decode_tpu, pick
 from ringmoe.pallas.logits_tpu import Blocks
 from ringmoe.pallas.tiles_tpu import Config
 from tests.helpers import assert_close, collectives, no_cost_warnings, tpu_mesh
@@ -183,5 +183,4 @@ def test_an_unsuited_kernel_is_passed_over_in_silence():
 
     with no_cost_warnings():
         assert pick("attention", "tpu", None, accepts, few=True) is attention_xla
-    with pytest.raises(ExceptionGroup, match="no kernel of attention takes this call on tpu"):
-        pick("attention", "tpu", "tpu_decode", accepts, few=True)
+        assert pick("attention", "tpu", "tpu", accepts, few=True) is attention_tpu

@@ -117,7 +117,7 @@ def test_a_kernel_takes_the_blocks_of_its_chip(target, door):
     assert {*chips} == {target.split(":")[0]}
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(256, "forward"), (64, None), (8, "decode"), (1, "decode")])
+@pytest.mark.parametrize(("tokens", "kernel"), [(256, "forward"), (64, "forward"), (8, "decode"), (1, "decode")])
 def test_a_cache_is_attended_to_by_the_kernel_for_so_many_tokens(tokens, kernel):
     """Without a warning; none gathers the cache."""
     mesh = tpu_mesh("v5e:2x4", (2, 4), AxisType.Explicit)

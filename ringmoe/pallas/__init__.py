@@ -1,6 +1,6 @@
 """Kernels, and the one place that knows which platform runs which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ringmoe.errors import Unsuited, check, warn_once
@@ -8,10 +8,10 @@ from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, decode_t
 from ringmoe.pallas.hopper import is_hopper
 
 KERNELS: dict[str, dict[str, ModuleType]] = {
-    "attention": {"tpu_decode": decode_tpu, "tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
+    "attention": {"tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
     "experts": {"xla": experts_xla},
 }
-FOR_FEW = {"tpu": ("tpu_decode", "xla")}  # queries against many keys, which other kernels would turn round first
+FOR_FEW = {"attention": {"tpu": decode_tpu}}  # queries against many keys: tried before the kernel of the name
 PREFERRED = {"tpu": ("tpu", "xla"), "hopper": ("gpu", "xla")}  # any other platform: the XLA kernel
 ONLY_ON = {"gpu": "hopper"}  # what no interpreter runs elsewhere
 
@@ -38,14 +38,12 @@ def pick(
     implementation that was asked for is the only one tried. Falling back is slower and said once, but where a kernel is
     Unsuited. `few`: whether few queries meet many keys.
     """
-    order = (FOR_FEW if few else PREFERRED).get(platform, ("xla",))
-    names = [implementation] if implementation else [n for n in order if n in KERNELS[op]]
     refusals: list[NotImplementedError] = []
-    for name in names:
+    for name, kernel in _candidates(op, platform, implementation, few):
         try:
             if ONLY_ON.get(name, platform) != platform:
                 raise NotImplementedError(f"the {name} kernel runs on a {ONLY_ON[name]} only")
-            accepts(KERNELS[op][name])
+            accepts(kernel)
         except NotImplementedError as refusal:
             refusals.append(refusal)
             continue
@@ -53,5 +51,16 @@ def pick(
             if isinstance(refusal, Unsuited):
                 continue
             warn_once(f"{op} on {platform}", f"the {name} kernel runs instead of a faster one: {refusal}")
-        return KERNELS[op][name]
+        return kernel
     raise ExceptionGroup(f"no kernel of {op} takes this call on {platform}", refusals)
+
+
+def _candidates(op: str, platform: str, implementation: str | None, few: bool) -> Iterator[tuple[str, ModuleType]]:
+    """Names and kernels, in the order in which they are tried."""
+    for name in (implementation,) if implementation else PREFERRED.get(platform, ("xla",)):
+        kernel = FOR_FEW.get(op, {}).get(name) if few else None
+        if kernel is not None:
+            yield name, kernel
+        # For few queries a kernel for many takes as long as for a whole block of them, longer than XLA's: only if asked for.
+        if name in KERNELS[op] and (kernel is None or implementation):
+            yield name, KERNELS[op][name]

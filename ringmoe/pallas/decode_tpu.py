@@ -23,11 +23,11 @@ from ringmoe.errors import Unsuited
 from ringmoe.interface import AttentionSpec, Extras, Offsets, is_float8
 from ringmoe.pallas import attention_xla
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
-from ringmoe.pallas.tiles_tpu import Config, block_of, dot, nbytes, shape_of, varying_like, walk_chunks, within
+from ringmoe.pallas.tiles_tpu import Config, block_of, dot, nbytes, shape_of, varying_like, walk, within
 
 ROWS = 256  # most rows: with more the softmax takes longer than the memory
 BLOCK_BYTES = 2 * 2**20  # of keys, and of values: four of them are in VMEM
-TAKEN = {"key_lengths", "query_positions", "key_scales", "value_scales", "slopes"}  # of Extras
+TAKEN = {"key_lengths", "query_positions", "key_scales", "value_scales", "slopes", "sinks"}  # of Extras; sinks come after it
 SUBLANES = 8  # rows are padded to these
 
 
@@ -145,37 +145,37 @@ def _kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, acc, m, l
         acc[...], m[...], l[...] = acc_in[...], m_in[...], l_in[...]
 
     def scaled(x, name, c):
-        return x * vectors[name][:, c].astype(jnp.float32) if name in vectors else x
+        return x * vectors[name][:, c.keys].astype(jnp.float32) if name in vectors else x
 
     def block(masked: bool, first, keys: int):
         spec, (start, _) = blocks.spec, pair.spans[1]
         real = _real_columns(blocks, scalars, b, j, start) * key_heads
 
         def scores(c):
-            s = scaled(dot(q_ref[...], k_ref[c].astype(q_ref.dtype), 1, 1), "key_scales", c) * spec.scale
+            s = scaled(dot(q_ref[...], k_ref[c.keys].astype(q_ref.dtype), 1, 1), "key_scales", c) * spec.scale
             seen = []
-            query, key = vectors["row_position"][...], start + vectors["column_key"][:, c]
+            query, key = vectors["row_position"][...], start + vectors["column_key"][:, c.keys]
             if "row_slope" in vectors:
                 s = s - vectors["row_slope"][...] * jnp.abs(query - key).astype(jnp.float32)
             if spec.soft_cap is not None:
                 s = jnp.tanh(s * (1 / spec.soft_cap)) * spec.soft_cap
             if key_heads > 1:
-                seen.append(vectors["row_head"][...] == vectors["column_head"][:, c])
+                seen.append(vectors["row_head"][...] == vectors["column_head"][:, c.keys])
             if masked:
-                seen.append(c.start + lax.broadcasted_iota(jnp.int32, (1, c.size), 1) < real)
+                seen.append(c.keys.start + lax.broadcasted_iota(jnp.int32, (1, c.keys.size), 1) < real)
                 seen.append(spec.band.window(query, key))
             s = s * LOG2E
             return jnp.where(functools.reduce(jnp.logical_and, seen), s, softmax.MASKED) if seen else s
 
         def accumulate(c, s):
             m_new, l_new, alpha, p = softmax.step(m[...], l[...], s, axis=1, exp=jnp.exp2)
-            v = v_ref[c].astype(q_ref.dtype)
+            v = v_ref[c.keys].astype(q_ref.dtype)
             if masked:  # whatever is past the end, 0 times it must be 0
-                v = jnp.where(c.start + lax.broadcasted_iota(jnp.int32, v.shape, 0) < real, v, jnp.zeros_like(v))
+                v = jnp.where(c.keys.start + lax.broadcasted_iota(jnp.int32, v.shape, 0) < real, v, jnp.zeros_like(v))
             acc[...] = acc[...] * alpha + dot(scaled(p, "value_scales", c).astype(v.dtype), v, 1, 0)
             m[...], l[...] = m_new, l_new
 
-        walk_chunks(config, first * key_heads, keys * key_heads, scores, accumulate)
+        walk(config, q_ref.shape[0], first * key_heads, keys * key_heads, None, scores, accumulate)
 
     pair.run(block)
 

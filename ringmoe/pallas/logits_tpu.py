@@ -147,8 +147,8 @@ class Blocks:
         """First and last (exclusive) block of keys that query block i of sequence b needs, as far as places tell."""
         first, last = self._met(scalars, Band.keys_met, "key", b, self.span(scalars, "query", i))
         if self.has("query_positions") and not self.has("key_positions"):  # else in no order, and any block may be met
-            compared = (self.number(scalars, "query_positions", b, i, end) for end in range(2))
-            nearest, farthest = self.spec.band.window.keys_met(*compared, self.places(scalars)[1], self.block_k)
+            start, stop = (self.number(scalars, "query_positions", b, i, end) for end in range(2))
+            nearest, farthest = self.spec.band.window.keys_met(start, stop, self.places(scalars)[1], self.block_k)
             first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         return first, last
 

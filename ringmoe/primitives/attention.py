@@ -23,7 +23,7 @@ from ringmoe.schedule import attention as schedule
 from ringmoe.schedule.ring import BY_XLA, Travel
 
 INPUTS = ("query", "key", "value")
-FEW = 128  # queries that the tile of a kernel for many has room for
+FEW = 32  # queries for which a kernel for many, made for 128 and more, takes longer than one for few, or XLA's
 RESULTS = ("output", "lse", "lse_tail")
 SAVED = ("lse", "lse_tail", "output_cotangent", "delta")  # what BACKWARD takes after the inputs
 RESIDUALS = (ATTENTION_OUTPUT, ATTENTION_LSE, ATTENTION_LSE)  # of RESULTS
