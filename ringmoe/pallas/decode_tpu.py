@@ -27,7 +27,14 @@ from ringmoe.pallas.tiles_tpu import Config, block_of, dot, nbytes, shape_of, va
 
 ROWS = 256  # most rows: with more the softmax takes longer than the memory
 BLOCK_BYTES = 2 * 2**20  # of keys, and of values: four of them are in VMEM
-TAKEN = {"key_lengths", "query_positions", "key_scales", "value_scales", "slopes", "sinks"}  # of Extras; sinks come after it
+TAKEN = {
+    "key_lengths",
+    "query_positions",
+    "key_scales",
+    "value_scales",
+    "slopes",
+    "sinks",
+}  # of Extras; sinks come after it
 SUBLANES = 8  # rows are padded to these
 
 
