@@ -2,6 +2,8 @@
 
 import gc
 import os
+import pathlib
+import sys
 
 # Eight devices on a few busy cores: a collective waits long for its last device, which is no dead lock.
 # A program here runs for milliseconds and LLVM would optimise it for seconds; XLA's own passes are all there.
@@ -30,6 +32,17 @@ hypothesis.settings.load_profile("ringmoe")
 
 def pytest_collection_finish():
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Each compiled program has mappings of memory, of which Linux gives a process 65,530; then LLVM crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax = sys.modules["jax"]
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -38,21 +38,21 @@ def pick(
     implementation that was asked for is the only one tried. Falling back is slower and said once, but where a kernel is
     Unsuited. `few`: whether few queries meet many keys.
     """
-    refusals: list[NotImplementedError] = []
+    refusals: list[tuple[str, NotImplementedError]] = []
     for name, kernel in _candidates(op, platform, implementation, few):
         try:
             if ONLY_ON.get(name, platform) != platform:
                 raise NotImplementedError(f"the {name} kernel runs on a {ONLY_ON[name]} only")
             accepts(kernel)
         except NotImplementedError as refusal:
-            refusals.append(refusal)
+            refusals.append((name, refusal))
             continue
-        for refusal in refusals:
-            if isinstance(refusal, Unsuited):
+        for refused, refusal in refusals:
+            if isinstance(refusal, Unsuited) or refused == name:  # which was asked for
                 continue
             warn_once(f"{op} on {platform}", f"the {name} kernel runs instead of a faster one: {refusal}")
         return kernel
-    raise ExceptionGroup(f"no kernel of {op} takes this call on {platform}", refusals)
+    raise ExceptionGroup(f"no kernel of {op} takes this call on {platform}", [refusal for _, refusal in refusals])
 
 
 def _candidates(op: str, platform: str, implementation: str | None, few: bool) -> Iterator[tuple[str, ModuleType]]:
