@@ -24,9 +24,29 @@ from tests.test_attention_tpu_features import ALONG_KEYS, CAUSAL, Case, oracle
 
 TARGETS = {"v5e:2x4": (2, 4), "v5p:2x2x2": (2, 4), "v6e:2x4": (2, 4), "tpu7x:2x2x2": (4, 4)}
 CHUNKED = Config(block_k=128, chunk=256, ahead=1)
-Few = functools.partial(
-    Case, t=1, s=768, h=128, v=128, n=8, k=2, extras=("key_lengths", "query_positions"), band=CAUSAL
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Few(Case):
+    """Queries anywhere among the keys, so that each block is seen, crossed and hidden."""
+
+    t: int = 1
+    s: int = 768
+    h: int = 128
+    v: int = 128
+    n: int = 8
+    k: int = 2
+    extras: tuple[str, ...] = ("key_lengths", "query_positions")
+    band: Band = CAUSAL
+
+    def arrays(self):
+        arrays, found = super().arrays()
+        if "query_positions" in found:
+            places = np.random.default_rng(3).integers(self.s // 3, self.s, (self.b, self.t))
+            found["query_positions"] = places.astype(np.int32)
+        return arrays, found
+
+
 CASES = {
     "one token": Few(b=3),
     "some tokens": Few(t=5, b=3),
@@ -47,7 +67,7 @@ CASES = {
     "in order": Few(t=4, s=512, extras=(), hops=1, band=Band(right=300)),
     "lengths that no block divides": Few(s=2 * 333, t=2, b=3),
     "few keys": Few(s=2 * 100),
-    "padded": Few(band=Band(right=0, queries=1, keys=500)),
+    "padded": Few(band=Band(right=0, keys=500)),
 }  # fmt: skip
 
 
