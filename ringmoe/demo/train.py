@@ -21,14 +21,13 @@ try:
     import matplotlib  # noqa: F401  (picture needs it)
     import optax
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"the demo needs {error.name!r}, which is not installed: pip install 'ringmoe[examples]'", name=error.name
     ) from error
 
 import ringmoe
-from ringmoe.demo import check, data, machines, model, picture, placement
+from ringmoe.demo import check, data, machines, model, picture, placement, progress
 
 SEQUENCE_LENGTH = 4096
 BATCH_SIZE = 2
@@ -112,10 +111,7 @@ def for_mesh(mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, Any]:
 def fit(step, state: State, batches: Sequence[np.ndarray], mesh, console: Console) -> tuple[State, History]:
     """One step a batch [B, T + 1], with a progress bar; raises `check.CheckFailed` at a loss that is not finite."""
     history = History([], [], [])
-    num_steps = len(batches)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=num_steps)
+    with progress.training(console, len(batches), every=10) as told:
         for i, batch in enumerate(batches, 1):
             start = time.perf_counter()
             inputs, targets = jax.device_put((batch[:, :-1], batch[:, 1:]), placement.batch_sharding(mesh))
@@ -129,9 +125,7 @@ def fit(step, state: State, batches: Sequence[np.ndarray], mesh, console: Consol
                 history.dropped.append(float(report["dropped"]))
                 history.expert_load.append(report["expert_load"])
                 line += f"  dropped {history.dropped[-1]:.1%}"
-            progress.update(bar, advance=1, description=line)
-            if not console.is_terminal and (i % 10 == 0 or i in (1, num_steps)):
-                console.print(f"step {i}/{num_steps}  {line}")
+            told(i, line)
     return state, history
 
 

@@ -60,8 +60,10 @@ def inspect(
     say = progress or (lambda line: None)
     _check(program, len(args) + len(kwargs))
     with contextlib.ExitStack() as stack:
-        of_gpus = target is not None and machines.target(target).kind == "gpu"
-        dumps = stack.enter_context(kernel_costs.dumping(tpu=not of_gpus)) if kernels else None
+        dumps = None
+        if kernels:
+            of_gpus = target is not None and machines.target(target).kind == "gpu"
+            dumps = stack.enter_context(kernel_costs.dumping(tpu=not of_gpus))
         started = time.perf_counter()
         if isinstance(program, (str, os.PathLike)):
             built, machine, grid = _Built(_read(program)), *_machine_for_text(target, mesh)

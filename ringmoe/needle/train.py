@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import orbax.checkpoint
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ringmoe.demo import progress
 from ringmoe.needle import data, model
 from ringmoe.needle.data import Lesson
 from ringmoe.needle.model import Config, Params
@@ -98,13 +98,11 @@ def fit(
       Diverged: the loss was not finite.
     """
     reports = []
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoints(folder)) if folder else None
         state = resumed(manager, state) if manager else state
         first = int(state.step)
-        progress = stack.enter_context(Progress(*columns, console=console, disable=not console.is_terminal))
-        bar = progress.add_task("training", total=steps, completed=first)
+        told = stack.enter_context(progress.training(console, steps, every=100, first=first))
         for i in range(first, steps):
             start = time.perf_counter()
             example = data.batch(lesson_of(i, steps), i)
@@ -112,10 +110,7 @@ def fit(
             reports.append(report := jax.device_get(report))
             check_finite(i, report["loss"], folder)
             rate = example.shown.size / (time.perf_counter() - start)
-            line = f"loss {report['loss']:.3f}  bytes right {report['accuracy']:.1%}  {rate:,.0f} tokens/s"
-            progress.update(bar, advance=1, description=line)
-            if not console.is_terminal and (i % 100 == 99 or i == first):
-                console.print(f"step {i + 1}/{steps}  {line}")
+            told(i + 1, f"loss {report['loss']:.3f}  bytes right {report['accuracy']:.1%}  {rate:,.0f} tokens/s")
             if manager and ((i + 1) % EVERY == 0 or i + 1 == steps):
                 manager.save(i + 1, args=orbax.checkpoint.args.StandardSave(tuple(state)))
     return state, reports

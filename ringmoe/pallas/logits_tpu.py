@@ -112,8 +112,8 @@ class Blocks:
 
     @property
     def halves(self) -> bool:
-        """Whether a boundary can leave half of a block's keys unseen by all of its queries."""
-        narrow = self.block_k >= 2 * self.block_q and self.block_k % (2 * LANES) == 0
+        """Whether a boundary can leave half of a block's keys unseen by all of its queries, and is no diagonal."""
+        narrow = self.block_k >= 2 * self.block_q and self.block_k % (2 * LANES) == 0 and not self.diagonals
         return narrow and not self.spec.band.window.is_full and not self.has("key_positions")
 
     @property
@@ -229,7 +229,7 @@ class Pair:
             here = self.spans[0][0] == start + diagonal
             pl.when(crossed & here)(functools.partial(block, True, 0, diagonal + blocks.block_q, diagonal))
             crossed &= ~here
-        if not blocks.halves or blocks.diagonals:
+        if not blocks.halves:
             pl.when(crossed)(lambda: block(True, 0, size))
             return
         queries, half = self._compared()[0], size // 2
