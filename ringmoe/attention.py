@@ -153,8 +153,9 @@ def dot_product_attention(
         a shard_map shardings are found by themselves and this stays None.
       exchange: what devices that share a sequence send each other, or "auto". "ring": K and V pass from neighbour to
         neighbour. "all_gather": K and V whole on every device. "all_to_all": for the work, each device has some heads of all
-        tokens; of several mesh axes only the last ones, where heads don't suffice, and a ring goes over the others. "merge":
-        each device attends from all queries to its own keys, and the results are summed; for queries few beside the keys.
+        tokens; where heads don't suffice for all devices, so many neighbours as they do share them, be it part of a mesh axis,
+        and rings go from group to group. "merge": each device attends from all queries to its own keys, and the results are
+        summed; for queries few beside the keys.
 
     Returns:
       output [B, T, N, V] in query's dtype; with `return_residual` also the LSE [B, T, N] (or [T, N]),

@@ -298,6 +298,15 @@ LAYOUTS = {
     "heads all to all and a ring, minor axis first": Case(
         mesh=(2, 2, 2), roles=("sequence", "heads", "sequence"), exchange="all_to_all", k=2, window=5, t=4
     ),
+    "heads all to all and rings, one axis": Case(
+        exchange="all_to_all", k=2, is_causal=True, t=16, segments=True, lengths=(True, True), sinks=True, slopes=True
+    ),
+    "heads all to all and rings, one axis, fewer key heads": Case(
+        exchange="all_to_all", k=1, g=4, window=(3, 2), t=4, b=2, positions=(True, False), dropout=0.3
+    ),
+    "heads all to all and rings, one axis and a part of another": Case(
+        mesh=(4, 2), roles=("sequence", "sequence"), exchange="all_to_all", k=4, g=1, t=4, float8=(True, True)
+    ),
     "positions of queries": Case(t=16, mesh=(4,), is_causal=True, positions=(True, False), lengths=(False, True)),
     "positions of both, all to all": Case(
         t=4, mesh=(4,), k=4, window=(6, 2), positions=(True, True), exchange="all_to_all", b=2

@@ -1,6 +1,7 @@
 """Plans: which exchange, over which axes, how many hops and how many bytes, against counting by hand."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -13,7 +14,7 @@ from ringmoe import rules
 from ringmoe.masks import Band
 from ringmoe.plan import attention as attention_plan
 from ringmoe.plan import experts as expert_plan
-from ringmoe.plan.base import Ring, freeze
+from ringmoe.plan.base import Group, Ring, freeze
 
 MESH = (("a", 2), ("b", 4), ("c", 2))
 B, T, S, N, K, H = 2, 32, 32, 4, 2, 8
@@ -74,15 +75,47 @@ def test_what_other_exchanges_send(factors, asked, kind, backward, sent):
 
 
 @pytest.mark.parametrize(("factors", "heads", "row", "joint"), [
-    ({"t": ("a", "b"), "s": ("a", "b")}, ("b",), ("a",), ()),
-    ({"t": ("b", "a"), "s": ("b", "a")}, ("a",), ("b",), ()),
-    ({"t": ("b",), "s": ("b",)}, ("b",), (), ()),
-    ({"t": ("c", "b"), "s": ("b",)}, None, ("c",), ("b",)),
-    ({"t": ("c",), "s": ("b",)}, None, ("c",), ()),
+    ({"t": ("a", "b"), "s": ("a", "b")}, Group(("b",), 4, 4), (("a",), 1), ()),
+    ({"t": ("b", "a"), "s": ("b", "a")}, Group(("b", "a"), 4, 8), (("b",), 2), ()),  # four heads: half of b, and a
+    ({"t": ("b",), "s": ("b",)}, Group(("b",), 4, 4), ((), 1), ()),
+    ({"t": ("c", "b"), "s": ("b",)}, None, (("c",), 1), ("b",)),
+    ({"t": ("c",), "s": ("b",)}, None, (("c",), 1), ()),
 ])  # fmt: skip
 def test_which_axes_cut_what_during_the_work(factors, heads, row, joint):
     got = attention(factors, exchange="merge" if heads is None else "all_to_all")
-    assert (got.head_axes, got.row_axes, got.joint_axes) == (heads or (), row, joint)
+    assert (got.heads, (got.rows.axes, got.rows.abreast), got.joint_axes) == (heads or Group(), row, joint)
+
+
+def test_heads_are_split_over_as_many_devices_of_an_axis_as_are_fastest():
+    """Of 64 devices along one axis, for 8 heads: over 4, a row of the torus, so that no two of the rings share a link."""
+    shapes = [(name, (1, 64 * 4096, 8, 128)) for name in ("query", "key", "value")]
+    rule, split = rules.make("attention", tuple(shapes), ("output", "lse")), freeze({"t": ("x",), "s": ("x",)})
+    make = lambda exchange: attention_plan.make(
+        rule, split, (("x", 64),), Band(None, 0), exchange, 2, device_kind="TPU v5", in_tiles=True
+    )
+    got = make("auto")
+    assert (got.exchange, got.heads, got.ring.size) == ("all_to_all + ring", Group(("x",), 4, 64), 16)
+    assert got.us < min(make("ring").us, make("all_to_all").us) and make("all_to_all").heads == Group(("x",), 8, 64)
+    assert (
+        got.ring.devices == tuple(range(64)) and got.heads.indices is not None and got.heads.indices[1] == [4, 5, 6, 7]
+    )
+
+
+@given(st.sampled_from([2, 4, 6, 8]), st.permutations("abc"))
+def test_groups_and_rings_share_the_devices_of_a_dim(size, axes):
+    """Device i of a dim is in place i // size of a ring and has part i % size of the heads, whichever axes these take."""
+    mesh, axes = {"a": 2, "b": 3, "c": 4}, tuple(axes)
+    group, ring = Group.last(axes, size, mesh), Ring.make(axes, mesh, size)
+    assert group.total % group.size == 0 and ring.size == 24 // size
+    for i, coordinates in enumerate(np.ndindex(*(mesh[a] for a in axes))):
+        at = dict(zip(axes, coordinates))
+        assert _index(ring.axes, at, mesh) // ring.abreast == i // size
+        assert _index(group.axes, at, mesh) % group.size == i % size
+
+
+def _index(axes, at, mesh):
+    """Of the device at these coordinates among those along `axes`, major to minor."""
+    return functools.reduce(lambda index, a: index * mesh[a] + at[a], axes, 0)
 
 
 @pytest.mark.parametrize("queries", ["g", "b0"])
@@ -99,9 +132,12 @@ def test_auto_takes_the_least_time_and_tells_the_others():
     got = attention(factors)
     plans = [attention(factors, exchange=name) for name in ("ring", "all_gather", "all_to_all")]
     assert got.us == min(plan.us for plan in plans) > 0
-    told = re.search(r"; (\d+) us on v5p by the model, (\w+) (\d+), (\w+) (\d+)$", got.reason)
-    assert told and {told[2], told[4], got.exchange} == {"ring", "all_gather", "all_to_all"}
-    assert int(told[1]) <= int(told[3]) <= int(told[5])
+    told = re.search(r"; (\d+) us on v5p by the model, (.*)$", got.reason)
+    assert told is not None
+    others = [other.rsplit(" ", 1) for other in told[2].split(", ")]
+    assert {got.exchange, *(name for name, _ in others)} == {"ring", "all_gather", "all_to_all", "all_to_all + ring"}
+    times = [int(told[1]), *(int(us) for _, us in others)]
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize(("length", "exchange"), [(2**10, "all_gather"), (2**22, "merge")])

@@ -117,6 +117,15 @@ def test_a_kernel_takes_the_blocks_of_its_chip(target, door):
     assert {*chips} == {target.split(":")[0]}
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 256), ("float32", 256)])
+def test_a_gradient_of_many_tokens_has_room_on_the_smallest_chip(dtype, head_dim):
+    """A v4's VMEM is 16 MiB, which the gradients of that many queries alone would fill."""
+    mesh = tpu_mesh("v4:2x2x1", (8,), AxisType.Explicit)
+    x = jax.ShapeDtypeStruct((1, 8 * 16384, 1, head_dim), dtype, sharding=NamedSharding(mesh, P(None, "a")))
+    loss = lambda *qkv: ringmoe.dot_product_attention(*qkv, exchange="ring", is_causal=True).astype(jnp.float32).sum()
+    jax.jit(jax.grad(loss)).lower(x, x, x).compile()
+
+
 @pytest.mark.parametrize(("tokens", "kernel"), [(256, "forward"), (64, "forward"), (8, "decode"), (1, "decode")])
 def test_a_cache_is_attended_to_by_the_kernel_for_so_many_tokens(tokens, kernel):
     """Without a warning; none gathers the cache."""

@@ -72,12 +72,16 @@ BEST = {
 """By chip, the head dim that the actual ones fit into, and direction, where another than DEFAULT has fewer bundles: printed by
 `bench/blocks_tpu.py`."""
 
+RESIDENT = {("v4", 2): 4 * 2**20, ("v4", 4): 2**20}
+"""By chip and bytes of a number, where less than `Config.resident_bytes` has room: a v4 has 16 MiB of VMEM in all."""
+
 
 def best(direction: str, spec: AttentionSpec, q, v) -> Config:
     width = max(q.shape[3], v.shape[3])
     head_dim = next((h for h in (64, 128, 256) if width <= h), None)
     found = None if q.dtype == jnp.float32 or head_dim is None else BEST.get((spec.chip, head_dim, direction))
-    return found or DEFAULT[direction]
+    found = found or DEFAULT[direction]
+    return dataclasses.replace(found, resident_bytes=RESIDENT.get((spec.chip, q.dtype.itemsize), found.resident_bytes))
 
 
 def walk(config: Config, block_q: int, first, size: int, diagonal: int | None, start, finish) -> None:

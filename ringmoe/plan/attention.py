@@ -10,7 +10,7 @@ from ringmoe.errors import check
 from ringmoe.masks import Band
 from ringmoe.meshes import Axes
 from ringmoe.plan import cost
-from ringmoe.plan.base import Factors, Ring, freeze
+from ringmoe.plan.base import Factors, Group, Ring, freeze
 from ringmoe.plan.load import Load
 from ringmoe.rules import Rule
 
@@ -34,8 +34,8 @@ class AttentionPlan:
     parts: int  # of a block, each of which goes its own way; 1 where the whole block goes one way, or both
     pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
-    head_axes: Axes  # the last of them, along which heads are split instead, during the work
-    head_parts: int  # devices on those
+    rows: Ring  # whose places are the blocks of queries, during the work
+    heads: Group  # devices that split heads instead of tokens during the work: the last ones of the keys'
     joint_axes: Axes  # the last of `query_axes`, along which queries are gathered for the work
     joint_parts: int  # devices on those
     key_sum_axes: Axes  # axes over which the shares of dK and dV are summed, beside the ring's own hops
@@ -45,11 +45,6 @@ class AttentionPlan:
     remote: bool = False  # blocks travel by remote DMA of our own, where XLA's permutes would hold up the work
     us: float = 0.0  # by the model of `load.py`, waiting included
     gathered_bytes: float = 0.0  # of memory for keys and values of all devices, and their gradients
-
-    @property
-    def row_axes(self) -> Axes:
-        """Axes that split the queries during the work."""
-        return self.query_axes[: len(self.query_axes) - len(self.head_axes) - len(self.joint_axes)]
 
 
 @functools.cache
@@ -97,9 +92,11 @@ def make(
         return call.plan("local", "keys are whole on every device: nothing to exchange")
     able, unable = call.exchanges()
     if exchange == "auto":
-        return _fastest([call.plan(kind, why) for kind, why in able.items()], cost.machine(device_kind, itemsize))
-    check(exchange in able, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
-    return call.plan(exchange, able[exchange])
+        plans = [call.plan(*way) for way in able]
+        return _fastest(plans, cost.machine(device_kind, itemsize))
+    found = [way for way in able if way[0] == exchange]
+    check(len(found) > 0, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
+    return call.plan(*found[0])
 
 
 def _fastest(plans: list[AttentionPlan], machine: cost.Machine) -> AttentionPlan:
@@ -135,8 +132,8 @@ class _Call:
     def devices(self, axes: Axes) -> int:
         return math.prod(self.length[a] for a in axes)
 
-    def exchanges(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Why each exchange can be had, of those that can, and why not, and how it could, of the others."""
+    def exchanges(self) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+        """What `plan` takes for each exchange that can be had, and why not, and how it could, of the others."""
         keys, queries = self.key_axes, self.split.get("t", ())
         able, unable = {}, {}
         busy = {axis for f in self.rule.neighbours("t") for axis in self.split.get(f, ())}
@@ -156,11 +153,9 @@ class _Call:
             unable["all_to_all"] = (
                 "a bias or a mask of queries by keys would have to follow its rows: use another exchange"
             )
-        elif head_axes := self._head_axes():
-            able["all_to_all"] = f"{moved}, cut over {head_axes} instead of their tokens"
-        else:
+        elif not self._head_parts():
             unable["all_to_all"] = (
-                f"{moved} are not cut evenly by the {self.length[keys[-1]]} devices on {keys[-1]!r}: use another exchange"
+                f"{moved} are not cut evenly by any number of the {self.devices(keys)} devices on {keys}: use another exchange"
             )
         joint = self._joint_axes()
         if busy & set(keys):
@@ -173,7 +168,11 @@ class _Call:
             unable["merge"] = f"{where}: those that both are sharded over must be the last ones of the queries'"
         else:
             able["merge"] = "every device takes its own keys' share of all queries, and the shares are merged"
-        return able, unable
+        ways = [(kind, why, 1) for kind, why in able.items()]
+        if "all_to_all" not in unable:
+            why = f"{moved}, cut over {{}} devices on {keys} instead of their tokens"
+            ways += [("all_to_all", why.format(parts), parts) for parts in self._head_parts()]
+        return ways, unable
 
     def _heads(self) -> tuple[int, int]:
         """Query and key heads on a device."""
@@ -181,15 +180,14 @@ class _Call:
         k, g = (sizes.get(f, 1) // self.devices(self.split.get(f, ())) for f in "kg")
         return k * g, k
 
-    def _head_axes(self) -> Axes:
-        """As many of the keys' axes, from the last one, as heads can be split over: each device gets whole groups of heads,
-        or some heads of one group and a copy of its key head."""
+    def _head_parts(self) -> list[int]:
+        """Over how many devices heads can be split, most first: each gets whole groups of heads, or some heads of one group and
+        a copy of its key head. Over the others the ring goes round."""
         heads, key_heads = self._heads()
-        for first in range(len(self.key_axes)):
-            parts = self.devices(self.key_axes[first:])
-            if heads % parts == 0 and (key_heads % parts == 0 or parts % key_heads == 0):
-                return self.key_axes[first:]
-        return ()
+        fits = lambda parts: heads % parts == 0 and (key_heads % parts == 0 or parts % key_heads == 0)
+        return [
+            n for n in range(self.devices(self.key_axes), 1, -1) if self.devices(self.key_axes) % n == 0 and fits(n)
+        ]
 
     def _joint_axes(self) -> Axes | None:
         """The axes of both queries and keys, where they are the queries' last; None where they are not."""
@@ -197,13 +195,12 @@ class _Call:
         shared = [a for a in queries if a in self.key_axes]
         return tuple(shared) if shared == [*queries[len(queries) - len(shared) :]] else None
 
-    def plan(self, kind: str, why: str) -> AttentionPlan:
-        """That of one exchange."""
+    def plan(self, kind: str, why: str, head_parts: int = 1) -> AttentionPlan:
+        """That of one exchange, for which heads are split over so many devices."""
         split, length, keys = dict(self.split), self.length, self.key_axes
         size, walks = self.devices(keys), kind in ("ring", "all_to_all")
         if walks:
             split["t"] = keys
-        head_axes = self._head_axes() if kind == "all_to_all" else ()
         joint_axes = self._joint_axes() or () if kind == "merge" else ()
         rule = self.rule.fitted(split, length)
         sizes, padded = dict(self.rule.sizes), dict(rule.sizes)
@@ -212,26 +209,26 @@ class _Call:
             queries=sizes["t"] if padded["t"] > sizes["t"] else None,
             keys=sizes["s"] if padded["s"] > sizes["s"] else None,
         )
-        ring = Ring.make(keys[: len(keys) - len(head_axes)], length) if walks or kind == "merge" else Ring()
+        ring = Ring.make(keys, length, head_parts) if walks or kind == "merge" else Ring()
         hops, ways, parts, pieces = self._walk(ring.size, padded["t"], padded["s"]) if walks else (1, 1, 1, 1)
         axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
         query, key = axes(rule.operands[0]), axes(rule.operands[1])
         own = () if kind == "all_gather" else keys
         shared = {a for a in key if a not in keys} | set(own)
         summed = (*query, *(a for a in keys if kind == "merge" and a not in query))
-        head_parts, joint_parts = self.devices(head_axes), self.devices(joint_axes)
-        how = dict(head_parts=head_parts, joint_parts=joint_parts, hops=hops, ways=ways, parts=parts, pieces=pieces)
-        load = self._load(kind, rule, split, **how)
+        how = dict(joint_parts=self.devices(joint_axes), hops=hops, ways=ways, parts=parts, pieces=pieces)
+        load = self._load(kind, rule, split, head_parts=head_parts, abreast=ring.abreast, **how)
         return AttentionPlan(
             factors=freeze(split),
-            exchange="all_to_all + ring" if head_axes and ring.size > 1 else kind,
+            exchange="all_to_all + ring" if head_parts > 1 and ring.size > 1 else kind,
             band=band,
             axes=keys if size > 1 else (),
             ring=ring,
             size=size,
             **how,
             query_axes=split.get("t", ()),
-            head_axes=head_axes,
+            rows=Ring.make(split.get("t", ()), length, head_parts * how["joint_parts"]),
+            heads=Group.last(keys, head_parts, length),
             joint_axes=joint_axes,
             key_sum_axes=tuple(a for a in query if a not in shared),
             bias_sum_axes=()

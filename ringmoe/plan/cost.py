@@ -85,6 +85,15 @@ class Machine:
         """Of sums of `sent` bytes of each device, for all."""
         return 2 * self.all_gather(devices, sent / devices)
 
+    def apart(self, devices: int, far: int) -> int:
+        """Links to the device that is `far` on, of so many, if they are numbered row by row; as many share each of them."""
+        chips = -(-far // self.per_chip)
+        for length in reversed(self._torus(devices)) if self.dims else (chips,):
+            if chips % length:
+                return chips
+            chips //= length
+        return 1
+
     def mirror(self, devices: int, sent: float) -> float:
         """Of `sent` bytes to the device at the other end."""
         longest = max(self._torus(devices)) if self.dims else 1

@@ -2,7 +2,8 @@
 
     a kernel's call  = max(pairs F / (matmul rate SHARE), pairs VECTOR / vector rate, (B + C) / memory's rate)
                        + EDGE C / memory's rate + LAUNCH
-    a hop            = max(its calls, LATE (the next block's way here));  their sum where permutes are not asynchronous
+    a hop            = max(its calls, LATE (the next block's way here));  their sum where permutes are not asynchronous, or
+                       share links
     all              = hops, the last without a way, and what moves before and after them, each by itself
 
 for B bytes that the call's tiles fetch and C of its state, F = 4 H FLOPs a pair forward and 10 H backward. The kernels'
@@ -20,7 +21,7 @@ VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
 EDGE = 0.2  # of a call's bytes that move before or after its matmuls
 PARTLY = 0.35  # at most of all keys, that a causal mask hides and blocks meet nevertheless
 LAUNCH = 0.3  # microseconds of a call
-LATE = 2.0  # of both ways round, longer than the work: some sends start late, or share links with those the other way
+LATE = 1.5  # of both ways round, longer than the work: some sends start late, or share links with those the other way
 BLOCK = 512  # queries that share what is fetched of keys
 PASSES = 5  # over the float32 results that are merged, in memory
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
@@ -45,6 +46,7 @@ class Load:
     size: int  # devices that share the keys
     mesh_size: int
     head_parts: int
+    abreast: int  # rings that go round side by side, along the same axes
     joint_parts: int
     hops: int
     ways: int
@@ -79,7 +81,7 @@ class Load:
     def remote(self) -> bool:
         """Whether blocks travel by remote DMA: where a TPU's permutes are not under way during other work, and in one slice."""
         limited = self.machine.is_limited(self.mesh_size) and self.mesh_size <= self.machine.slice
-        return self.walks and self.hops > 1 and limited
+        return self.walks and self.hops > 1 and limited and self.abreast == 1
 
     @property
     def walks(self) -> bool:
@@ -162,10 +164,12 @@ class Load:
         if self.hops == 1:
             return calls
         block = 2 * self.key / self.parts
-        way = machine.alone(block * self.itemsize / machine.link, 1)
-        owed = machine.alone(block * self.owed_itemsize / machine.link, 1) if self.backward else 0.0
+        far = machine.apart(self.size, self.abreast)
+        way = machine.alone(block * self.itemsize / machine.link * far, far)
+        owed = machine.alone(block * self.owed_itemsize / machine.link * far, far) if self.backward else 0.0
         late = LATE if self.ways > 1 else 1.0
-        under_way = self.remote or not machine.is_limited(self.mesh_size)
+        # A permute whose links others share takes longer than XLA's scheduler believes, and starts too late to be hidden.
+        under_way = self.remote or (not machine.is_limited(self.mesh_size) and far == 1)
         hop = lambda wire: max(calls, wire * late) if under_way else calls + wire
         return hop(way) + (self.hops - 2) * hop(way + owed) + calls + 2 * owed
 

@@ -142,11 +142,11 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         bias_gradient="bias" in params["results"],
     )
     head_major = lambda x, heads, length: jax.ShapeDtypeStruct(
-        (math.prod(x.shape[:-3]), heads // plan.head_parts, length * plan.head_parts, x.shape[-1]), x.dtype
+        (math.prod(x.shape[:-3]), heads // plan.heads.size, length * plan.heads.size, x.shape[-1]), x.dtype
     )
     q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
     met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.parts
-    k, v = (head_major(x, max(x.shape[-2], plan.head_parts), met) for x in (key, value))
+    k, v = (head_major(x, max(x.shape[-2], plan.heads.size), met) for x in (key, value))
 
     def accepts(kernel: ModuleType):
         kernel.check(spec, q, k, v, extras)

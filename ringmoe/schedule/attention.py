@@ -10,13 +10,12 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule import balance, heads, merge
-from ringmoe.schedule.ring import BY_XLA, Travel, walk
+from ringmoe.schedule.ring import BY_XLA, Travel, place, walk
 from ringmoe.schedule.sums import sum_over
 
 
@@ -118,7 +117,7 @@ class _Moves:
     def keys(self, x):
         """What belongs to keys: some heads of more tokens, at balanced places."""
         plan = self.plan
-        x = heads.there(plan.head_axes, plan.head_parts, x)
+        x = heads.there(plan.heads, x)
         return balance.there(plan.ring, x, 2) if plan.pieces > 1 else x
 
     def scales(self, extras: Extras):
@@ -132,16 +131,16 @@ class _Moves:
 
         Of a gathered query it has its own rows already: see `merge.total`.
         """
-        plan, copies = self.plan, 1 if num_heads is None else max(1, self.plan.head_parts // num_heads)
+        plan, copies = self.plan, 1 if num_heads is None else max(1, self.plan.heads.size // num_heads)
         x = x if copies > 1 else x.astype(dtype)
         if plan.pieces > 1:
             x = balance.back(plan.ring, x, 2)
-        return heads.back(plan.head_axes, x, copies).astype(dtype)
+        return heads.back(plan.heads, x, copies).astype(dtype)
 
     def row_numbers(self, x):
         """Numbers of queries, [B, t]: of their segments, their positions."""
         plan = self.plan
-        x = merge.gather((*plan.head_axes, *plan.joint_axes), x, 1)
+        x = heads.tokens(plan.heads, merge.gather(plan.joint_axes, x, 1), 1)
         return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
 
 
@@ -154,13 +153,12 @@ class _Blocks:
         self.columns = key.shape[-3] * plan.size  # of all devices together
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
         self.piece = self.keys // plan.parts // plan.pieces  # consecutive keys of a part
-        me = jax.lax.axis_index(plan.row_axes) if plan.row_axes else np.int32(0)
-        self.first_queries = self._starts(me, q.shape[2])
+        self.first_queries = self._starts(place(plan.rows), q.shape[2])
         self.batch = query.shape[:-3]
         here = extras._replace(**dict.fromkeys((*PER_HEAD, *WITH_KEYS)))
         whole = _along_keys(self._padded, Extras(*(None if x is None else self._flat(x) for x in here)))
         rows = lambda x: None if x is None else _Moves(plan).row_numbers(x)
-        mine = lambda x: heads.mine(plan.head_axes, plan.head_parts, x)
+        mine = lambda x: heads.mine(plan.heads, x)
         if_given = lambda x: None if x is None else mine(x)
         self.whole = whole._replace(
             bias=if_given(whole.bias),
@@ -261,7 +259,7 @@ class _Blocks:
 
     def bias_gradient(self, dbias, bias):
         """`dbias` of the flattened bias, in the bias's own shape: summed over what the bias broadcasts over."""
-        dbias = heads.put(self.plan.head_axes, dbias[..., : bias.shape[-1]], bias.shape[-3])
+        dbias = heads.put(self.plan.heads, dbias[..., : bias.shape[-1]], bias.shape[-3])
         if dbias.shape[0] > 1:
             dbias = dbias.reshape(*self.batch, *dbias.shape[1:])
             broadcast = tuple(i for i, n in enumerate(self.batch) if bias.shape[i] < n)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ringmoe.plan.base import Ring
-from ringmoe.schedule.ring import exchange
+from ringmoe.schedule.ring import exchange, place
 
 
 def starts(ring: Ring, device, length: int):
@@ -48,7 +48,7 @@ def _low(ring: Ring, device):
 
 def _swapped(ring: Ring, x, y):
     """What this device keeps and what it receives, in ascending order; and the way back."""
-    low = _low(ring, jax.lax.axis_index(ring.axes))
+    low = _low(ring, place(ring))
     return jnp.where(low, x, y), jnp.where(low, y, x)
 
 

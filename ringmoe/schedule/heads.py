@@ -7,36 +7,53 @@ Source: Jacobs et al., DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509.
 import jax
 import jax.numpy as jnp
 
-from ringmoe.meshes import Axes
+from ringmoe.plan.base import Group
 
 
-def there(axes: Axes, parts: int, x):
-    """An array [B, heads, t, ...] as [B, max(heads, parts) / parts, parts t, ...]."""
-    if not axes:
+def there(group: Group, x):
+    """An array [B, heads, t, ...] as [B, max(heads, parts) / parts, parts t, ...], of a group of so many parts."""
+    if group.size == 1:
         return x
-    x = jnp.repeat(x, max(1, parts // x.shape[1]), axis=1)
-    return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)
+    x = jnp.repeat(x, max(1, group.size // x.shape[1]), axis=1)
+    return _exchanged(group, x, 1, 2)
 
 
-def back(axes: Axes, x, copies: int):
+def back(group: Group, x, copies: int):
     """The transpose of `there`, which copied each head so often: what the copies came to is summed."""
-    if not axes:
+    if group.size == 1:
         return x
-    x = jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
+    x = _exchanged(group, x, 2, 1)
     return x.reshape(x.shape[0], -1, copies, *x.shape[2:]).sum(2)
 
 
-def mine(axes: Axes, parts: int, x):
-    """This device's heads of an array [B|1, heads|1, ...] that has no tokens."""
-    if x.shape[1] == 1:
+def tokens(group: Group, x, axis: int):
+    """Of an array without heads, what all devices of the group hold."""
+    if group.size == 1:
         return x
-    size = x.shape[1] // parts
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=1) if axes else x
+    return jax.lax.all_gather(x, group.axes, axis_index_groups=group.indices, axis=axis, tiled=True)
 
 
-def put(axes: Axes, x, heads: int):
+def mine(group: Group, x):
+    """This device's heads of an array [B|1, heads|1, ...] that has no tokens."""
+    if x.shape[1] == 1 or group.size == 1:
+        return x
+    size = x.shape[1] // group.size
+    return jax.lax.dynamic_slice_in_dim(x, _part(group) * size, size, axis=1)
+
+
+def put(group: Group, x, heads: int):
     """The transpose of `mine`, of an array that had so many heads: zeros at those that are not this device's."""
     if x.shape[1] == heads:
         return x
     zeros = jnp.zeros((x.shape[0], heads, *x.shape[2:]), x.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(zeros, x, jax.lax.axis_index(axes) * x.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(zeros, x, _part(group) * x.shape[1], axis=1)
+
+
+def _exchanged(group: Group, x, split: int, concat: int):
+    groups = group.indices
+    return jax.lax.all_to_all(x, group.axes, split, concat, axis_index_groups=groups, tiled=True)
+
+
+def _part(group: Group):
+    """Which part of the heads is this device's."""
+    return jax.lax.axis_index(group.axes) % group.size

@@ -21,9 +21,18 @@ WAYS = (1, -1)
 """Places that the first and the second part of a block move on in a hop."""
 
 
+def place(ring: Ring):
+    """This device's."""
+    if ring.size == 1:
+        return np.int32(0)  # a number, for what a kernel reckons with
+    index = jax.lax.axis_index(ring.axes)
+    return index // np.int32(ring.abreast) if ring.abreast > 1 else index
+
+
 def exchange(ring: Ring, tree, to: Callable[[int], int]):
     """Every device's arrays to another: place i's to place `to(i)`."""
-    pairs = [(ring.devices[i], ring.devices[to(i)]) for i in range(ring.size)]
+    devices = np.reshape(ring.devices, (ring.size, ring.abreast)).tolist()
+    pairs = [pair for i in range(ring.size) for pair in zip(devices[i], devices[to(i)])]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.mesh_order, pairs), tree)
 
 
@@ -74,7 +83,7 @@ def walk(
     """Walks `hops` blocks past every device.
 
     Args:
-      step: `(state, part, owner, n) -> (state, share)`: the work on part n of the block of the device whose int32 index is
+      step: `(state, part, owner, n) -> (state, share)`: the work on part n of the block of the device whose int32 place is
         `owner`; `share` is a pytree like `owed[n]` that is summed at the owner.
       ring: the devices in the order in which blocks pass them.
       hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; and, where
@@ -93,7 +102,7 @@ def walk(
     size = ring.size
     twice = len(parts) == 2 and hops < size
     assert not twice or 1 < hops <= (size + 1) // 2, (hops, size)
-    me = jax.lax.axis_index(ring.axes) if size > 1 else np.int32(0)  # a number, for what a kernel reckons with
+    me = place(ring)
     owes = bool(jax.tree.leaves(owed))
 
     def hop(carry, h, first=False, last=False):
