@@ -86,9 +86,9 @@ class Machine:
         return 2 * self.all_gather(devices, sent / devices)
 
     def apart(self, devices: int, far: int) -> int:
-        """Links to the device that is `far` on, of so many, if they are numbered row by row; as many share each of them."""
+        """Links to the device that is `far` on, of so many, numbered along the longest dim first; as many share each of them."""
         chips = -(-far // self.per_chip)
-        for length in reversed(self._torus(devices)) if self.dims else (chips,):
+        for length in sorted(self._torus(devices), reverse=True) if self.dims else (chips,):
             if chips % length:
                 return chips
             chips //= length
