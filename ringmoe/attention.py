@@ -15,6 +15,7 @@ from ringmoe.interface import AttentionSpec, Extras, is_float8
 from ringmoe.masks import Band, Mask
 from ringmoe.plan.attention import EXCHANGES
 from ringmoe.primitives.attention import Call, attention
+from ringmoe.rules import MANUAL
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
@@ -179,6 +180,44 @@ def dot_product_attention(
     Source: Liu et al., Ring Attention, https://arxiv.org/abs/2310.01889; Jacobs et al., DeepSpeed-Ulysses,
     https://arxiv.org/abs/2309.14509; Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691.
     """
+    return attend(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        query_positions=query_positions,
+        key_value_positions=key_value_positions,
+        mask_fn=mask_fn,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        axis_name=axis_name,
+        exchange=exchange,
+    )
+
+
+def attend(
+    query, key, value, *, bias=None, mask=None, scale=None, is_causal=False, query_seq_lengths=None,
+    key_value_seq_lengths=None, local_window_size=None, implementation=None, return_residual=False,
+    query_segment_ids=None, key_value_segment_ids=None, query_positions=None, key_value_positions=None, mask_fn=None,
+    logits_soft_cap=None, sinks=None, alibi_slopes=None, key_scales=None, value_scales=None, dropout_rate=0.0,
+    dropout_key=None, axis_name=None, exchange="auto", cut=MANUAL["attention"],
+):  # fmt: skip
+    """What `dot_product_attention` does once its docstring is read; `cut`: the factors of its rule that axis_name splits."""
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
     _check_arrays(query, key, value)
@@ -221,7 +260,7 @@ def dot_product_attention(
     )
     band = Band.make(is_causal, local_window_size, _checked(mask_fn))
     spec = AttentionSpec(scale, band, None if cap is None else float(cap), float(dropout_rate))
-    call = Call(spec, exchange, implementation, axes)
+    call = Call(spec, exchange, implementation, axes, cut)
     output, lse = attention(call, *compat.vary_alike((query, key, value, extras)))
     output = output.reshape(shape)
     return (output, lse.reshape(shape[:-1])) if return_residual else output

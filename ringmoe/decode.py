@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ringmoe import compat
-from ringmoe.attention import dot_product_attention
+from ringmoe.attention import attend
 from ringmoe.errors import check
 from ringmoe.primitives import cache as primitive
 
@@ -21,6 +21,7 @@ def decode_attention(
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: Literal[False] = False,
+    axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array: ...
 @overload
@@ -30,6 +31,7 @@ def decode_attention(
     logits_soft_cap: float | None = None, sinks: ArrayLike | None = None, alibi_slopes: ArrayLike | None = None,
     key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "gpu", "xla"] | None = None, return_residual: bool,
+    axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> tuple[jax.Array, jax.Array]: ...
 # fmt: on
@@ -51,6 +53,7 @@ def decode_attention(
     value_scales: ArrayLike | None = None,
     implementation: Literal["tpu", "gpu", "xla"] | None = None,
     return_residual: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
     exchange: Literal["auto", "ring", "all_gather", "all_to_all", "merge"] = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal attention of the last T tokens of each sequence to a cache that may be sharded along the sequence.
@@ -69,7 +72,11 @@ def decode_attention(
       scale: of the logits; default 1 / sqrt(H).
       local_window_size: a token sees so many tokens before it, and itself; None: all.
       key_scales, value_scales: as in `dot_product_attention`; `update_cache(key_scales[..., None], ...)` keeps a cache of them.
-      mask_fn, logits_soft_cap, sinks, alibi_slopes, implementation, return_residual, exchange: as in `dot_product_attention`.
+      axis_name: inside the caller's own `jax.shard_map`, the mesh axis (or axes) over which the cache is sharded along S;
+        key_cache and value_cache (and their scales) are then one device's slices, and the other arguments are alike on all
+        devices of the axis, as the results are. Outside a shard_map shardings are found by themselves and this stays None.
+      mask_fn, logits_soft_cap, sinks, alibi_slopes, implementation, return_residual, exchange: as in `dot_product_attention`;
+        with axis_name "merge", which "auto" is then, or "all_gather".
 
     Returns:
       output like query; with `return_residual` also the LSE [B, T, N]. A query before the sequence's start (where
@@ -77,6 +84,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes, dtypes or names that don't fit, with what was expected.
+      NotImplementedError: a derivative is asked for with axis_name.
 
     Cost per device of P: 4 B T S N H / P FLOPs; its part of the cache is read up to the longest sequence's end;
     2 (P - 1) / P B T N (H + 1) fp32 numbers are sent and as many received, however long the cache; no memory to speak of.
@@ -90,9 +98,15 @@ def decode_attention(
         local_window_size is None or local_window_size >= 0,
         f"{local_window_size=}, expected how many tokens before it a token sees, >= 0",
     )
+    if axis_name is not None:
+        check(
+            exchange in ("auto", "merge", "all_gather"),
+            f"{exchange=} with {axis_name=}, expected 'merge' or 'all_gather': devices have queries whole there",
+        )
+        exchange = "merge" if exchange == "auto" else exchange
     num_queries = query.shape[-3]
     first = lengths[..., None] - num_queries
-    return dot_product_attention(
+    return attend(
         query,
         key_cache,
         value_cache,
@@ -109,16 +123,21 @@ def decode_attention(
         query_positions=first + jnp.arange(num_queries, dtype=jnp.int32),
         implementation=implementation,
         return_residual=return_residual,
+        axis_name=axis_name,
         exchange=exchange,
+        cut=("s",),
     )
 
 
-def update_cache(cache: ArrayLike, new: ArrayLike, first: ArrayLike) -> jax.Array:
+def update_cache(
+    cache: ArrayLike, new: ArrayLike, first: ArrayLike, *, axis_name: str | tuple[str, ...] | None = None
+) -> jax.Array:
     """The cache with each sequence's new tokens written from its place `first` on: on the devices that own these places.
 
     Args:
       cache: [B, S, K, H], keys or values; any number of batch dims. new: [B, T, K, H], of the cache's dtype.
       first: [B] int32, tokens that each sequence had before. Places outside 0 .. S are dropped.
+      axis_name: as in `decode_attention`: the cache is then one device's slice, and new is whole on every device.
 
     Returns:
       The cache. Donate the old one to your jitted step (`donate_argnames`) and it is changed in place.
@@ -135,7 +154,8 @@ def update_cache(cache: ArrayLike, new: ArrayLike, first: ArrayLike) -> jax.Arra
     check(fits, f"{new.shape=}, expected [B, T, K, H] with the dims of the cache's {cache.shape}")
     check(new.dtype == cache.dtype, f"{new.dtype=}, expected the cache's {cache.dtype}: cast one of them")
     _check_numbers("first", first, cache.shape[:-3])
-    return primitive.update(*compat.vary_alike((cache, new, first)))
+    axes = compat.check_axis_name(axis_name)
+    return primitive.update(*compat.vary_alike((cache, new, first)), axis_name=axes)
 
 
 def _check_numbers(name: str, x, batch):

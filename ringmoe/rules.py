@@ -82,8 +82,8 @@ OWN = re.compile(r"own(\d+)_(\d+)")
 FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS, "cache": CACHE}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
-MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e")}
-"""The factors that a call's `axis_name` splits, inside the user's own shard_map."""
+MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e"), "cache": ("s",)}
+"""The factors that a call's `axis_name` splits, inside the user's own shard_map, unless its parameter `cut` says which."""
 
 WHOLE = frozenset({"h", "v", "u", "i", "d", "c", "r"})
 """Factors no schedule splits."""

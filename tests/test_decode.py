@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
@@ -142,6 +142,67 @@ def test_of_any_lengths(door, t, s, data, exchange, window):
     """No key, fewer keys than queries, a full cache; devices that hold none of a sequence."""
     lengths = data.draw(st.lists(st.integers(0, s), min_size=2, max_size=2))
     check(door, (2, 4), window=window, exchange=exchange, t=t, s=4 * -(-s // 4), lengths=lengths)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("axes", ["b", ("a", "b")], ids=str)
+@pytest.mark.parametrize(("exchange", "window", "t"), [("auto", None, 1), ("merge", 5, 3), ("all_gather", 3, 2)])
+def test_inside_a_shard_map_of_the_users_own(axes, check_vma, exchange, window, t):
+    """Two steps: new tokens are written into the slices that own them, and attended to; what comes out is alike everywhere."""
+    made, rng = arrays(t, lengths=(19, 27)), np.random.default_rng(1)
+    new = {
+        name: rng.normal(size=(2, t, *made[name].shape[2:])).astype(np.float32) for name in ("key_cache", "value_cache")
+    }
+    mesh, batch = make_mesh((2, 4), AxisType.Auto), P("a") if axes == "b" else P(None)
+    cache = P(*batch, axes)
+
+    def step(query, key_cache, value_cache, lengths, new):
+        first = lengths - t
+        caches = [ringmoe.update_cache(x, y, first, axis_name=axes) for x, y in zip((key_cache, value_cache), new)]
+        return ringmoe.decode_attention(
+            query, *caches, lengths, axis_name=axes, local_window_size=window, exchange=exchange, return_residual=True
+        ), caches
+
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=(batch, cache, cache, batch, batch), out_specs=(batch, cache), check_vma=check_vma
+    )
+    (out, lse), caches = jax.jit(run)(*made.values(), list(new.values()))
+    first = made["lengths"] - t
+    want = [written(made[name], new[name], first) for name in new]
+    for got, exactly in zip(caches, want):
+        np.testing.assert_array_equal(got, exactly)
+    with jax.enable_x64(True):
+        query, lengths = double(made["query"]), made["lengths"]
+        want_out, want_lse = dense(query, *map(double, want), lengths, window)
+    assert_close(out, want_out, TOLERANCE[jnp.dtype(jnp.float32)][0])
+    assert_close(lse, want_lse, TOLERANCE[jnp.dtype(jnp.float32)][0])
+    text = jax.jit(run).lower(*made.values(), list(new.values())).compile().as_text()
+    assert ("all-gather" in collectives(text)) == (exchange == "all_gather")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "grad", "error", "told"),
+    [
+        (
+            "ring",
+            False,
+            ValueError,
+            "exchange='ring' with axis_name='b', expected 'merge' or 'all_gather': devices have",
+        ),
+        (
+            "auto",
+            True,
+            NotImplementedError,
+            "has no derivatives: inside a shard_map .* Call it outside of the shard_map",
+        ),
+    ],
+)
+def test_what_a_shard_map_can_not_have(exchange, grad, error, told):
+    made, mesh = arrays(), make_mesh((2, 4), AxisType.Auto)
+    step = functools.partial(ringmoe.decode_attention, axis_name="b", exchange=exchange)
+    run = jax.shard_map(step, mesh=mesh, in_specs=tuple(SPECS.values()), out_specs=P("a"))
+    with pytest.raises(error, match=told):
+        jax.eval_shape(jax.grad(lambda *xs: run(*xs).sum()) if grad else run, *made.values())
 
 
 @pytest.mark.parametrize("door", FOUND, ids=str)

@@ -86,7 +86,7 @@ class Machine:
         return 2 * self.all_gather(devices, sent / devices)
 
     def apart(self, devices: int, far: int) -> int:
-        """Links to the device that is `far` on, of so many, numbered along the longest dim first; as many share each of them."""
+        """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them."""
         chips = -(-far // self.per_chip)
         for length in sorted(self._torus(devices), reverse=True) if self.dims else (chips,):
             if chips % length:

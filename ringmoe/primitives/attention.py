@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from ringmoe import meshes, pallas
+from ringmoe import meshes, pallas, rules
 from ringmoe.errors import Unsuited
 from ringmoe.interface import ATTENTION_LSE, ATTENTION_OUTPUT, AttentionSpec, Extras
 from ringmoe.pallas import ring_tpu
@@ -37,6 +37,7 @@ class Call:
     exchange: str = "auto"
     implementation: str | None = None
     axis_name: tuple[str, ...] = ()
+    cut: tuple[str, ...] = rules.MANUAL["attention"]  # what axis_name splits
 
 
 def attention(call: Call, query, key, value, extras: Extras):
@@ -55,6 +56,7 @@ def attention(call: Call, query, key, value, extras: Extras):
         results=RESULTS,
         sizes=(),
         axis_name=call.axis_name,
+        cut=call.cut,
         implementation=call.implementation,
         spec=call.spec,
         exchange=call.exchange,
@@ -63,6 +65,11 @@ def attention(call: Call, query, key, value, extras: Extras):
 
 
 def _forward_jvp(primals, tangents, **params):
+    if params["axis_name"] and params["cut"] != rules.MANUAL["attention"]:
+        raise NotImplementedError(
+            "decode_attention(axis_name=...) has no derivatives: inside a shard_map queries that all devices have, and their "
+            "cotangents, count once or once a device, which nothing here can know. Call it outside of the shard_map"
+        )
     results = FORWARD.primitive.bind(*primals, **params)
     # Under these names a rematerialised layer may keep what its backward pass needs, and not run the ring again.
     results = [checkpoint_name(x, name) for x, name in zip(results, RESIDUALS)]

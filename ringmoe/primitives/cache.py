@@ -6,11 +6,11 @@ from ringmoe.primitives.op import Op
 from ringmoe.schedule import cache as schedule
 
 
-def update(cache, new, first):
+def update(cache, new, first, axis_name: tuple[str, ...] = ()):
     """The cache [*batch, S, K, H] with new [*batch, T, K, H] from the places first [*batch] on."""
     operands = ("cache", "new", "first")
     params = dict(operands=operands, results=("cache",), sizes=(), implementation=None, spec=None)
-    return UPDATE.bind(cache, new, first, axis_name=(), **params)[0]
+    return UPDATE.bind(cache, new, first, axis_name=axis_name, **params)[0]
 
 
 def _plan(rule, factors, mesh, avals, params) -> CachePlan:

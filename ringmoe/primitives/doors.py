@@ -88,7 +88,7 @@ def find(op, avals, params) -> Found | None:
             mesh, free = placement.mesh, frozenset(placement.mesh.axis_names)
     if params["axis_name"] or mesh.manual_axes:
         # The device's own slices: what `axis_name` splits comes first, then what the axes that are left split of a slice.
-        names = rules.MANUAL[op.family] if params["axis_name"] else ()
+        names = cut(op, params)
         inner = rule.evenly(names, known or {}, mesh.shape)
         rule = rule.scaled(names, math.prod(mesh.shape[a] for a in params["axis_name"]))
         factors = inner | {f: params["axis_name"] + inner.get(f, ()) for f in names}
@@ -96,6 +96,11 @@ def find(op, avals, params) -> Found | None:
     if known is None:
         return None
     return Found(op.plan(rule, known, mesh, avals, params), mesh, free, door)
+
+
+def cut(op, params) -> tuple[str, ...]:
+    """The factors that `axis_name` splits, inside the user's shard_map."""
+    return params.get("cut", rules.MANUAL[op.family]) if params["axis_name"] else ()
 
 
 def lower(op, platform: str, ctx, *operands, **params):

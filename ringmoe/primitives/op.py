@@ -1,7 +1,8 @@
 """One primitive of RingMoE, and what JAX asks of a primitive: its results' types, its batching, its lowering.
 
 Every primitive's parameters: `operands`, `results` (names in rules.FAMILIES), `sizes` (factor lengths no shape tells),
-`mapped` (leading dims that a vmap added to every array), `axis_name` (tuple, inside the user's shard_map),
+`mapped` (leading dims that a vmap added to every array), `axis_name` (tuple, inside the user's shard_map), perhaps `cut` (which
+factors that splits, where not those of `rules.MANUAL`),
 `implementation`, `placement`, and the op's own static `spec`.
 """
 
@@ -108,7 +109,12 @@ def _abstract_eval(op: Op, *avals, **params):
         shape = rule.shape(dims)
         spec = rules.spec_of(dims, doors.explicit_only(plan_factors, mesh))
         sharding = NamedSharding(mesh, rules.dividing(spec, shape, mesh.shape))
-        return avals[0].update(shape=shape, dtype=op.dtype(name, avals), weak_type=False, sharding=sharding)
+        manual, theirs = avals[0].manual_axis_type, {factor for dim in dims for factor in dim}
+        if params["axis_name"] and not theirs & {*doors.cut(op, params)}:  # alike on all these devices
+            manual = manual.update(varying=manual.varying - {*params["axis_name"]})
+        return avals[0].update(
+            shape=shape, dtype=op.dtype(name, avals), weak_type=False, sharding=sharding, manual_axis_type=manual
+        )
 
     return [result(name, dims) for name, dims in zip(params["results"], rule.results)]
 
