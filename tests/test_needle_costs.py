@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_a_context_is_read_in_chunks_with_halos():
     assert costs.num_chunks(prices.SIZES["Pro"], 2 * costs.CHUNK - halo + 1) == 3
 
 
-def report(us: float, peak: int, hbm: int = 1000) -> types.SimpleNamespace:
+def report(us: float, peak: int, hbm: int = 1000) -> Any:
     return types.SimpleNamespace(
         us=us, exposed_us=us / 4, peak_bytes=peak, hbm_bytes=hbm, peak_flops=1e6, num_devices=2, compile_seconds=1.0
     )
@@ -164,3 +165,17 @@ def test_the_part_keeps_each_row_and_goes_on(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("us", "said"), [(70.4, "70 us"), (3210.0, "3.2 ms"), (17.1e6, "17.1 s")])
 def test_times_are_readable(us, said):
     assert machines.seconds(us) == said
+
+
+def test_the_compiler_s_missing_estimate_is_told():
+    assert machines.has_estimate(report(1e9, 0))
+    assert not machines.has_estimate(report(2**63 / 1.75e9 * 1e6, 0))
+
+
+def test_targets_train_on_what_compiles(monkeypatch):
+    monkeypatch.setattr(machines, "TRAINED", 256)
+    one = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
+    programs = machines.programs(TINY, one, 1024, 256)
+    _, (_, example), _ = programs["a training step of 256 tokens"]
+    assert example.shown.shape == (1, 256)
+    assert programs["a byte of 32 answers"][1][1].keys.shape[1] == 1024
