@@ -93,9 +93,16 @@ def test_a_context_is_read_in_chunks_with_halos():
     assert costs.num_chunks(prices.SIZES["Pro"], 2 * costs.CHUNK - halo + 1) == 3
 
 
-def report(us: float, peak: int, hbm: int = 1000) -> Any:
+def report(us: float, peak: int, hbm: int = 1000, flops: float = 100.0) -> Any:
     return types.SimpleNamespace(
-        us=us, exposed_us=us / 4, peak_bytes=peak, hbm_bytes=hbm, peak_flops=1e6, num_devices=2, compile_seconds=1.0
+        flops=flops,
+        us=us,
+        exposed_us=us / 4,
+        peak_bytes=peak,
+        hbm_bytes=hbm,
+        peak_flops=1e6,
+        num_devices=2,
+        compile_seconds=1.0,
     )
 
 
@@ -125,6 +132,14 @@ def test_what_does_not_fit_or_has_no_estimate_has_no_time():
     console.print(prices.table([wide, summed(report(10.0, 100), report(100.0, 400))]))
     text = console.export_text()
     assert "does not fit" in text and "260 us" in text and "25%" in text
+
+
+def test_a_time_without_all_useful_work_is_a_lower_bound():
+    row = summed(report(10.0, 100, flops=3.4), report(100.0, 400))
+    assert row.us == 260 and row.utilisation is None
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(prices.table([row]))
+    assert ">= 260 us" in console.export_text()
 
 
 def test_nothing_is_compiled_that_cannot_fit(monkeypatch):

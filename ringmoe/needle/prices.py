@@ -45,7 +45,9 @@ class Cost(NamedTuple):
     hbm: int  # bytes
     us: float | None  # None: it does not fit, or a part of it has no estimate
     exposed_us: float | None
-    utilisation: float | None  # useful FLOPs of what all chips could do in that time
+    utilisation: (
+        float | None
+    )  # useful FLOPs of what all chips could do in that time; None too where they were not counted
     compile_seconds: float
 
     @property
@@ -89,7 +91,9 @@ def summed(
     exposed = sum(n * reports[name].exposed_us for name, n in times.items())
     useful = sum(n * programs[name].flops for name, n in times.items())
     rate = any_report.peak_flops * any_report.num_devices
-    return Cost(size, work, target, memory, hbm, us, exposed, useful / rate / us * 1e6, seconds)
+    # A kernel without a cost estimate is timed by its bytes: the time is then a lower bound, and a share of it no use.
+    counted = all(report.flops * report.num_devices >= programs[name].flops for name, report in reports.items())
+    return Cost(size, work, target, memory, hbm, us, exposed, useful / rate / us * 1e6 if counted else None, seconds)
 
 
 class Retrieval(NamedTuple):
@@ -154,8 +158,9 @@ def table(found: Iterable[Cost]) -> Table:
     for row in found:
         gib = f"{row.memory / 2**30:.1f} of {row.hbm / 2**30:.0f} GiB"
         times = ("-", "-", "-")
-        if row.us is not None and row.exposed_us is not None and row.utilisation is not None:
-            times = (machines.seconds(row.us), f"{row.exposed_us / row.us:.0%}", f"{row.utilisation:.1%}")
+        if row.us is not None and row.exposed_us is not None:
+            at_least, useful = (">= ", "-") if row.utilisation is None else ("", f"{row.utilisation:.1%}")
+            times = (at_least + machines.seconds(row.us), f"{row.exposed_us / row.us:.0%}", useful)
         note = (
             "" if row.fits else ": does not fit" + ("" if row.compile_seconds else ", weights and what is saved alone")
         )
