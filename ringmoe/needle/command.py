@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ringmoe.demo import placement
-from ringmoe.needle import evaluate, experts, machines, model, picture, train
+from ringmoe.needle import evaluate, experts, machines, model, picture, prices, train
 from ringmoe.needle.haystack import AXIS, Reader
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights.npz"
@@ -61,10 +61,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and haystacks (default %(default)s)")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="what to measure (default all; quick: recall cipher agree)"
+        "--parts", nargs="+", choices=PARTS, help="what to measure (default all but costs; quick: recall cipher agree)"
     )
     arguments = parser.parse_args(argv)
-    arguments.parts = arguments.parts or (("recall", "cipher", "agree") if arguments.quick else tuple(PARTS))
+    arguments.parts = arguments.parts or (
+        ("recall", "cipher", "agree") if arguments.quick else tuple(p for p in PARTS if p != "costs")
+    )
     if arguments.steps < 1:
         parser.error(f"--steps {arguments.steps}, expected at least 1")
     if not 1 <= arguments.devices <= placement.NUM_DEVICES:
@@ -189,14 +191,34 @@ def targets(reader: Reader, params: model.Params, arguments, console: Console, r
     )
     for target in machines.TARGETS:
         for name, report in machines.compiled(reader.config, target, max(arguments.lengths), 32768).items():
-            memory = (report.peak_bytes or 0) / 2**20
-            table.add_row(name, target, f"{report.us:,.0f} us", f"{report.exposed_us:,.0f} us", f"{memory:,.0f} MiB")
-            rows[f"{name} on {target}"] = {"us": report.us, "exposed_us": report.exposed_us, "MiB": memory}
+            memory, known = (report.peak_bytes or 0) / 2**20, machines.has_estimate(report)
+            time = f"{report.us:,.0f} us" if known else "no estimate"
+            table.add_row(name, target, time, f"{report.exposed_us:,.0f} us", f"{memory:,.0f} MiB")
+            us = report.us if known else None
+            rows[f"{name} on {target}"] = {"us": us, "exposed_us": report.exposed_us, "MiB": memory}
     console.print(table)
     results.keep("targets", rows)
 
 
-PARTS = {"recall": recall, "cipher": cipher, "experts": served, "balance": balance, "agree": agree, "targets": targets}
+def costs(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
+    """A large and a light configuration on machines that are not here, row by row: what was found before is kept."""
+    found = {row[:3]: row for row in (prices.Cost(**kept) for kept in results.parts.get("machine_costs", ()))}
+    for row in prices.rows(found):
+        found[row[:3]] = row
+        console.print(f"{row.size}, {row.work}, {row.target}: compiled in {row.compile_seconds:.0f} s", markup=False)
+        results.keep("machine_costs", [one._asdict() for one in found.values()])
+    console.print(prices.table(found.values()), prices.retrieval_table())
+
+
+PARTS = {
+    "recall": recall,
+    "cipher": cipher,
+    "experts": served,
+    "balance": balance,
+    "agree": agree,
+    "targets": targets,
+    "costs": costs,
+}
 
 
 def trained(config: model.Config, arguments: argparse.Namespace, console: Console) -> pathlib.Path:

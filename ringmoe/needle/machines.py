@@ -15,6 +15,10 @@ from ringmoe.needle.haystack import AXIS, TOGETHER, Cache, Reader
 from ringmoe.needle.model import SIGNAL, Config, Params, Tokens
 
 TARGETS = ("v5p:4x4x8", "h200x8")
+TRAINED = (
+    2**20
+)  # tokens of a training step that is compiled, at most: XLA:TPU's sorts take longer to compile the longer they are
+DAY_US = 86400 * 1e6  # XLA:TPU writes 2^63 - 1 cycles for some ragged matmuls, as having no estimate of them
 
 
 class Agreement(NamedTuple):
@@ -74,7 +78,7 @@ def programs(
     """The programs of the reference system on a mesh with the axis "seq": function, abstract arguments, keywords.
 
     Reading one more chunk of a context, TOGETHER questions after `capacity` tokens of it, and a step of training on `batch`
-    sequences of `capacity` tokens.
+    sequences of as many, but TRAINED at most.
     """
     placed = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
     everywhere = lambda tree: jax.tree.map(lambda x: placed(x.shape, x.dtype), tree)
@@ -87,8 +91,9 @@ def programs(
     state = everywhere(jax.eval_shape(lambda: train.init_state(0, config, train.STEPS)))
     cache = Cache(*[placed((1, capacity, 1, config.global_head_dim), reader.dtype, None, AXIS)] * 2)
     one = placed((1,), jnp.int32)
-    shown, room = placed((batch, capacity), jnp.int32, None, AXIS), placed((batch, 256), jnp.int32)
-    example = data.Example(tokens(batch, capacity, None, AXIS), shown, room)
+    length = min(capacity, TRAINED)
+    shown, room = placed((batch, length), jnp.int32, None, AXIS), placed((batch, 256), jnp.int32)
+    example = data.Example(tokens(batch, length, None, AXIS), shown, room)
     step = ringmoe.jit(functools.partial(train.train_step, config=config, steps=train.STEPS), donate_argnums=0)
     questions = (state.params, cache, one, tokens(TOGETHER, reader.room), placed((TOGETHER,), jnp.int32))
     return {
@@ -98,7 +103,7 @@ def programs(
             {"skip": config.halo},
         ),
         f"a byte of {TOGETHER} answers": (reader.answering, questions, {}),
-        "a training step": (step, (state, example), {}),
+        f"a training step of {length:,} tokens": (step, (state, example), {}),
     }
 
 
@@ -110,3 +115,16 @@ def compiled(config: Config, target: str, capacity: int, chunk: int) -> dict[str
         name: ringmoe.inspect(program, *args, target=target, mesh=mesh, **keywords)
         for name, (program, args, keywords) in programs(config, mesh, capacity, chunk).items()
     }
+
+
+def has_estimate(report: ringmoe.OverlapReport) -> bool:
+    """Whether its time means something: no instruction's is what the compiler writes where it has none."""
+    return report.us < DAY_US
+
+
+def seconds(us: float) -> str:
+    """A time to read: "17.1 s", "3.2 ms", "70 us"."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:,.1f} {unit}"
+    return f"{us:.0f} us"
