@@ -178,6 +178,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
         ('"estimated_cycles":"1500000","cost_model_type":"COST_MODEL_TYPE_INVALID"', None),
         ('"estimated_cycles":"1500000"', None),
         ('"estimated_cycles":"lots","cost_model_type":"COST_MODEL_TYPE_CLASSIC"', None),
+        (f'"estimated_cycles":"{2**63 - 1}","cost_model_type":"COST_MODEL_TYPE_CLASSIC"', None),
         ('"estimated_cycles":"1","cost_model_type":"COST_MODEL_TYPE_CLASSIC"', None),
     ],
 )

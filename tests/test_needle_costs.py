@@ -182,11 +182,6 @@ def test_times_are_readable(us, said):
     assert machines.seconds(us) == said
 
 
-def test_the_compiler_s_missing_estimate_is_told():
-    assert machines.has_estimate(report(1e9, 0))
-    assert not machines.has_estimate(report(2**63 / 1.75e9 * 1e6, 0))
-
-
 def test_targets_train_on_what_compiles(monkeypatch):
     monkeypatch.setattr(machines, "TRAINED", 256)
     one = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))

@@ -145,6 +145,7 @@ _FREE_CALLS = frozenset(
     }
 )
 _NO_MODEL = "COST_MODEL_TYPE_INVALID"
+_NO_CYCLES = 2**63 - 1  # what XLA:TPU writes for some ragged matmuls
 # Vector operations that one transcendental costs: its unit has a quarter of the vector slots.
 _TRANSCENDENTAL_OPS = 4
 
@@ -221,7 +222,8 @@ class Roofline:
             return 0.0
         if window.get("cost_model_type", _NO_MODEL) == _NO_MODEL or not str(window.get("estimated_cycles")).isdecimal():
             return 0.0
-        return int(window["estimated_cycles"]) / self.clock_hz
+        cycles = int(window["estimated_cycles"])
+        return cycles / self.clock_hz if cycles < _NO_CYCLES else 0.0
 
     def work(self, instruction: Instruction, computation: Computation) -> Work:
         """What the instruction computes and moves."""

@@ -191,11 +191,11 @@ def targets(reader: Reader, params: model.Params, arguments, console: Console, r
     )
     for target in machines.TARGETS:
         for name, report in machines.compiled(reader.config, target, max(arguments.lengths), 32768).items():
-            memory, known = (report.peak_bytes or 0) / 2**20, machines.has_estimate(report)
-            time = f"{report.us:,.0f} us" if known else "no estimate"
-            table.add_row(name, target, time, f"{report.exposed_us:,.0f} us", f"{memory:,.0f} MiB")
-            us = report.us if known else None
-            rows[f"{name} on {target}"] = {"us": us, "exposed_us": report.exposed_us, "MiB": memory}
+            memory = (report.peak_bytes or 0) / 2**20
+            table.add_row(
+                name, target, *(f"{us:,.0f} us" for us in (report.us, report.exposed_us)), f"{memory:,.0f} MiB"
+            )
+            rows[f"{name} on {target}"] = {"us": report.us, "exposed_us": report.exposed_us, "MiB": memory}
     console.print(table)
     results.keep("targets", rows)
 

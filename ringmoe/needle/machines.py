@@ -15,10 +15,7 @@ from ringmoe.needle.haystack import AXIS, TOGETHER, Cache, Reader
 from ringmoe.needle.model import SIGNAL, Config, Params, Tokens
 
 TARGETS = ("v5p:4x4x8", "h200x8")
-TRAINED = (
-    2**20
-)  # tokens of a training step that is compiled, at most: XLA:TPU's sorts take longer to compile the longer they are
-DAY_US = 86400 * 1e6  # XLA:TPU writes 2^63 - 1 cycles for some ragged matmuls, as having no estimate of them
+TRAINED = 2**20  # tokens of a training step that is compiled, at most: XLA:TPU takes longer the more there are
 
 
 class Agreement(NamedTuple):
@@ -115,11 +112,6 @@ def compiled(config: Config, target: str, capacity: int, chunk: int) -> dict[str
         name: ringmoe.inspect(program, *args, target=target, mesh=mesh, **keywords)
         for name, (program, args, keywords) in programs(config, mesh, capacity, chunk).items()
     }
-
-
-def has_estimate(report: ringmoe.OverlapReport) -> bool:
-    """Whether its time means something: no instruction's is what the compiler writes where it has none."""
-    return report.us < DAY_US
 
 
 def seconds(us: float) -> str:

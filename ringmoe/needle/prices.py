@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     target: str
     memory: int  # bytes; where it does not fit before anything is compiled, of what is kept alone
     hbm: int  # bytes
-    us: float | None  # None: it does not fit, or a part of it has no estimate
+    us: float | None  # None: it does not fit
     exposed_us: float | None
     utilisation: (
         float | None
@@ -86,7 +86,7 @@ def summed(
     times = {name: programs[name].layers * programs[name].runs for name in reports}
     us = sum(n * reports[name].us for name, n in times.items())
     seconds = sum(report.compile_seconds or 0.0 for report in reports.values())
-    if memory > hbm or not all(map(machines.has_estimate, reports.values())):
+    if memory > hbm:
         return Cost(size, work, target, memory, hbm, None, None, None, seconds)
     exposed = sum(n * reports[name].exposed_us for name, n in times.items())
     useful = sum(n * programs[name].flops for name, n in times.items())
@@ -151,7 +151,7 @@ def rows(known: Mapping[tuple[str, str, str], Cost]) -> Iterator[Cost]:
 
 
 def table(found: Iterable[Cost]) -> Table:
-    """Time, waiting, utilisation and memory of each row; what does not fit, or has no estimate, says so."""
+    """Time, waiting, utilisation and memory of each row; what does not fit says so."""
     out = Table(
         "", "", "machine", "time", "waiting", "useful", "memory a device", title="one layer of each kind, compiled"
     )
