@@ -314,7 +314,7 @@ def test_positions_are_compared(monkeypatch):
         positions, "variants", lambda config, all=positions.variants: dict(list(all(config).items())[1:])
     )
     found = positions.compare(TINY, 1, (1024,), 1, 0, QUIET)
-    assert [(one.what, one.length, one.count) for one in found] == [
+    assert [(one.what, one.length, one.asked) for one in found] == [
         ("no positions", 1024, 10),
         ("RoPE, log n", 1024, 10),
     ]

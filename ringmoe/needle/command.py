@@ -186,7 +186,7 @@ def placed(reader: Reader, params: model.Params, arguments, console: Console, re
     found = positions.compare(reader.config, steps, lengths, 2 * (arguments.trials or 4), arguments.seed, console)
     table = Table("global layers", *(f"{length:,}" for length in lengths), title=f"facts in text, after {steps} steps")
     for what in positions.variants(reader.config):
-        table.add_row(what, *(f"{one.right}/{one.count}" for one in found if one.what == what))
+        table.add_row(what, *(f"{one.right}/{one.asked}" for one in found if one.what == what))
     console.print(table)
     results.keep("positions", {"steps": steps, "found": [one._asdict() for one in found]})
 

@@ -24,7 +24,7 @@ class Recalled(NamedTuple):
     what: str
     length: int  # tokens
     right: int
-    count: int
+    asked: int
 
 
 def variants(config: Config) -> dict[str, Config]:
