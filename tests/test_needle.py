@@ -22,7 +22,7 @@ import itertools
 from rich.console import Console
 
 from ringmoe.demo import placement
-from ringmoe.needle import command, data, evaluate, experts, machines, model, picture, train
+from ringmoe.needle import command, data, evaluate, experts, machines, model, picture, positions, train
 from ringmoe.needle.haystack import OWN, Reader, merged
 
 TINY = model.Config(
@@ -91,13 +91,38 @@ def test_a_batch_is_the_seed_s():
 
 def test_decoys_are_no_facts():
     rng = np.random.default_rng(0)
-    decoys = [data.decoy(b"KQZR", rng) for _ in range(50)]
+    decoys = [data.decoy(b"@KQZR:481.", rng) for _ in range(50)]
     assert all(b"@" not in one and len(one) <= data.CELL for one in decoys)
     assert any(b"KQZR:" in one for one in decoys) and len(set(decoys)) == 50
     lesson = data.Lesson(1, 256, 96, cipher=0, decoys=1.0)
     kind, shown = (x[0] for x in (data.batch(lesson, 0).tokens.kind, data.batch(lesson, 0).shown))
     plain = data.batch(dataclasses.replace(lesson, decoys=0.0), 0)
     assert (kind == 0).sum() and (shown != plain.shown[0]).any()
+
+
+def test_values_begin_alike():
+    """Else two digits would tell the third in a short context, and in a long one they don't."""
+    rng = np.random.default_rng(0)
+    same = [sum(a == b for a, b in zip(data.begun(b"481", rng), b"481")) for _ in range(200)]
+    assert set(same) == {0, 1, 2, 3}
+    assert all(bytes([c]) in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ" for c in data.begun(b"KQZR", rng))
+    facts, _ = data.recall(24, 1, rng)
+    begins = [one[6:8] for one in facts]
+    assert len(set(begins)) < len(begins)
+
+
+def test_lookalikes_are_in_the_library():
+    text = data.text().tobytes()
+    for start in data.lookalikes()[:: len(data.lookalikes()) // 20]:
+        four = text[start : start + 4]
+        assert four.isalpha() and four.isupper()
+
+
+def test_noise_is_the_lesson_s():
+    lesson = data.Lesson(1, 256, 96)
+    loud, quiet = (data.batch(dataclasses.replace(lesson, noise=noise), 0) for noise in (1.0, 0.0))
+    spread = np.std((loud.tokens.signal - quiet.tokens.signal)[quiet.tokens.kind > 0])
+    assert spread == pytest.approx(1, abs=0.05)
 
 
 def test_a_cipher_is_a_permutation_in_its_dictionary():
@@ -122,7 +147,7 @@ def test_no_token_sees_the_next(params):
 def test_the_halo_is_all_that_keys_and_values_depend_on(params):
     tokens = jax.tree.map(lambda x: x[:1], data.batch(LESSON, 0).tokens)
     local = lambda t: model.local_layers(params, model.embed(params, t), TINY)[0]
-    run = jax.jit(lambda t: model.keys_values(params, local(t), TINY))
+    run = jax.jit(lambda t: model.keys_values(params, local(t), jnp.arange(t.kind.shape[1]), TINY))
     whole, cut = run(tokens), run(jax.tree.map(lambda x: x[:, 50:], tokens))
     apart = np.max([np.abs(a[0, 50:] - b[0]).max((-1, -2)) for a, b in zip(whole, cut)], 0)
     assert apart[TINY.halo :].max() < 1e-5
@@ -137,10 +162,25 @@ def test_shares_of_a_softmax_merge():
     np.testing.assert_allclose(parts, attend(q, k, v)[0], atol=1e-6)
 
 
-def test_chunks_and_shards_give_the_dense_logits(params, mesh):
-    found = machines.agreement(TINY, params, mesh, length=512, chunk=64, seed=0, count=3)
+@pytest.mark.parametrize("base", [None, 10_000.0])
+def test_chunks_and_shards_give_the_dense_logits(params, mesh, base):
+    config = dataclasses.replace(TINY, global_rope_base=base)
+    found = machines.agreement(config, params, mesh, length=512, chunk=64, seed=0, count=3)
     assert found.largest > 0.01
     assert max(found.chunks, found.sharded, found.devices) < 1e-4
+
+
+def test_distances_are_the_same_after_ten_million_tokens():
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
+    turned = lambda x, at: np.asarray(model.rope(x, jnp.array([at]), 100.0))[0, 0, 0]
+    for distance in (0, 1, 31):
+        near, far = (turned(query, at + distance) @ turned(key, at) for at in (0, 10 * 2**20))
+        np.testing.assert_allclose(near, far, atol=1e-5)
+    frequency = 100.0 ** -(np.arange(8) / 8)
+    x = np.asarray(query)[0, 0, 0]
+    expected = x[:8] * np.cos(5 * frequency) - x[8:] * np.sin(5 * frequency)
+    np.testing.assert_allclose(turned(query, 5)[:8], expected, atol=1e-5)
 
 
 def test_a_cache_is_read_in_any_chunks(params):
@@ -236,8 +276,15 @@ def test_weights_are_kept_in_a_plain_file(params, tmp_path):
     train.save(tmp_path / "weights.npz", params)
     loaded = train.load(tmp_path / "weights.npz", TINY)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), params, loaded)
-    with pytest.raises(ValueError, match=r"arrays are not this model's, first .* train anew"):
+    with pytest.raises(train.NotWeights, match=r"arrays are not this model's, first .* train anew"):
         train.load(tmp_path / "weights.npz", dataclasses.replace(TINY, model_dim=32))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 broken"])
+def test_a_file_of_something_else_is_told(tmp_path, content):
+    (tmp_path / "odd.npz").write_bytes(content)
+    with pytest.raises(train.NotWeights, match="is no NumPy archive"):
+        train.load(tmp_path / "odd.npz", TINY)
 
 
 def test_the_weights_that_come_along_are_of_this_model():
@@ -259,6 +306,24 @@ def test_balance_is_measured_with_and_without_its_remedies(monkeypatch):
     found = experts.balance(TINY, 1, 0, QUIET)
     assert [one.what for one in found] == ["noise alone", "neither"]
     assert all(one.busiest >= 1 and 0 <= one.dropped < 1 for one in found)
+
+
+def test_positions_are_compared(monkeypatch):
+    monkeypatch.setattr(positions, "CURRICULUM", (((LESSON,), 1.0),))
+    monkeypatch.setattr(
+        positions, "variants", lambda config, all=positions.variants: dict(list(all(config).items())[1:])
+    )
+    found = positions.compare(TINY, 1, (1024,), 1, 0, QUIET)
+    assert [(one.what, one.length, one.asked) for one in found] == [
+        ("no positions", 1024, 10),
+        ("RoPE, log n", 1024, 10),
+    ]
+    assert all(one.right < 3 for one in found)
+
+
+def test_variants_of_positions_differ_in_global_layers():
+    made = list(positions.variants(TINY).values())
+    assert [(v.temperature, v.global_rope_base is None) for v in made] == [(True, True), (False, True), (True, False)]
 
 
 def test_pictures_are_written(tmp_path):
@@ -293,18 +358,34 @@ def test_the_command_measures_and_writes(monkeypatch, tmp_path, capsys, params):
     assert (tmp_path / "recall.png").exists()
 
 
-def test_bad_arguments_are_told(capsys, tmp_path, monkeypatch):
-    for words, message in (
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--steps", "0"], "--steps 0, expected at least 1"),
-        (["--devices", "9"], "expected 1 to 8"),
-    ):
-        with pytest.raises(SystemExit):
-            command.parse(words)
-        assert message in capsys.readouterr().err
+        (["--devices", "9"], "--devices 9, expected 1 to 8"),
+        (["--trials", "0"], "--trials 0, expected at least 1"),
+        (["--lengths", "4096", "64"], "--lengths 64, expected at least 1024"),
+        (["--weights", "nowhere.npz"], "--weights nowhere.npz, expected a file"),
+    ],
+)
+def test_bad_arguments_are_told(capsys, words, message):
+    with pytest.raises(SystemExit):
+        command.parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_only_the_caller_s_mistakes_lose_their_traceback(capsys, tmp_path, monkeypatch):
+    (tmp_path / "odd.npz").write_bytes(b"text")
+    words = ["--weights", str(tmp_path / "odd.npz"), "--out", str(tmp_path)]
     monkeypatch.setattr(placement, "use_cpu_devices", lambda: None)
-    monkeypatch.setattr(train, "load", lambda *a: (_ for _ in ()).throw(ValueError("[odd] weights")))
-    assert command.main(["--quick", "--out", str(tmp_path)]) == 1
-    assert "ringmoe needle failed: [odd] weights" in capsys.readouterr().out
+    assert command.main(words) == 1
+    assert "ringmoe needle failed:" in capsys.readouterr().out
+    monkeypatch.setattr(train, "load", lambda *a: (_ for _ in ()).throw(ValueError("a fault of ours")))
+    with pytest.raises(ValueError, match="a fault of ours"):
+        command.main(words)
+    monkeypatch.setattr(placement, "use_cpu_devices", lambda: (_ for _ in ()).throw(RuntimeError("[too] late")))
+    assert command.main(words) == 1
+    assert "ringmoe needle failed: [too] late" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_named():

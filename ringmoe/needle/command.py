@@ -28,11 +28,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ringmoe.demo import placement
-from ringmoe.needle import evaluate, experts, machines, model, picture, prices, train
+from ringmoe.needle import evaluate, experts, machines, model, picture, positions, prices, train
 from ringmoe.needle.haystack import AXIS, Reader
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights.npz"
 QUICK = tuple(2**i for i in (10, 14, 18, 20))
+SHORTEST = 1024
+POSITIONED = (2**10, 2**14, 2**18)  # where positions are compared
 FULL = (*(2**i for i in (10, 12, 14, 16, 18, 20)), 4 * 2**20, 10 * 2**20)
 
 
@@ -69,6 +71,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     if arguments.steps < 1:
         parser.error(f"--steps {arguments.steps}, expected at least 1")
+    if arguments.weights and not arguments.weights.is_file():
+        parser.error(f"--weights {arguments.weights}, expected a file that training wrote")
+    if arguments.trials is not None and arguments.trials < 1:
+        parser.error(f"--trials {arguments.trials}, expected at least 1")
+    if arguments.lengths and min(arguments.lengths) < SHORTEST:
+        parser.error(
+            f"--lengths {min(arguments.lengths)}, expected at least {SHORTEST}, which have room for what is asked"
+        )
     if not 1 <= arguments.devices <= placement.NUM_DEVICES:
         parser.error(f"--devices {arguments.devices}, expected 1 to {placement.NUM_DEVICES}")
     return arguments
@@ -81,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         placement.use_cpu_devices()
+    except RuntimeError as error:  # of the caller's making; those of a run below keep their traceback
+        console.print(f"ringmoe needle failed: {error}", style="bold red", markup=False)
+        return 1
+    try:
         run(arguments, console)
-    except (RuntimeError, ValueError, train.Diverged) as error:
+    except (train.Diverged, train.NotWeights) as error:
         console.print(f"ringmoe needle failed: {error}", style="bold red", markup=False)
         return 1
     console.print(f"done in {time.perf_counter() - start:.0f} s", style="bold green")
@@ -158,12 +172,25 @@ def served(reader: Reader, params: model.Params, arguments, console: Console, re
 
 def balance(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
     """What the balance loss and the noise are good for: four short trainings."""
-    found = experts.balance(reader.config, max(1, arguments.steps // 5), arguments.seed, console)
-    table = Table("trained with", "busiest / mean", "unused", "dropped", "bytes right", title="use of 8 experts")
+    found = experts.balance(reader.config, steps := max(1, arguments.steps // 8), arguments.seed, console)
+    title = f"use of {reader.config.router.num_experts} experts, after {steps} steps"
+    table = Table("trained with", "busiest / mean", "unused", "dropped", "bytes right", title=title)
     for one in found:
         table.add_row(one.what, f"{one.busiest:.2f}", f"{one.unused:.2f}", f"{one.dropped:.1%}", f"{one.accuracy:.1%}")
     console.print(table)
-    results.keep("balance", [one._asdict() for one in found])
+    results.keep("balance", {"steps": steps, "found": [one._asdict() for one in found]})
+
+
+def placed(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
+    """What positions and temperature of global layers are good for: three short trainings, then facts in text."""
+    lengths = [length for length in arguments.lengths if length in POSITIONED] or arguments.lengths
+    steps = max(1, arguments.steps // 8)
+    found = positions.compare(reader.config, steps, lengths, 2 * (arguments.trials or 4), arguments.seed, console)
+    table = Table("global layers", *(f"{length:,}" for length in lengths), title=f"facts in text, after {steps} steps")
+    for what in positions.variants(reader.config):
+        table.add_row(what, *(f"{one.right}/{one.asked}" for one in found if one.what == what))
+    console.print(table)
+    results.keep("positions", {"steps": steps, "found": [one._asdict() for one in found]})
 
 
 def agree(reader: Reader, params: model.Params, arguments, console: Console, results: Results) -> None:
@@ -215,6 +242,7 @@ PARTS = {
     "cipher": cipher,
     "experts": served,
     "balance": balance,
+    "positions": placed,
     "agree": agree,
     "targets": targets,
     "costs": costs,

@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
-from ringmoe.demo.model import rms_norm, rope
 from ringmoe.needle import haystack, model
 from ringmoe.needle.haystack import Cache
 from ringmoe.needle.model import SIGNAL, SYMBOLS, Config, Tokens
@@ -63,24 +62,6 @@ def num_weights(config: Config) -> tuple[int, int]:
     each = layer_weights(config)
     met = config.num_local * each["local"] + config.num_global * each["global"]
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)), met
-
-
-def local_layer(layer: model.Params, x: jax.Array, attend: Callable, config: Config, key: jax.Array | None = None):
-    """A layer of `model.local_layers` in x's dtype: [B, T, D] to [B, T, D].
-
-    That one rotates in float32, and attends to a sequence; `attend` of query, key and value [B, T, N, H] may be to a cache.
-    """
-    x = x + model.convolve(layer["convolution"], x)
-    y = rms_norm(x, layer["norm"])
-    query, key_, value = (jnp.einsum("btd,dnh->btnh", y, layer[name]) for name in ("query", "key", "value"))
-    query, key_ = (rope(a, config.rope_base).astype(x.dtype) for a in (query, key_))
-    x = x + jnp.einsum("btnh,nhd->btd", attend(query, key_, value), layer["output"])
-    return x + model.experts(layer["ffn"], x, config, key)[0]
-
-
-def windowed(config: Config) -> Callable:
-    """Attention in the window, of a whole sequence."""
-    return functools.partial(ringmoe.dot_product_attention, is_causal=True, local_window_size=(config.window, 0))
 
 
 def global_layer(
@@ -156,7 +137,7 @@ def training(config: Config, mesh: Mesh, length: int) -> dict[str, Program]:
     x, head = arrays.tokens(length, config.model_dim), arrays.tokens(length, 1, config.global_head_dim)
 
     def near(layer, x):
-        return local_layer(layer, x, windowed(config), config, jax.random.key(0))
+        return model.local_layer(layer, x, model.windowed(config), config, jax.random.key(0))[0]
 
     def far(params, x, keys, values):
         attend = lambda query: ringmoe.dot_product_attention(query, keys, values, is_causal=True)
@@ -164,7 +145,7 @@ def training(config: Config, mesh: Mesh, length: int) -> dict[str, Program]:
 
     def ends(params, tokens):
         y = model.embed(params, tokens)
-        return y, model.keys_values(params, y, config)
+        return y, model.keys_values(params, y, jnp.arange(y.shape[1]), config)
 
     def program(layer, weights, x, more, dy, layers, flops):
         state = weights, optax.ScaleByAdamState(arrays.of((), jnp.int32), weights, weights)  # pyright: ignore[reportArgumentType]
@@ -202,7 +183,7 @@ def prefill(config: Config, mesh: Mesh, length: int) -> dict[str, Program]:
     arrays, chunks = Arrays(config, mesh), num_chunks(config, length)
     local, far, rest = arrays.weights(jnp.bfloat16)
     size = min(CHUNK, length)
-    read = ringmoe.jit(lambda layer, x: local_layer(layer, x, windowed(config), config))
+    read = ringmoe.jit(lambda layer, x: model.local_layer(layer, x, model.windowed(config), config)[0])
     pairs = 4 * config.num_heads * config.local_head_dim * (config.window + 1)
     flops = (2 * layer_weights(config)["local"] + pairs) * length / chunks
     x = arrays.tokens(size, config.model_dim)
@@ -233,7 +214,7 @@ def decode(config: Config, mesh: Mesh, length: int) -> dict[str, Program]:
             after.extend((keys, values))
             return ringmoe.decode_attention(query, keys, values, last + 1)
 
-        return local_layer(layer, x, attend, config), after
+        return model.local_layer(layer, x, attend, config)[0], after
 
     def away(params, x, cache, count):
         attend = lambda query: ringmoe.decode_attention(query, cache.keys, cache.values, count)

@@ -12,6 +12,7 @@ frequencies, in which it is a chord of two tones (as on a telephone's keys). Pat
 
 import dataclasses
 import functools
+import re
 import string
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def tones(count: int, rng: np.random.Generator) -> np.ndarray:
     return (height * np.exp(-(((np.arange(SIGNAL) - center) / width) ** 2))).astype(np.float32)
 
 
-def render(stretch: Stretch, rng: np.random.Generator) -> Tokens:
+def render(stretch: Stretch, rng: np.random.Generator, noise: float = NOISE) -> Tokens:
     """What the model sees of a stretch [T]: `Tokens` [T]."""
     kind, symbol = stretch
     signal = np.zeros((len(kind), SIGNAL), np.float32)
@@ -93,7 +94,7 @@ def render(stretch: Stretch, rng: np.random.Generator) -> Tokens:
         shown = table[symbol[where]] * rng.uniform(0.8, 1.2, (len(where), 1)).astype(np.float32)
         (empty,) = np.nonzero(symbol[where] == NOTHING)
         shown[empty] = other(len(empty), rng)
-        signal[where] = shown + NOISE * rng.standard_normal(shown.shape, np.float32)
+        signal[where] = shown + noise * rng.standard_normal(shown.shape, np.float32)
     return Tokens(kind.astype(np.int32), np.where(kind == 0, symbol, 0).astype(np.int32), signal)
 
 
@@ -175,27 +176,49 @@ def near_miss(key: bytes, rng: np.random.Generator) -> bytes:
     return key[:place] + bytes([other]) + key[place + 1 :]
 
 
-def decoy(key: bytes, rng: np.random.Generator) -> bytes:
-    """Capitals and a colon, as in PRINTING:DO, more or less like the key: ten million tokens hold many, 2048 few."""
+def begun(value: bytes, rng: np.random.Generator) -> bytes:
+    """A value of the same kind that begins as this one does; nothing, some or all but the last symbol is the same.
+
+    So what follows `KQZR:48` can't be told from `48` alone, as it can among the few facts of a short context.
+    """
+    same = int(rng.integers(len(value)))
+    kind = DIGITS if value[same] in DIGITS else LETTERS
+    return value[:same] + rng.choice(kind, len(value) - same).tobytes()
+
+
+@functools.cache
+def lookalikes() -> np.ndarray:
+    """Where the library's text has four capitals in a row: what is most like a key among ten million tokens."""
+    found = re.finditer(rb"[A-Z]{4}(?![A-Z])", text().tobytes())
+    return np.array([one.start() for one in found])
+
+
+def decoy(one: bytes, rng: np.random.Generator) -> bytes:
+    """What looks like the fact and is none: a passage of the library, or capitals and a colon, more or less like its key."""
+    if rng.random() < 0.3:
+        start = int(rng.choice(lookalikes())) - int(rng.integers(4))
+        return text()[max(0, start) : start + 12].tobytes()
+    key, value = one[1 : 1 + KEY], one[2 + KEY : -1]
     for _ in range(rng.integers(5)):
         key = near_miss(key, rng)
-    before = (
-        rng.choice(LETTERS, rng.integers(4)).tobytes() if rng.random() < 0.5 else rng.choice([b" ", b"#", b".", b"("])
+    before = rng.choice(LETTERS, rng.integers(4)).tobytes() if rng.random() < 0.5 else b" #.("[rng.integers(4) :][:1]
+    between = b"::= "[rng.integers(4) :][:1]
+    after = (
+        begun(value, rng) if rng.random() < 0.5 else rng.choice(np.concatenate([LETTERS, DIGITS, LOWER]), 4).tobytes()
     )
-    after = rng.choice(np.concatenate([LETTERS, DIGITS, DIGITS, LOWER]), 5).tobytes()
-    return bytes(before) + key + bytes(rng.choice([b":", b":", b"=", b" "]) or b" ") + after
+    return before + key + between + after
 
 
 def recall(cells: int, links: int, rng: np.random.Generator) -> tuple[list[bytes], list[Asked]]:
-    """Facts for up to so many cells, in chains of `links`, and of keys much like theirs; and the questions."""
+    """Facts for up to so many cells, in chains of `links`, and others of keys and values like theirs; and the questions."""
     made = chains(max(1, int(rng.integers(cells // 8, cells // 2 + 1)) // links), links, rng)
     facts = [one for one_chain, _ in made for one in one_chain]
     known = {one[1 : 1 + KEY] for one in facts}
-    for i in rng.permutation(len(facts))[: min(len(facts) // 2, cells - len(facts))]:
-        key = near_miss(facts[i][1 : 1 + KEY], rng)
+    for i in rng.permutation(len(facts))[: cells - len(facts)]:
+        key = near_miss(facts[i][1 : 1 + KEY], rng) if rng.random() < 0.5 else keys(1, rng)[0]
         if key not in known:
             known.add(key)
-            facts.append(fact(key, digits(rng)))
+            facts.append(fact(key, begun(facts[i][2 + KEY : -1], rng)))
     return facts, [asked for _, asked in made]
 
 
@@ -219,7 +242,8 @@ class Lesson:
       batch: B, sequences. length: T, of which `room` tokens at the end are questions with their answers.
       kinds: facts are of the first so many modalities; contexts are of all.
       cipher, chain: the shares of sequences that teach a cipher, and chains of two facts; the others teach single facts.
-      decoys: the share of the other cells that hold what looks like a fact about one of the keys and is none.
+      decoys: the share of the other cells that hold what looks like one of the facts and is none.
+      noise: of patches and frames, its standard deviation.
     """
 
     batch: int
@@ -229,6 +253,7 @@ class Lesson:
     cipher: float = 0.2
     chain: float = 0.3
     decoys: float = 0.0
+    noise: float = NOISE
 
 
 class Example(NamedTuple):
@@ -250,9 +275,7 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
     own = int(rng.integers(len(KINDS))) if rng.random() < 0.6 else None
     stretch = joined(haystack(context, own, rng), haystack(room, 0, rng))
     free = len(facts) if not facts[0].startswith(b"@") else cells
-    facts = facts + [
-        decoy(facts[i % len(facts)][1 : 1 + KEY], rng) for i in range(int(lesson.decoys * (free - len(facts))))
-    ]
+    facts = facts + [decoy(facts[i % len(facts)], rng) for i in range(int(lesson.decoys * (free - len(facts))))]
     for cell, one in zip(rng.permutation(cells), facts, strict=False):
         put(stretch, cell * CELL + int(rng.integers(CELL + 1 - len(one))), int(rng.integers(lesson.kinds)), one)
     targets = np.full(room + 1, -1, np.int32)
@@ -265,7 +288,7 @@ def example(lesson: Lesson, rng: np.random.Generator) -> Example:
         targets[at + len(one.question) : at + len(whole)] = np.frombuffer(one.answer, np.uint8)
         at += len(whole)
     shown = np.where((stretch.kind > 0) & (stretch.symbol > 32), stretch.symbol.astype(np.int32), -1)
-    return Example(render(stretch, rng), shown, targets[1:])
+    return Example(render(stretch, rng, lesson.noise), shown, targets[1:])
 
 
 def batch(lesson: Lesson, seed: int) -> Example:

@@ -41,7 +41,8 @@ class Context(NamedTuple):
 def read(params: Params, cache: Cache, tokens: Tokens, first: jax.Array, skip: int, config: Config) -> Cache:
     """The cache with a chunk [1, T] written from place `first` on, but for its `skip` first tokens, which were there."""
     x, _ = model.local_layers(params, model.embed(params, tokens), config)
-    new = (a[:, skip:].astype(cache.keys.dtype) for a in model.keys_values(params, x, config))
+    positions = first + jnp.arange(x.shape[1])
+    new = (a[:, skip:].astype(cache.keys.dtype) for a in model.keys_values(params, x, positions, config))
     return Cache(*(ringmoe.update_cache(old, a, first + skip) for old, a in zip(cache, new)))
 
 
@@ -65,7 +66,8 @@ def answer(
       tokens: [Q, L], the context's end followed by the question; `own`: [Q] int32, how many of them are the question's.
     """
     x, _ = model.local_layers(params, model.embed(params, tokens), config)
-    keys, values = (a[:, -OWN:] for a in model.keys_values(params, x, config))
+    positions = (length + own)[:, None] - jnp.arange(tokens.kind.shape[1])[::-1] - 1
+    keys, values = (a[:, -OWN:] for a in model.keys_values(params, x, positions, config))
     is_own = jnp.arange(OWN) >= OWN - own[:, None]
 
     def attend(query):

@@ -13,14 +13,16 @@ mesh it is the sharded one. B batch, T tokens, D model dim, N query heads, H hea
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ringmoe
-from ringmoe.demo.model import rms_norm, rope
+from ringmoe.demo.model import rms_norm
 
 Params = dict[str, Any]
 KINDS = ("text", "image", "audio")
@@ -50,7 +52,8 @@ class Config:
     window: int = 32  # tokens before its own that a local head sees
     expert_hidden_dim: int = 64
     router: ringmoe.RouterConfig = ringmoe.RouterConfig.preset("top2_noisy")
-    rope_base: float = 100.0
+    rope_base: float = 100.0  # of local layers
+    global_rope_base: float | None = None  # of global layers; None: they have no positions
     temperature: bool = True  # logits of global layers times log n, n the keys that a query sees
     load_balance_weight: float = 0.05
 
@@ -132,6 +135,21 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
 
+def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotates each pair (x[i], x[i + H/2]) by position * base^(-2i / H): x [B, T, N, H], positions int32 [T] or [B, T].
+
+    Source: RoFormer, https://arxiv.org/abs/2104.09864. Angles are counted in 2^-24 turns, modulo one turn: so a distance is the
+    same after ten million tokens as after ten, where float32's product of position and frequency is off by its last bits.
+    """
+    half, turn = x.shape[-1] // 2, 2**24
+    frequency = np.round(base ** -(np.arange(half) / half) * turn / (2 * np.pi)).astype(np.int32)
+    parts = (positions[..., None, None] * frequency) & (turn - 1)  # exact: int32's wrapping is a whole number of turns
+    angle = parts.astype(jnp.float32) * (2 * np.pi / turn)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
 def convolve(weight: jax.Array, x: jax.Array) -> jax.Array:
     """sum_i weight_i x_{t - i}, each feature by itself: weight [W, D], x [B, T, D]; zeros before the start."""
     padded = jnp.pad(x, ((0, 0), (len(weight) - 1, 0), (0, 0)))
@@ -165,25 +183,30 @@ def local_layers(params: Params, x: jax.Array, config: Config, key: jax.Array | 
     """`(x [B, T, D], metrics of each layer)` of embedded tokens: what each of them and the `halo` before it are."""
     metrics = []
     for i, layer in enumerate(params["local"]):
-        x = x + convolve(layer["convolution"], x)
-        y = rms_norm(x, layer["norm"])
-        query, key_, value = (jnp.einsum("btd,dnh->btnh", y, layer[name]) for name in ("query", "key", "value"))
-        out = ringmoe.dot_product_attention(
-            rope(query, config.rope_base),
-            rope(key_, config.rope_base),
-            value,
-            is_causal=True,
-            local_window_size=(config.window, 0),
-        )
-        x = x + jnp.einsum("btnh,nhd->btd", out, layer["output"])
-        y, routing = experts(layer["ffn"], x, config, None if key is None else jax.random.fold_in(key, i))
-        x = x + y
+        one = None if key is None else jax.random.fold_in(key, i)
+        x, routing = local_layer(layer, x, windowed(config), config, one)
         metrics.append(routing)
     return x, metrics
 
 
-def keys_values(params: Params, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """What the cache holds of x [B, T, D]: keys and values, [B, T, 1, H] each.
+def windowed(config: Config) -> Callable:
+    """Attention in the window, of a whole sequence."""
+    return functools.partial(ringmoe.dot_product_attention, is_causal=True, local_window_size=(config.window, 0))
+
+
+def local_layer(layer: Params, x: jax.Array, attend: Callable, config: Config, key: jax.Array | None = None):
+    """`(x [B, T, D], metrics)` after one; `attend` of query, key and value [B, T, N, H] may be to a cache of them."""
+    x = x + convolve(layer["convolution"], x)
+    y, positions = rms_norm(x, layer["norm"]), jnp.arange(x.shape[1])  # from anywhere: only distances matter
+    query, key_, value = (jnp.einsum("btd,dnh->btnh", y, layer[name]) for name in ("query", "key", "value"))
+    out = attend(*(rope(a, positions, config.rope_base) for a in (query, key_)), value)
+    x = x + jnp.einsum("btnh,nhd->btd", out, layer["output"])
+    y, metrics = experts(layer["ffn"], x, config, key)
+    return x + y, metrics
+
+
+def keys_values(params: Params, x: jax.Array, positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """What the cache holds of x [B, T, D] at positions [T] or [B, T]: keys and values, [B, T, 1, H] each.
 
     A token's key is made of the token before it: its value answers "what came after something like this?", which is what
     a token that predicts asks (KV shifting, Xu et al., https://arxiv.org/abs/2411.19574).
@@ -191,7 +214,12 @@ def keys_values(params: Params, x: jax.Array, config: Config) -> tuple[jax.Array
     y = rms_norm(x, params["cache_norm"])
     before = jnp.pad(y, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     key, value = (jnp.einsum("btd,dkh->btkh", a, params[name]) for a, name in ((before, "key"), (y, "value")))
-    return unit(key), unit(value)
+    return placed(unit(key), positions, config), unit(value)
+
+
+def placed(x: jax.Array, positions: jax.Array, config: Config) -> jax.Array:
+    """A global layer's queries or keys, which know where they are only if the model is made so."""
+    return x if config.global_rope_base is None else rope(x, positions, config.global_rope_base)
 
 
 def global_layers(
@@ -214,6 +242,7 @@ def global_layers(
     metrics = []
     for i, layer in enumerate(params["global"]):
         query = unit(jnp.einsum("btd,dnh->btnh", rms_norm(x, layer["norm"]), layer["query"]))
+        query = placed(query, num_keys - 1, config)
         query = query * layer["sharpness"][:, None] * jnp.log(count)[..., None, None]
         x = x + jnp.einsum("btnh,nhd->btd", attend(query), layer["output"])
         y, routing = experts(layer["ffn"], x, config, None if key is None else jax.random.fold_in(key, 100 + i))
@@ -230,7 +259,7 @@ def forward(params: Params, tokens: Tokens, num_queries: int, config: Config, ke
 def _forward(params: Params, x: jax.Array, num_queries: int, config: Config, key: jax.Array | None):
     batch, length, _ = x.shape
     x, metrics = local_layers(params, x, config, key)
-    keys, values = keys_values(params, x, config)
+    keys, values = keys_values(params, x, jnp.arange(length), config)
     lengths = jnp.full(batch, length, jnp.int32)
     attend = lambda query: ringmoe.decode_attention(query, keys, values, lengths)
     seen = jnp.arange(length - num_queries, length) + 1

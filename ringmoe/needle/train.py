@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import time
+import zipfile
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +20,21 @@ from ringmoe.needle import data, model
 from ringmoe.needle.data import Lesson
 from ringmoe.needle.model import Config, Params
 
+type Curriculum = tuple[tuple[tuple[Lesson, ...], float], ...]  # parts: lessons, and the share of all steps
+
 # (lessons, steps). Single facts in text teach to match keys in a hundred steps; on everything at once that takes a thousand. No
-# sequence is longer than 2048 tokens; decoys stand for what only a longer one holds.
+# sequence is longer than 2048 tokens; decoys stand for what only a longer one holds. The last lessons are noisier than what is
+# asked after training (data.NOISE), so that a symbol of ten million is still read when it is worse than most.
 _PARTS = (
     ((Lesson(32, 256, 96, kinds=1, cipher=0, chain=0),), 192),
-    ((Lesson(16, 512, 128),), 1440),
-    ((Lesson(16, 512, 128), Lesson(4, 2048, 256)), 768),
-    ((Lesson(16, 512, 128, decoys=0.6), Lesson(4, 2048, 256, decoys=0.6)), 400),
+    ((Lesson(16, 512, 128, decoys=0.2),), 1264),
+    ((Lesson(16, 512, 128, decoys=0.4), Lesson(4, 2048, 256, decoys=0.4)), 544),
+    ((Lesson(16, 512, 128, decoys=0.6, noise=0.1), Lesson(4, 2048, 256, decoys=0.6, noise=0.1)), 800),
 )
 STEPS = sum(steps for _, steps in _PARTS)
-CURRICULUM = tuple((lessons, steps / STEPS) for lessons, steps in _PARTS)  # shares of however many steps there are
+CURRICULUM: Curriculum = tuple(
+    (lessons, steps / STEPS) for lessons, steps in _PARTS
+)  # shares of however many steps there are
 LONGEST = max(lesson.length for lessons, _ in CURRICULUM for lesson in lessons)
 EVERY = 250  # steps between checkpoints
 
@@ -37,16 +43,21 @@ class Diverged(Exception):
     """The loss is not finite; the message says since when and what to try."""
 
 
+class NotWeights(ValueError):
+    """A file is not one of this model's weights; the message says what it holds."""
+
+
 class State(NamedTuple):
     params: Any  # model.Params
     optimizer: Any  # optax's
     step: Any  # int32, how many steps were made; data and noise are drawn from it
 
 
-def lesson_of(step: int, steps: int) -> Lesson:
+def lesson_of(step: int, steps: int, curriculum: Curriculum | None = None) -> Lesson:
     """What step number `step` of `steps` learns from; of several lessons of a part of the curriculum, in turns."""
-    ends = np.cumsum([share for _, share in CURRICULUM]) * steps
-    lessons, _ = CURRICULUM[min(int(np.searchsorted(ends, step, "right")), len(CURRICULUM) - 1)]
+    parts = curriculum or CURRICULUM
+    ends = np.cumsum([share for _, share in parts]) * steps
+    lessons, _ = parts[min(int(np.searchsorted(ends, step, "right")), len(parts) - 1)]
     return lessons[step % len(lessons)]
 
 
@@ -90,9 +101,17 @@ def resumed(manager: orbax.checkpoint.CheckpointManager, state: State) -> State:
 
 
 def fit(
-    state: State, config: Config, steps: int, folder: pathlib.Path | None, console: Console
+    state: State,
+    config: Config,
+    steps: int,
+    folder: pathlib.Path | None,
+    console: Console,
+    curriculum: Curriculum | None = None,
 ) -> tuple[State, list[dict[str, np.ndarray]]]:
     """Trains until `steps` steps are made, from the folder's checkpoint on if there is one; and each step's report.
+
+    Args:
+      curriculum: what it learns from; default CURRICULUM.
 
     Raises:
       Diverged: the loss was not finite.
@@ -105,7 +124,7 @@ def fit(
         told = stack.enter_context(progress.training(console, steps, every=100, first=first))
         for i in range(first, steps):
             start = time.perf_counter()
-            example = data.batch(lesson_of(i, steps), i)
+            example = data.batch(lesson_of(i, steps, curriculum), i)
             state, report = _train_step(state, example, config=config, steps=steps)
             reports.append(report := jax.device_get(report))
             check_finite(i, report["loss"], folder)
@@ -135,18 +154,24 @@ def load(path: pathlib.Path, config: Config) -> Params:
     """Reads what `save` wrote, as float32.
 
     Raises:
-      ValueError: the file holds other arrays than a model of this `config` has.
+      NotWeights: the file is none that `save` wrote, or holds other arrays than a model of this `config` has.
     """
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
-    with np.load(path, allow_pickle=False) as file:
-        found = {name: file[name].shape for name in file.files}
-        wanted = {jax.tree_util.keystr(place): x.shape for place, x in jax.tree_util.tree_leaves_with_path(shapes)}
-        if found != wanted:
-            odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            raise ValueError(
-                f"{path}: {len(odd)} arrays are not this model's, first {odd[0]} {found.get(odd[0])}, expected "
-                f"{wanted.get(odd[0])}: train anew, or give the file that this version wrote"
-            )
-        return jax.tree_util.tree_map_with_path(
-            lambda place, _: jnp.asarray(file[jax.tree_util.keystr(place)], jnp.float32), shapes
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise NotWeights(
+            f"{path} is no NumPy archive (.npz) of plain arrays: give the file that training wrote"
+        ) from error
+    found = {name: x.shape for name, x in arrays.items()}
+    wanted = {jax.tree_util.keystr(place): x.shape for place, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    if found != wanted:
+        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise NotWeights(
+            f"{path}: {len(odd)} arrays are not this model's, first {odd[0]} {found.get(odd[0])}, expected "
+            f"{wanted.get(odd[0])}: train anew, or give the file that this version wrote"
         )
+    return jax.tree_util.tree_map_with_path(
+        lambda place, _: jnp.asarray(arrays[jax.tree_util.keystr(place)], jnp.float32), shapes
+    )
