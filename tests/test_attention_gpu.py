@@ -24,10 +24,13 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
 from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
 from tests.helpers import assert_close
-from tests.test_attention_tpu_features import Case, oracle, run
+from tests.test_attention_tpu_features import POSITIONS, SEGMENTS, Case, oracle, run
 
 CAUSAL, WINDOW = Band(right=0), Band(70, 200)
 EVERYTHING = Band.make(True, None, (Window(80, 5) | Prefix(70)) & Chunks(100))
+STRIDED = Band.make(True, None, lambda query, key: (query - key) % 3 != 1)
+LENGTHS = ("query_lengths", "key_lengths")
+EXTRAS = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
@@ -85,6 +88,15 @@ CASES = {
     "prefix": case(band=Band.make(False, None, Causal() | Prefix(70)), n=1, s=128),
     "chunks": case(band=Band.make(True, None, Chunks(100)), n=1, s=128),
     "everything of masks": case(band=EVERYTHING, extras=("query_lengths", "key_lengths"), b=2, n=1, t=201, s=203),
+    "soft cap": case(band=CAUSAL, cap=1.5, n=1, s=128),
+    "soft cap, lengths that no block divides": case(band=WINDOW, cap=3.0, n=1, t=201, s=203, extras=("key_lengths",)),
+    "segments": case(extras=SEGMENTS, b=2, n=1, t=128, s=256, band=CAUSAL, hops=2),
+    "segments, lengths that no block divides": case(extras=SEGMENTS, n=1, t=201, s=203),
+    "positions of queries": case(extras=POSITIONS[:1], n=1, t=128, s=128, band=CAUSAL),
+    "positions of both": case(extras=POSITIONS, n=1, t=201, s=203, band=Band(60, 20)),
+    "slopes": case(extras=("slopes",), n=4, k=2, t=64, s=64, band=CAUSAL),
+    "any function": case(band=STRIDED, n=1, s=128),
+    "all of it": case(band=STRIDED, cap=2.0, b=2, n=2, k=1, t=72, s=72, extras=EXTRAS),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
     "head dims 256": case(256, n=1, t=64, s=64),

@@ -18,14 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
+from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
     BRINGING,
     GROUPS,
-    LENGTHS,
-    LOG2E,
     MOST_STAGES,
     MULTIPLYING,
     ROWS,
@@ -36,16 +34,18 @@ from ringmoe.pallas.logits_gpu import (
     Stream,
     across,
     anew,
+    are_few,
     barriers,
     bring,
     cleared,
     filled,
+    given,
     head,
     launch,
-    lengths_of,
     shared,
 )
 
+TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")  # of Extras
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
 
@@ -76,12 +76,10 @@ def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
         raise _lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
     if spec.uniform:
         raise _lacks("XLA may have to partition the call further, which it can't a kernel")
-    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
-        raise _lacks("a mask_fn that is not one of ringmoe.masks")
-    if spec.soft_cap is not None or spec.scale <= 0:
-        raise _lacks(f"{spec.soft_cap=}, {spec.scale=}, supported: no cap, a scale above 0")
-    if given := [name for name, x in extras._asdict().items() if x is not None and name not in (*LENGTHS, "sinks")]:
-        raise _lacks(f"{', '.join(given)} given, supported: lengths")
+    if spec.scale <= 0:
+        raise _lacks(f"{spec.scale=}, supported: above 0")
+    if more := [name for name in given(extras) if name not in TAKEN]:
+        raise _lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
 
 
 def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
@@ -108,14 +106,14 @@ def forward(
     (t, h), dim, size = q.shape[2:], v.shape[3], q.dtype.itemsize
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
-    block_k = 128 if dim <= 128 and fitting(128) >= 2 else 64
-    blocks = Blocks(spec, t, k.shape[2], TALL, block_k, q.shape[1], lengths_of(extras))
+    block_k = 128 if dim <= 128 and fitting(128) >= 2 and are_few(spec, extras) else 64
+    blocks, known = Blocks.make(spec, q, k, extras, at, block_k)
     stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
-    tiles, rows, before = shared(q.dtype), blocks.num_q * TALL, () if state is None else (state.acc, state.m, state.l)
+    tiles, rows, before = shared(q.dtype), blocks.height, () if state is None else (state.acc, state.m, state.l)
     acc, m, l = launch(
         functools.partial(_body, blocks, state is None),
         "forward",
-        blocks.num_q,
+        blocks.num_rows,
         [(rows, dim), (rows,), (rows,)],
         [
             tiles(GROUPS, ROWS, h),
@@ -127,7 +125,7 @@ def forward(
             ),
             barriers(GROUPS),
         ],
-        blocks.numbers(extras, at),
+        known,
         q,
         *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
         *before,
@@ -135,14 +133,14 @@ def forward(
     return State(acc, m, l, t)
 
 
-def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
+def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
     given = 0 if fresh else 3
     before, refs = refs[:given], refs[given:]
     acc_out, m_out, l_out, queries, q_full, k_ring, k_full, k_free, v_ring, v_full, v_free, turn = refs
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
-    i = blocks.num_q - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
-    first, steps = blocks.keys_met(numbers, n, i)
+    i = blocks.num_rows - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
+    first, steps = blocks.met(known, n, i)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -156,7 +154,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
-        mine, unit = (n, pl.ds(row, ROWS)), blocks.spec.scale * LOG2E
+        mine, unit = (n, pl.ds(row, ROWS)), blocks.unit
 
         def ask(step, s_acc, *more):
             """For Q K^T of a step, and another product, once it is this warpgroup's turn."""
@@ -169,7 +167,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
 
         def soften(step, key, s, m, l):
             keys.done(step)
-            s = blocks.masked(s, numbers, n, row, key)
+            s = blocks.logits(s, known, n, row, key)
             m_new = jnp.maximum(m, jnp.max(s, 1) * unit)
             alpha = jnp.exp2(m - m_new)
             p = jnp.exp2(s * unit - across(m_new, s.shape))

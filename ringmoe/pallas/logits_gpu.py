@@ -20,12 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import compat, softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
-from ringmoe.masks import FAR, Band, Places, is_open
+from ringmoe.masks import FAR, Band, Mask, Places, is_open
+from ringmoe.pallas import blocks
+from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import swizzled
 
-LOG2E = math.log2(math.e)
 GROUPS = 2  # warpgroups that multiply
-LENGTHS = ("query_lengths", "key_lengths")
 ROWS = 64  # of the result, a warpgroup's in one product
 TALL = GROUPS * ROWS  # of a block of threads
 HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
@@ -36,98 +36,222 @@ WGMMA = plgpu.Layout.WGMMA
 BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 
+class Known(NamedTuple):
+    """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
+    positions [B, T]."""
+
+    numbers: Any
+    vectors: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Blocks of so many queries and keys, of which the last ones may end after the array does; `heads` of a sequence, `lengths`
-    those of `Extras` that are given. In methods `numbers` is the ref, and `n` a head, of all sequences'."""
+class Blocks(blocks.Blocks):
+    """Of the side `rows`, "query" or "key", a block of threads has GROUPS blocks, and it meets those of the other one by one.
 
-    spec: AttentionSpec
-    num_queries: int
-    num_keys: int
-    block_q: int
-    block_k: int
-    heads: int
-    lengths: tuple[str, ...]
+    heads: of queries, of a sequence. In methods `n` is one of them, of all sequences'.
+    """
+
+    rows: str = "query"
+    heads: int = 1
+
+    @classmethod
+    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
+        """Of queries [B, N, T, H] and keys [B, K, S, H]."""
+        # Whole blocks of threads read them.
+        whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
+        of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
+        numbers = blocks.known(extras._replace(**of_tokens, slopes=None), at, ROWS, block_k)
+        made = cls(spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1])
+        vectors: dict[str, jax.Array] = {name: x for name, x in of_tokens.items() if x is not None}
+        if vectors:
+            numbers["met"] = made._first_and_last(numbers)
+        if extras.slopes is not None:
+            vectors["slopes"] = extras.slopes.astype(jnp.float32) / spec.scale
+        layout, vector = blocks.packed(numbers)
+        return dataclasses.replace(made, layout=layout), Known(vector, vectors)
 
     @property
-    def num_q(self) -> int:
-        return -(-self.num_queries // self.block_q)
+    def num_rows(self) -> int:
+        """Blocks of threads of a head."""
+        return -(-(self.num_queries if self.rows == "query" else self.num_keys) // TALL)
 
     @property
-    def num_k(self) -> int:
-        return -(-self.num_keys // self.block_k)
+    def height(self) -> int:
+        """Of the result, of a block of threads."""
+        return self.num_rows * TALL
 
-    def numbers(self, extras: Extras, at: Offsets) -> jax.Array:
-        """The vector: where pieces start, and the sequences' lengths."""
-        starts = [jnp.asarray(x, jnp.int32) for side in at for x in side]
-        return jnp.concatenate([jnp.stack(starts), *(getattr(extras, name) for name in self.lengths)])
+    @property
+    def unit(self) -> float:
+        """Of `logits`, in units of log 2."""
+        return LOG2E * (self.spec.scale if self.spec.soft_cap is None else self.spec.soft_cap)
+
+    def _first_and_last(self, numbers):
+        """Of each block of threads the first and the last (exclusive) block that it meets, as segments and positions tell."""
+        at = Offsets(tuple(numbers["query"]), tuple(numbers["key"])).places(self.num_queries, self.num_keys)
+        sides = (self.block_q, self.num_queries, at[0], 2), (self.block_k, self.num_keys, at[1], 1)
+
+        def of(name, block, length, places, dim):
+            """(start, stop) of each block, [B or 1, query blocks or 1, key blocks or 1]."""
+            start = places.of(jnp.arange(0, length + -length % TALL, block, dtype=jnp.int32))[None]
+            found = numbers.get(name, jnp.stack([start, start + block], -1))
+            return [jnp.expand_dims(found[..., end], dim) for end in range(2)]
+
+        queries, keys = (of(name, *side) for name, side in zip(POSITIONS, sides))
+        seen = (queries[0] < queries[1]) & (keys[0] < keys[1])
+        if any(name in numbers for name in POSITIONS):
+            seen &= self.spec.band.window.meets(*queries, *keys)
+        if SEGMENTS[0] in numbers:
+            seen &= blocks.share_segments(*(of(name, *side) for name, side in zip(SEGMENTS, sides)))
+        seen = seen if self.rows == "query" else seen.mT
+        most = seen.shape[2]
+        each = jnp.arange(most, dtype=jnp.int32)
+        first, last = jnp.where(seen, each, most).min(2), jnp.where(seen, each + 1, 0).max(2)
+        first, last = (x.reshape(x.shape[0], -1, GROUPS) for x in (first, last))
+        return jnp.stack([first.min(2), last.max(2)], -1)
 
     def _here(self, numbers, n) -> tuple[Band, Places, Places]:
         """What is seen in a head's sequence, whose ends only the run knows; and where queries and keys stand."""
-        band, starts = self.spec.band, [numbers[i] for i in range(2 * self.spec.pieces)]
-        at = Offsets(tuple(starts[: self.spec.pieces]), tuple(starts[self.spec.pieces :]))
-        queries, keys = at.places(self.num_queries, self.num_keys)
+        band, (queries, keys) = self.spec.band, self.places(numbers)
         ends: dict[str, list] = {"query": [band.queries], "key": [band.keys]}
         if self.num_keys % self.block_k:  # of one piece then
             ends["key"].append(keys.starts[0] + self.num_keys)
-        for i, name in enumerate(self.lengths):
-            sequence, sequences = (
-                lax.div(n, jnp.int32(self.heads)),
-                (numbers.shape[0] - len(starts)) // len(self.lengths),
-            )
-            ends[name.removesuffix("_lengths")].append(numbers[len(starts) + i * sequences + sequence])
-        given = ([x for x in found if x is not None] for found in ends.values())
-        last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given)
+        for side in ends:
+            if self.has(f"{side}_lengths"):
+                ends[side].append(self.number(numbers, f"{side}_lengths", self._sequence(n)))
+        given = {side: [x for x in found if x is not None] for side, found in ends.items()}
+        if self.rows == "key" and given["key"] and not given["query"]:
+            # Else a row's bound is one of two constants, for which Mosaic finds no layout.
+            given["query"].append(queries.starts[-1] + queries.length)
+        last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given.values())
         return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
 
-    def keys_met(self, numbers, n, i):
-        """The first block of keys that query block i meets, and how many more there are."""
-        band, queries, keys = self._here(numbers, n)
-        return self._met(band.keys_met, queries.of(i * self.block_q), self.block_q, keys, self.block_k, self.num_k)
+    def _sequence(self, n):
+        return lax.div(n, jnp.int32(self.heads))
 
-    def queries_met(self, numbers, n, j):
-        """The same of blocks of queries, for key block j."""
-        band, queries, keys = self._here(numbers, n)
-        return self._met(band.queries_met, keys.of(j * self.block_k), self.block_k, queries, self.block_q, self.num_q)
-
-    @staticmethod
-    def _met(met, start, length: int, other: Places, block: int, most: int):
-        first, last = met(start, start + length, other, block)
+    def met(self, known: Known, n, i):
+        """The first block of the other side that those of block i of threads meet, and how many more there are."""
+        band, queries, keys = self._here(known.numbers, n)
+        band = band.ends if self.has(*POSITIONS) else band
+        if self.rows == "query":
+            own, other, meets, block, most = queries, keys, band.keys_met, self.block_k, self.num_k
+        else:
+            own, other, meets, block, most = keys, queries, band.queries_met, self.block_q, self.num_q
+        start = own.of(i * TALL)
+        first, last = (jnp.asarray(x, jnp.int32) for x in meets(start, start + TALL, other, block))
+        if self.has("met"):
+            # One that all sequences share has no dim of them.
+            sequence = self._sequence(n) if self._at["met"][1][0] > 1 else 0
+            nearest, farthest = (self.number(known.numbers, "met", sequence, i, end) for end in range(2))
+            first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         # One at least, of which then nothing is seen: a kernel needs no way around its loop.
-        first = jnp.minimum(jnp.asarray(first, jnp.int32), most - 1)
-        return first, jnp.maximum(jnp.asarray(last, jnp.int32) - first, 1)
+        first = jnp.minimum(first, most - 1)
+        return first, jnp.maximum(last - first, 1)
 
-    def masked(self, s, numbers, n, row, key, turned: bool = False):
-        """The logits `s` of queries from `row` and keys from `key` on, with those hidden that aren't seen.
+    @property
+    def is_plain(self) -> bool:
+        """Whether every query sees every key, as is known before the run."""
+        return self.spec.band.is_full and self.num_keys % self.block_k == 0 and not self.has(*LENGTHS, *SEGMENTS)
 
-        turned: whether it is keys by queries, not queries by keys.
-        """
-        if self.spec.band.is_full and not self.lengths and self.num_keys % self.block_k == 0:
+    def logits(self, s, known: Known, n, row, key):
+        """Products `s` of queries from `row` and keys from `key` on as logits, in units of `unit`: -inf where none is seen."""
+        if self.is_plain and "slopes" not in known.vectors and self.spec.soft_cap is None:
             return s
         # Anew in every step: what is the same in all would wait in registers, for which there is no room.
         n, row, key = lax.optimization_barrier((n, row, key))
-        band, queries, keys = self._here(numbers, n)
-        height, width = s.shape[::-1] if turned else s.shape
-        q_start, k_start = queries.of(row), keys.of(key)
+        band, queries, keys = self._here(known.numbers, n)
+        starts = queries.of(row), keys.of(key)
+        sides = functools.partial(self._sides, known, n, (row, key), starts, s.shape)
+        if "slopes" in known.vectors:
+            rows, columns = sides("positions")
+            apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
+            s = s - known.vectors["slopes"][lax.rem(n, jnp.int32(self.heads))] * apart
+        if self.spec.soft_cap is not None:
+            s = tanh(s * (self.spec.scale / self.spec.soft_cap))
+        if self.is_plain:
+            return s
+        if known.vectors:
+            pair = lax.div(row, jnp.int32(self.block_q)), lax.div(key, jnp.int32(self.block_k))
+            _, full = self.seen_and_full(known.numbers, self._sequence(n), *pair)
+        else:
+            full = band.is_full_block(starts[0], starts[0] + self.block_q, starts[1], starts[1] + self.block_k)
+        return lax.cond(full, lambda s: s, lambda s: jnp.where(self._seen(band, sides), s, softmax.MASKED), s)
 
-        def hide(s):
+    def weights(self, s, lse):
+        """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
+        p = jnp.exp2(s * self.unit - lse)
+        # Where P is 0 `s` may be -inf, of which no tanh is.
+        return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
+
+    def _seen(self, band: Band, sides):
+        also, seen = self.spec.band.also, []
+        free = also is not None and not isinstance(also, Mask)
+        band = dataclasses.replace(band, also=None) if free else band
+        for part, of in (
+            ((band.ends, "places"), (band.window, "positions")) if self.has(*POSITIONS) else ((band, "places"),)
+        ):
+            if all(getattr(part, field.name) is None for field in dataclasses.fields(Band)):
+                continue
+            rows, columns = sides(of)
             # Two numbers a row, of which a thread has two, say what is seen of it: a comparison or two for each logit.
-            rows = plgpu.broadcasted_iota(jnp.int32, s.shape[:1], 0, layout=WGMMA.reduce(1))
-            columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA) + (q_start if turned else k_start)
-            of_rows = lambda bound: across(bound, s.shape) if jnp.ndim(bound) else bound
-            seen = []
-            for low, high in band.queries_seen(k_start + rows) if turned else band.keys_seen(q_start + rows):
-                sides = [] if is_open(low, -FAR) else [columns >= of_rows(low)]
-                sides += [] if is_open(high, FAR) else [columns < of_rows(high)]
-                seen.append(functools.reduce(operator.and_, sides) if sides else columns >= -FAR)
-            return jnp.where(functools.reduce(operator.or_, seen), s, softmax.MASKED)
+            seen.append(_inside(part.keys_seen(rows) if self.rows == "query" else part.queries_seen(rows), columns))
+        if self.has(*SEGMENTS):
+            rows, columns = sides("segments")
+            seen.append(across(rows, columns.shape) == columns)
+        if free:
+            rows, columns = sides("positions")
+            pair = across(rows, columns.shape), columns
+            seen.append(also(*(pair if self.rows == "query" else pair[::-1])))
+        return functools.reduce(operator.and_, seen)
 
-        full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
-        return lax.cond(full, lambda s: s, hide, s)
+    def _sides(self, known: Known, n, tokens, starts, shape, of: str):
+        """Of a pair's rows and columns [rows], [rows, columns], queries by keys or the other way round, the numbers `of` it:
+        "places", "segments", or "positions", which are places where none are given."""
+        sides = list(zip(("query", "key"), tokens, starts))
+        if self.rows == "key":
+            sides.reverse()
+
+        def of_dim(dim: int):
+            side, token, start = sides[dim]
+            vector = known.vectors.get(f"{side}_{of}")
+            if vector is not None:
+                at = self._sequence(n), pl.ds(token, shape[dim])
+                x = plgpu.load(vector.at[at], layout=WGMMA.reduce(1 - dim))
+                return across(x, shape, 1) if dim else x
+            if dim:
+                return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + start
+            return plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA.reduce(1)) + start
+
+        # In this order ptxas spills nothing.
+        columns, rows = of_dim(1), of_dim(0)
+        return rows, columns
 
 
-def lengths_of(extras: Extras) -> tuple[str, ...]:
-    return tuple(name for name in LENGTHS if getattr(extras, name) is not None)
+def _inside(spans, columns):
+    """Which columns are in one of the spans of their row."""
+    of_rows = lambda bound: across(bound, columns.shape) if jnp.ndim(bound) else bound
+    seen = []
+    for low, high in spans:
+        sides = [] if is_open(low, -FAR) else [columns >= of_rows(low)]
+        sides += [] if is_open(high, FAR) else [columns < of_rows(high)]
+        seen.append(functools.reduce(operator.and_, sides) if sides else columns >= -FAR)
+    return functools.reduce(operator.or_, seen)
+
+
+def tanh(x):
+    """1 - 2 / (1 + e^2x), right to float32's last bits of 1; the chip's own tanh has eleven."""
+    root = lax.rsqrt(1 + jnp.exp2(x * (2 * LOG2E)))
+    return 1 - 2 * (root * root)
+
+
+def are_few(spec: AttentionSpec, extras: Extras) -> bool:
+    """Whether few of a thread's registers are enough for logits: these are products, and hidden by spans of places."""
+    by_places = spec.band.also is None or isinstance(spec.band.also, Mask)
+    return spec.soft_cap is None and by_places and not set(given(extras)) - set(LENGTHS)
+
+
+def given(extras: Extras) -> tuple[str, ...]:
+    """What a kernel is given of them."""
+    return tuple(name for name, x in extras._asdict().items() if x is not None and name != "sinks")
 
 
 def cleared(x, places: Places, lengths):
@@ -186,16 +310,21 @@ def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(body, name: str, rows: int, out, scratch_types, numbers, *arrays):
+def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays):
     """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
 
-    Kernels see arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
+    Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
     """
-    numbers, *arrays = compat.vary_alike((numbers, *arrays))
+    known, *arrays = compat.vary_alike((known, *arrays))
+    names = tuple(known.vectors)
+
+    def run(numbers, *refs):
+        return body(Known(numbers, dict(zip(names, refs))), *refs[len(names) :])
+
     (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
     near = math.gcd(batch * heads, HEADS)
     kernel = plgpu.kernel(
-        body,
+        run,
         out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
         scratch_types=scratch_types,
         grid=(batch * heads // near, rows, near),
@@ -206,7 +335,7 @@ def launch(body, name: str, rows: int, out, scratch_types, numbers, *arrays):
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     arrays = (padded(x, ALIGNED) for x in arrays)
-    found = kernel(numbers, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
 
 
@@ -216,10 +345,11 @@ def anew(group):
     return lax.optimization_barrier(group)
 
 
-def padded(x, unit: int):
-    """[B, N, T, ...] with zeros up to a multiple of so many T: a copy, where it isn't one."""
+def padded(x, unit: int, value: float = 0):
+    """[B, N, T, ...] with values up to a multiple of so many T: a copy, where it isn't one."""
     more = -x.shape[2] % unit
-    return jnp.pad(x, [(0, more if dim == 2 else 0) for dim in range(x.ndim)]) if more else x
+    pads = [(0, more if dim == 2 else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, pads, constant_values=value) if more else x
 
 
 def head():
