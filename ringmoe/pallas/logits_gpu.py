@@ -119,8 +119,8 @@ class Blocks(blocks.Blocks):
             if self.has(f"{side}_lengths"):
                 ends[side].append(self.number(numbers, f"{side}_lengths", self._sequence(n)))
         given = {side: [x for x in found if x is not None] for side, found in ends.items()}
-        if self.rows == "key" and given["key"] and not given["query"]:
-            # Else a row's bound is one of two constants, for which Mosaic finds no layout.
+        if given["key"] and not given["query"] and (self.has(*POSITIONS) or band.window.is_full):
+            # Else nothing depends on the row, and Mosaic finds no layouts.
             given["query"].append(queries.starts[-1] + queries.length)
         last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given.values())
         return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
