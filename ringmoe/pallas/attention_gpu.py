@@ -18,10 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import (
+from ringmoe.pallas.logits_gpu import Blocks, across, check_mask, cleared, filled, given, lacks, most_keys
+from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
     MOST_STAGES,
@@ -30,16 +32,10 @@ from ringmoe.pallas.logits_gpu import (
     SHARED,
     TALL,
     WGMMA,
-    Blocks,
     Stream,
-    across,
     anew,
-    are_few,
     barriers,
     bring,
-    cleared,
-    filled,
-    given,
     head,
     launch,
     shared,
@@ -65,21 +61,23 @@ class State:
 def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks; arguments are arrays or their types."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise _lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
+        raise lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
     h, dim = q.shape[3], v.shape[3]
     if h % WIDTH or dim % WIDTH or max(h, dim) > WIDEST:
-        raise _lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
+        raise lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
     lengths = q.shape[2], k.shape[2]
     if min(lengths) < ROWS:
-        raise _lacks(f"{lengths[0]} queries, {lengths[1]} keys, supported: {ROWS} or more")
+        raise lacks(f"{lengths[0]} queries, {lengths[1]} keys, supported: {ROWS} or more")
     if spec.pieces > 1 and any(length // spec.pieces % TALL for length in lengths):
-        raise _lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
+        raise lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
     if spec.uniform:
-        raise _lacks("XLA may have to partition the call further, which it can't a kernel")
+        raise lacks("XLA may have to partition the call further, which it can't a kernel")
+    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
+        check_mask(spec.band.also)
     if spec.scale <= 0:
-        raise _lacks(f"{spec.scale=}, supported: above 0")
+        raise lacks(f"{spec.scale=}, supported: above 0")
     if more := [name for name in given(extras) if name not in TAKEN]:
-        raise _lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
+        raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
 
 
 def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
@@ -106,7 +104,8 @@ def forward(
     (t, h), dim, size = q.shape[2:], v.shape[3], q.dtype.itemsize
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
-    block_k = 128 if dim <= 128 and fitting(128) >= 2 and are_few(spec, extras) else 64
+    most = most_keys(spec, extras, dim)
+    block_k = most if fitting(most) >= 2 else 64
     blocks, known = Blocks.make(spec, q, k, extras, at, block_k)
     stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
     tiles, rows, before = shared(q.dtype), blocks.height, () if state is None else (state.acc, state.m, state.l)
@@ -238,7 +237,3 @@ def backward(
 ) -> Grads:
     check(spec, q, k, v, extras)
     return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, extras, at)
-
-
-def _lacks(what: str) -> NotImplementedError:
-    return NotImplementedError(f"Hopper attention kernel: {what}")

@@ -19,7 +19,8 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas.blocks import LOG2E
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import (
+from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given, most_keys
+from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
     MOST_STAGES,
@@ -28,16 +29,10 @@ from ringmoe.pallas.logits_gpu import (
     SHARED,
     TALL,
     WGMMA,
-    Blocks,
     Stream,
-    across,
     anew,
-    are_few,
     barriers,
     bring,
-    cleared,
-    filled,
-    given,
     head,
     launch,
     padded,
@@ -76,11 +71,11 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
     distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not given(extras)
-    most = 128 if distances and are_few(spec, extras) else 64
-    block_k = 128 if h <= most and min(stages(128)) >= 2 else 64
+    fits = h <= (128 if distances else 64) and min(stages(128)) >= 2
+    block_k = min(most_keys(spec, extras, h), 128 if fits else 64)
     (blocks, known), tiles = Blocks.make(spec, q, k, extras, at, block_k), shared(q.dtype)
     (dq,) = launch(
-        functools.partial(_queries_body, blocks),
+        functools.partial(_queries_body, blocks, are_few(spec, extras)),
         "backward_queries",
         blocks.num_rows,
         [dq.shape[2:]],
@@ -98,7 +93,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
 
 
 def _queries_body(
-    blocks: Blocks, known, q, k, v, do, lse, delta, dq_in, dq_out,
+    blocks: Blocks, early, known, q, k, v, do, lse, delta, dq_in, dq_out,
     queries, outs, q_full, k_ring, v_ring, k_full, k_free, v_full, v_free,
 ):  # fmt: skip
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
@@ -126,13 +121,21 @@ def _queries_body(
         def step(j, dq):
             (key,), (value,), own = keys.at(j), values.at(j), anew(group)
 
+            def ask_slopes(dp_acc):
+                values.wait(j)
+                plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
+
             def slopes(s_acc, dp_acc):
                 keys.wait(j)
                 plgpu.wgmma(s_acc, queries.at[own], key.transpose((1, 0)))
-                values.wait(j)
-                plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
-                s = blocks.logits(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), known, n, row, (first + j) * block_k)
+                if early:
+                    ask_slopes(dp_acc)
+                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early))
+                s = blocks.logits(s, known, n, row, (first + j) * block_k)
                 _, factor = blocks.weights(s, across(lse_rows, s.shape))
+                if not early:
+                    factor = lax.optimization_barrier(factor)
+                    ask_slopes(dp_acc)
                 dp = dp_acc[...]
                 values.done(j)
                 return (factor * (dp - across(delta_rows, s.shape))).astype(q.dtype)

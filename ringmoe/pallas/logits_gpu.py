@@ -1,47 +1,34 @@
-"""What the attention kernels of Hopper GPUs share: which pairs of blocks meet, what is masked of one, and how a kernel is laid
-out: one warpgroup that brings blocks by TMA into rings in shared memory, and two that multiply.
+"""The logits of a pair of blocks in an attention kernel of Hopper GPUs: which pairs meet, and what of one is seen.
 
-`Blocks` lays a call out; the numbers that only the run knows, where pieces start and how long sequences are, are one int32
-vector.
+`Blocks` lays a call out. Segments and positions are vectors that a thread reads its rows' and columns' of; what they say of
+whole blocks is among the numbers, by which blocks are skipped, or not masked.
 """
 
 import dataclasses
 import functools
-import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import ClosedJaxpr
 
-from ringmoe import compat, softmax
+from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import FAR, Band, Mask, Places, is_open
 from ringmoe.pallas import blocks
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
-from ringmoe.pallas.hopper import swizzled
+from ringmoe.pallas.streams_gpu import GROUPS, ROWS, TALL, WGMMA, Known
 
-GROUPS = 2  # warpgroups that multiply
-ROWS = 64  # of the result, a warpgroup's in one product
-TALL = GROUPS * ROWS  # of a block of threads
-HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
-SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
-MOST_STAGES = 4
-ALIGNED = 8  # an array's rows, which TMA brings in tiles
-WGMMA = plgpu.Layout.WGMMA
-BRINGING, MULTIPLYING = 40, 232  # registers of a thread
-
-
-class Known(NamedTuple):
-    """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
-    positions [B, T]."""
-
-    numbers: Any
-    vectors: dict[str, Any]
+# What a mask_fn may do, in TYPES, with numbers that each pair of a query and a key has its own of.
+ON_REGISTERS = frozenset(
+    "abs add and broadcast_in_dim convert_element_type div eq ge gt jit le lt max min mul ne neg not or pjit rem select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign sub xor".split()
+)
+TYPES = (jnp.int32, jnp.uint32, jnp.bool_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +126,7 @@ class Blocks(blocks.Blocks):
         start = own.of(i * TALL)
         first, last = (jnp.asarray(x, jnp.int32) for x in meets(start, start + TALL, other, block))
         if self.has("met"):
-            # One that all sequences share has no dim of them.
-            sequence = self._sequence(n) if self._at["met"][1][0] > 1 else 0
-            nearest, farthest = (self.number(known.numbers, "met", sequence, i, end) for end in range(2))
+            nearest, farthest = (self.number(known.numbers, "met", self._sequence(n), i, end) for end in range(2))
             first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         # One at least, of which then nothing is seen: a kernel needs no way around its loop.
         first = jnp.minimum(first, most - 1)
@@ -183,12 +168,10 @@ class Blocks(blocks.Blocks):
         return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
 
     def _seen(self, band: Band, sides):
-        also, seen = self.spec.band.also, []
-        free = also is not None and not isinstance(also, Mask)
-        band = dataclasses.replace(band, also=None) if free else band
-        for part, of in (
-            ((band.ends, "places"), (band.window, "positions")) if self.has(*POSITIONS) else ((band, "places"),)
-        ):
+        seen, also = [], None if isinstance(band.also, Mask) else band.also
+        band = dataclasses.replace(band, also=None) if also is not None else band
+        apart = ((band.ends, "places"), (band.window, "positions")) if self.has(*POSITIONS) else ((band, "places"),)
+        for part, of in apart:
             if all(getattr(part, field.name) is None for field in dataclasses.fields(Band)):
                 continue
             rows, columns = sides(of)
@@ -197,7 +180,7 @@ class Blocks(blocks.Blocks):
         if self.has(*SEGMENTS):
             rows, columns = sides("segments")
             seen.append(across(rows, columns.shape) == columns)
-        if free:
+        if also is not None:
             rows, columns = sides("positions")
             pair = across(rows, columns.shape), columns
             seen.append(also(*(pair if self.rows == "query" else pair[::-1])))
@@ -249,6 +232,41 @@ def are_few(spec: AttentionSpec, extras: Extras) -> bool:
     return spec.soft_cap is None and by_places and not set(given(extras)) - set(LENGTHS)
 
 
+def most_keys(spec: AttentionSpec, extras: Extras, dim: int) -> int:
+    """How many of a step have logits that fit into a thread's registers beside a row of `dim` of the result."""
+    if are_few(spec, extras):
+        return 128 if dim <= 128 else 64
+    free = spec.band.also is not None and not isinstance(spec.band.also, Mask)
+    many = free or len(set(given(extras)) - set(LENGTHS)) > 2
+    return 32 if many and dim > 128 else 64
+
+
+def check_mask(mask_fn: Callable) -> None:
+    """Raises NotImplementedError for a function of positions that is not evaluated on registers."""
+    positions = jax.ShapeDtypeStruct((ROWS, ROWS), jnp.int32)
+    _check_on_registers(jax.make_jaxpr(mask_fn)(positions, positions))
+
+
+def _check_on_registers(closed) -> None:
+    variables = [*closed.jaxpr.invars, *(x for eqn in closed.eqns for x in eqn.outvars)]
+    if any(jnp.ndim(x) for x in closed.consts) or closed.jaxpr.constvars:
+        raise lacks("a mask_fn with arrays of its own, supported: one of positions alone")
+    if odd := sorted({str(x.aval.dtype) for x in variables if x.aval.dtype not in TYPES}):
+        raise lacks(f"a mask_fn with {', '.join(odd)}, supported: int32, uint32 and bool")
+    if odd := sorted({eqn.primitive.name for eqn in closed.eqns} - ON_REGISTERS):
+        raise lacks(f"a mask_fn with {', '.join(odd)}, supported: what is done number by number")
+    for eqn in closed.eqns:
+        if eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.shape:
+            raise lacks("a mask_fn that broadcasts arrays, supported: numbers")
+        for inner in eqn.params.values():
+            if isinstance(inner, ClosedJaxpr):
+                _check_on_registers(inner)
+
+
+def lacks(what: str) -> NotImplementedError:
+    return NotImplementedError(f"Hopper attention kernel: {what}")
+
+
 def given(extras: Extras) -> tuple[str, ...]:
     """What a kernel is given of them."""
     return tuple(name for name, x in extras._asdict().items() if x is not None and name != "sinks")
@@ -260,110 +278,6 @@ def cleared(x, places: Places, lengths):
         return x
     inside = places.of(jnp.arange(x.shape[2], dtype=jnp.int32)) < lengths[:, None]
     return jnp.where(inside.reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3)), x, jnp.zeros_like(x))
-
-
-class Stream(NamedTuple):
-    """Blocks on their way: of each step one of every array, each in its own ring, of which the steps take slots in turn."""
-
-    arrays: Sequence[Any]
-    rings: Sequence[Any]
-    full: Any  # barriers, one a slot
-    free: Any
-
-    @property
-    def stages(self) -> int:
-        return self.rings[0].shape[0]
-
-    def slot(self, step):
-        return lax.rem(jnp.int32(step), jnp.int32(self.stages))
-
-    def at(self, step):
-        """The blocks of a step, once they are there."""
-        slot = self.slot(step)
-        return [ring.at[slot] for ring in self.rings]
-
-    def wait(self, step) -> None:
-        plgpu.barrier_wait(self.full.at[self.slot(step)])
-
-    def done(self, step) -> None:
-        """Says that this warpgroup needs the blocks no more."""
-        plgpu.barrier_arrive(self.free.at[self.slot(step)])
-
-    def bring(self, step, cut) -> None:
-        pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
-        for array, ring in zip(self.arrays, self.rings):
-            plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
-
-    def wait_until_free(self, step) -> None:
-        plgpu.barrier_wait(self.free.at[self.slot(step)])
-
-
-def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
-    """Brings every stream's blocks `cut(step)`, and returns once all are done with."""
-
-    @pl.loop(0, steps)
-    def _(step):
-        for stream in streams:
-            stream.bring(step, cut(step))
-
-    for stream in streams:
-        pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
-
-
-def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays):
-    """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
-
-    Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
-    """
-    known, *arrays = compat.vary_alike((known, *arrays))
-    names = tuple(known.vectors)
-
-    def run(numbers, *refs):
-        return body(Known(numbers, dict(zip(names, refs))), *refs[len(names) :])
-
-    (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
-    near = math.gcd(batch * heads, HEADS)
-    kernel = plgpu.kernel(
-        run,
-        out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
-        scratch_types=scratch_types,
-        grid=(batch * heads // near, rows, near),
-        grid_names=("run", "rows", "head"),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        kernel_name=f"ringmoe_attention_{name}",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    arrays = (padded(x, ALIGNED) for x in arrays)
-    found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
-    return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
-
-
-def anew(group):
-    """A warpgroup's number, of which a step reckons its addresses: else those of all its products would wait in registers, for
-    which there is no room."""
-    return lax.optimization_barrier(group)
-
-
-def padded(x, unit: int, value: float = 0):
-    """[B, N, T, ...] with values up to a multiple of so many T: a copy, where it isn't one."""
-    more = -x.shape[2] % unit
-    pads = [(0, more if dim == 2 else 0) for dim in range(x.ndim)]
-    return jnp.pad(x, pads, constant_values=value) if more else x
-
-
-def head():
-    """The one that a block of threads works on, of all sequences'."""
-    return lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
-
-
-def shared(dtype):
-    """What makes a buffer of tiles in shared memory, of a shape."""
-    return lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
-
-
-def barriers(number: int, arrivals: int = 1):
-    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
 
 def across(x, shape, dim: int = 0):
