@@ -22,7 +22,7 @@ from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import Blocks, across, check_mask, cleared, filled, given, lacks, most_keys
+from ringmoe.pallas.logits_gpu import Blocks, across, are_few, check_mask, cleared, filled, given, lacks
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
@@ -104,8 +104,7 @@ def forward(
     (t, h), dim, size = q.shape[2:], v.shape[3], q.dtype.itemsize
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
-    most = most_keys(spec, extras, dim)
-    block_k = most if fitting(most) >= 2 else 64
+    block_k = 128 if dim <= 128 and fitting(128) >= 2 and are_few(spec, extras) else 64
     blocks, known = Blocks.make(spec, q, k, extras, at, block_k)
     stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
     tiles, rows, before = shared(q.dtype), blocks.height, () if state is None else (state.acc, state.m, state.l)

@@ -19,7 +19,7 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas.blocks import LOG2E
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given, most_keys
+from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
@@ -71,11 +71,11 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
     distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not given(extras)
-    fits = h <= (128 if distances else 64) and min(stages(128)) >= 2
-    block_k = min(most_keys(spec, extras, h), 128 if fits else 64)
+    few = are_few(spec, extras)
+    block_k = 128 if few and h <= (128 if distances else 64) and min(stages(128)) >= 2 else 64
     (blocks, known), tiles = Blocks.make(spec, q, k, extras, at, block_k), shared(q.dtype)
     (dq,) = launch(
-        functools.partial(_queries_body, blocks, are_few(spec, extras)),
+        functools.partial(_queries_body, blocks, few),
         "backward_queries",
         blocks.num_rows,
         [dq.shape[2:]],

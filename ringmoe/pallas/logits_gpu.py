@@ -145,11 +145,11 @@ class Blocks(blocks.Blocks):
         n, row, key = lax.optimization_barrier((n, row, key))
         band, queries, keys = self._here(known.numbers, n)
         starts = queries.of(row), keys.of(key)
-        sides = functools.partial(self._sides, known, n, (row, key), starts, s.shape)
         if "slopes" in known.vectors:
-            rows, columns = sides("positions")
+            rows, columns = self._sides(known, n, (row, key), starts, s.shape, "positions")
             apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
             s = s - known.vectors["slopes"][lax.rem(n, jnp.int32(self.heads))] * apart
+            s, n, row, key = lax.optimization_barrier((s, n, row, key))
         if self.spec.soft_cap is not None:
             s = tanh(s * (self.spec.scale / self.spec.soft_cap))
         if self.is_plain:
@@ -159,7 +159,17 @@ class Blocks(blocks.Blocks):
             _, full = self.seen_and_full(known.numbers, self._sequence(n), *pair)
         else:
             full = band.is_full_block(starts[0], starts[0] + self.block_q, starts[1], starts[1] + self.block_k)
-        return lax.cond(full, lambda s: s, lambda s: jnp.where(self._seen(band, sides), s, softmax.MASKED), s)
+
+        def hide(s, n=n, row=row, key=key):
+            for number, seen in enumerate(self._conditions(band)):
+                if number:  # What one reads is forgotten before the next reads: else all of it would be in registers.
+                    s, n, row, key = lax.optimization_barrier((s, n, row, key))
+                s = jnp.where(
+                    seen(functools.partial(self._sides, known, n, (row, key), starts, s.shape)), s, softmax.MASKED
+                )
+            return s
+
+        return lax.cond(full, lambda s: s, hide, s)
 
     def weights(self, s, lse):
         """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
@@ -167,24 +177,30 @@ class Blocks(blocks.Blocks):
         # Where P is 0 `s` may be -inf, of which no tanh is.
         return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
 
-    def _seen(self, band: Band, sides):
-        seen, also = [], None if isinstance(band.also, Mask) else band.also
+    def _conditions(self, band: Band) -> list[Callable]:
+        """Of which each, of a function that gives rows and columns by name, tells which pairs of a pair of blocks it leaves."""
+        also = None if isinstance(band.also, Mask) else band.also
         band = dataclasses.replace(band, also=None) if also is not None else band
-        apart = ((band.ends, "places"), (band.window, "positions")) if self.has(*POSITIONS) else ((band, "places"),)
-        for part, of in apart:
-            if all(getattr(part, field.name) is None for field in dataclasses.fields(Band)):
-                continue
+
+        def inside(part: Band, of: str, sides):
             rows, columns = sides(of)
             # Two numbers a row, of which a thread has two, say what is seen of it: a comparison or two for each logit.
-            seen.append(_inside(part.keys_seen(rows) if self.rows == "query" else part.queries_seen(rows), columns))
-        if self.has(*SEGMENTS):
+            return _inside(part.keys_seen(rows) if self.rows == "query" else part.queries_seen(rows), columns)
+
+        def same(sides):
             rows, columns = sides("segments")
-            seen.append(across(rows, columns.shape) == columns)
-        if also is not None:
+            return across(rows, columns.shape) == columns
+
+        def free(also: Callable, sides):
             rows, columns = sides("positions")
             pair = across(rows, columns.shape), columns
-            seen.append(also(*(pair if self.rows == "query" else pair[::-1])))
-        return functools.reduce(operator.and_, seen)
+            return also(*(pair if self.rows == "query" else pair[::-1]))
+
+        parts = [(band.ends, "places"), (band.window, "positions")] if self.has(*POSITIONS) else [(band, "places")]
+        says = lambda part: any(getattr(part, field.name) is not None for field in dataclasses.fields(Band))
+        found: list[Callable] = [functools.partial(inside, *part) for part in parts if says(part[0])]
+        found += [same] if self.has(*SEGMENTS) else []
+        return found + ([functools.partial(free, also)] if also is not None else [])
 
     def _sides(self, known: Known, n, tokens, starts, shape, of: str):
         """Of a pair's rows and columns [rows], [rows, columns], queries by keys or the other way round, the numbers `of` it:
@@ -230,15 +246,6 @@ def are_few(spec: AttentionSpec, extras: Extras) -> bool:
     """Whether few of a thread's registers are enough for logits: these are products, and hidden by spans of places."""
     by_places = spec.band.also is None or isinstance(spec.band.also, Mask)
     return spec.soft_cap is None and by_places and not set(given(extras)) - set(LENGTHS)
-
-
-def most_keys(spec: AttentionSpec, extras: Extras, dim: int) -> int:
-    """How many of a step have logits that fit into a thread's registers beside a row of `dim` of the result."""
-    if are_few(spec, extras):
-        return 128 if dim <= 128 else 64
-    free = spec.band.also is not None and not isinstance(spec.band.also, Mask)
-    many = free or len(set(given(extras)) - set(LENGTHS)) > 2
-    return 32 if many and dim > 128 else 64
 
 
 def check_mask(mask_fn: Callable) -> None:
