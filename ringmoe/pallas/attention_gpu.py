@@ -22,7 +22,17 @@ from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import Blocks, across, are_few, check_mask, cleared, filled, given, lacks
+from ringmoe.pallas.logits_gpu import (
+    Blocks,
+    across,
+    are_few,
+    check_mask,
+    cleared,
+    filled,
+    given,
+    kinds_of_logits,
+    lacks,
+)
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
@@ -78,6 +88,8 @@ def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
         raise lacks(f"{spec.scale=}, supported: above 0")
     if more := [name for name in given(extras) if name not in TAKEN]:
         raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
+    if len(kinds := kinds_of_logits(spec, extras)) > 1 and max(h, dim) > 128:
+        raise lacks(f"{', '.join(kinds)} with head dims {h} and {dim}, supported: one of them above 128, for registers")
 
 
 def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:

@@ -242,10 +242,16 @@ def tanh(x):
     return 1 - 2 * (root * root)
 
 
+def kinds_of_logits(spec: AttentionSpec, extras: Extras) -> list[str]:
+    """What of them takes registers beside products that are hidden by spans of places."""
+    free = spec.band.also is not None and not isinstance(spec.band.also, Mask)
+    kinds = {name.removeprefix("query_").removeprefix("key_") for name in given(extras) if name not in LENGTHS}
+    return sorted(kinds | ({"soft_cap"} if spec.soft_cap is not None else set()) | ({"mask_fn"} if free else set()))
+
+
 def are_few(spec: AttentionSpec, extras: Extras) -> bool:
-    """Whether few of a thread's registers are enough for logits: these are products, and hidden by spans of places."""
-    by_places = spec.band.also is None or isinstance(spec.band.also, Mask)
-    return spec.soft_cap is None and by_places and not set(given(extras)) - set(LENGTHS)
+    """Whether few of a thread's registers are enough for logits."""
+    return not kinds_of_logits(spec, extras)
 
 
 def check_mask(mask_fn: Callable) -> None:
