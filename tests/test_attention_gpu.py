@@ -186,6 +186,7 @@ FEATURES = {  # band, soft cap, extras
     (128, 128, 1024, "causal"),
     *((*dims, 900, "masks") for dims in HEAD_DIMS),
     *((*dims, 900, "all of it") for dims in HEAD_DIMS[:2]),
+    (256, 256, 900, "segments"),
     *((128, 128, 900, name) for name in FEATURES if name not in ("masks", "all of it", "causal")),
 ])  # fmt: skip
 def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
