@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import re
 import warnings
+from typing import Any
 from unittest import mock
 
 import jax
@@ -24,10 +25,13 @@ from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
 from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
 from tests.helpers import assert_close
-from tests.test_attention_tpu_features import Case, oracle, run
+from tests.test_attention_tpu_features import POSITIONS, SEGMENTS, Case, oracle, run
 
 CAUSAL, WINDOW = Band(right=0), Band(70, 200)
 EVERYTHING = Band.make(True, None, (Window(80, 5) | Prefix(70)) & Chunks(100))
+STRIDED = Band.make(True, None, lambda query, key: (query - key) % 3 != 1)
+LENGTHS = ("query_lengths", "key_lengths")
+EXTRAS = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
@@ -85,6 +89,15 @@ CASES = {
     "prefix": case(band=Band.make(False, None, Causal() | Prefix(70)), n=1, s=128),
     "chunks": case(band=Band.make(True, None, Chunks(100)), n=1, s=128),
     "everything of masks": case(band=EVERYTHING, extras=("query_lengths", "key_lengths"), b=2, n=1, t=201, s=203),
+    "soft cap": case(band=CAUSAL, cap=1.5, n=1, s=128),
+    "soft cap, lengths that no block divides": case(band=WINDOW, cap=3.0, n=1, t=201, s=203, extras=("key_lengths",)),
+    "segments": case(extras=SEGMENTS, b=2, n=1, t=128, s=256, band=CAUSAL, hops=2),
+    "segments, lengths that no block divides": case(extras=SEGMENTS, n=1, t=201, s=203),
+    "positions of queries": case(extras=POSITIONS[:1], n=1, t=128, s=128, band=CAUSAL),
+    "positions of both": case(extras=POSITIONS, n=1, t=201, s=203, band=Band(60, 20)),
+    "slopes": case(extras=("slopes",), n=4, k=2, t=64, s=64, band=CAUSAL),
+    "any function": case(band=STRIDED, n=1, s=128),
+    "all of it": case(band=STRIDED, cap=2.0, b=2, n=2, k=1, t=72, s=72, extras=EXTRAS),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
     "head dims 256": case(256, n=1, t=64, s=64),
@@ -157,15 +170,32 @@ def gradient(attend):
     return jax.grad(lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32) ** 2), (0, 1, 2))
 
 
-@pytest.mark.parametrize(("h", "v", "s"), [(128, 128, 1024), *((*dims, 900) for dims in HEAD_DIMS)])
-def test_ptxas_spills_nothing(h, v, s, monkeypatch):
-    """Forward, afresh and from a state, and backward, at a place that only the run knows; and of lengths of which it's true,
-    under a mask of everything."""
+FEATURES = {  # band, soft cap, extras
+    "all keys": (Band(), None, ()),
+    "causal": (CAUSAL, None, ()),
+    "soft cap": (CAUSAL, 30.0, ()),
+    "segments": (CAUSAL, None, SEGMENTS),
+    "positions": (CAUSAL, None, POSITIONS),
+    "slopes": (CAUSAL, None, ("slopes",)),
+    "masks": (EVERYTHING, None, LENGTHS),
+    "all of it": (STRIDED, 30.0, EXTRAS),
+}
+
+
+@pytest.mark.parametrize(("h", "v", "s", "name"), [
+    (128, 128, 1024, "causal"),
+    *((*dims, 900, "masks") for dims in HEAD_DIMS),
+    *((*dims, 900, "all of it") for dims in HEAD_DIMS[:2]),
+    (256, 256, 900, "segments"),
+    *((128, 128, 900, name) for name in FEATURES if name not in ("masks", "all of it", "causal")),
+])  # fmt: skip
+def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
+    """Forward, afresh and from a state, and backward, at a place that only the run knows; and of lengths of which it's true."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    plain = s % 128 == 0
-    sharding, spec = on("h200"), AttentionSpec(0.1, CAUSAL if plain else EVERYTHING)
+    band, cap, given = FEATURES[name]
+    sharding, spec = on("h200"), AttentionSpec(0.1, band, cap)
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    t = s if plain else s + 100
+    t = s + s % 128 * 25  # which no block divides either
     q, k, val, do, row = (
         of(2, 4, t, h),
         of(2, 2, s, h),
@@ -173,35 +203,40 @@ def test_ptxas_spills_nothing(h, v, s, monkeypatch):
         of(2, 4, t, v),
         of(2, 4, t, dtype=jnp.float32),
     )
+    shapes = dict.fromkeys(LENGTHS, (2,)) | {name: (2, t if name.startswith("query") else s) for name in EXTRAS[2:6]}
+    extras: dict[str, Any] = {name: of(*shapes[name], dtype=jnp.int32) for name in given if name in shapes}
+    extras |= {"slopes": of(4, dtype=jnp.float32)} if "slopes" in given else {}
 
-    def both(q, k, v, do, lse, delta, place, *lengths):
+    def both(q, k, v, do, lse, delta, place, extras):
         at = Offsets((place,), (0,))
-        extras = Extras() if plain else Extras(query_lengths=lengths[0], key_lengths=lengths[1])
         state = attention_gpu.forward(spec, attention_gpu.init(spec, q, v), q, k, v, extras, at)
         state = attention_gpu.forward(spec, state, q, k, v, extras, at)
         dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
         return state, attention_gpu.backward(spec, Grads(dq, dk, dv), q, k, v, do, lse, delta, extras, at)
 
     with kernels.dumping(tpu=False) as dumps:
-        jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), *[of(2, dtype=jnp.int32)] * 2).compile()
+        jax.jit(both).lower(q, k, val, do, row, row, of(dtype=jnp.int32), Extras(**extras)).compile()
         found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
         words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}
-    assert len(found) == (4 if h + v <= 256 else 5)
+    few = name in ("all keys", "causal", "masks")  # registers that logits take
+    assert len(found) == (4 if h + v <= (256 if few else 128) else 5)
     # Products of 16 deep: those of S, dP, and of the result, by what is summed over; forward asks twice for each.
-    for name, kernel in found.items():
-        assert kernel.spills == kernel.fills == 0 and "0 bytes stack frame" in words[name], (name, words[name])
-        assert ".local" not in ptx[name] and "C7510" not in words[name], name  # else products are serialized
-        assert kernel.registers == 168 and 2**16 < (kernel.shared_bytes or 0) <= 227 * 2**10, (name, kernel)
-        keys = 128 if v <= 128 else 64
+    for kernel_name, kernel in found.items():
+        text, said = ptx[kernel_name], words[kernel_name]
+        assert kernel.spills == kernel.fills == 0 and "0 bytes stack frame" in said, (kernel_name, said)
+        assert ".local" not in text and "C7510" not in said, kernel_name  # else products are serialized
+        assert "tanh" not in text, kernel_name  # of which the chip's own has eleven bits
+        assert kernel.registers == 168 and 2**16 < (kernel.shared_bytes or 0) <= 227 * 2**10, (kernel_name, kernel)
+        keys = 128 if v <= 128 and few else 64
         own = {
             "forward": 2 * (h + keys),
-            "backward_queries": h + v + (128 if h <= (128 if plain else 64) else 64),
+            "backward_queries": h + v + (128 if h <= (128 if name == "causal" else 64) and few else 64),
             "backward_dk_dv": h + v + 2 * 64,
             "backward_dk": h + v + 64,
             "backward_dv": h + 64,
-        }[re.sub(r"ringmoe_attention_(.*)_\d+", r"\1", name)]
-        assert ptx[name].count("wgmma.mma_async") == own // 16, name
+        }[re.sub(r"ringmoe_attention_(.*)_\d+", r"\1", kernel_name)]
+        assert text.count("wgmma.mma_async") == own // 16, kernel_name
 
 
 @pytest.mark.parametrize(("of", "why"), [
@@ -210,10 +245,14 @@ def test_ptxas_spills_nothing(h, v, s, monkeypatch):
     ({"h": 320}, "head dims 320 and 128"),
     ({"t": 32}, "32 queries, 32 keys, supported: 64 or more"),
     ({"spec": {"uniform": True}}, "XLA may have to partition the call further"),
-    ({"spec": {"soft_cap": 2.0}}, "spec.soft_cap=2.0"),
-    ({"spec": {"band": Band(also=lambda q, k: q != k)}}, "a mask_fn that is not one of ringmoe.masks"),
+    ({"spec": {"scale": -1.0}}, "spec.scale=-1.0, supported: above 0"),
+    ({"spec": {"band": Band(also=lambda q, k: jnp.arange(9)[q % 9] > k)}}, "a mask_fn with gather"),
+    ({"spec": {"band": Band(also=lambda q, k: q * np.ones(64, np.int32) > k)}}, "a mask_fn with arrays of its own"),
+    ({"spec": {"band": Band(also=lambda q, k: jnp.sqrt(q) > k)}}, "a mask_fn with float32, supported: int32, uint32 and bool"),
+    ({"spec": {"band": Band(also=lambda q, k: (q > k).all(0))}}, "a mask_fn with reduce_and, supported: what is done"),
     ({"spec": {"pieces": 2}, "t": 320}, "2 pieces of (320, 320) tokens, supported: multiples of 128 each"),
-    ({"extras": ("bias", "slopes")}, "bias, slopes given, supported: lengths"),
+    ({"h": 256, "spec": {"soft_cap": 2.0}, "extras": SEGMENTS}, "segments, soft_cap with head dims 256 and 128, supported"),
+    ({"extras": ("bias", "slopes", "seeds")}, "bias, seeds given, supported: query_lengths, key_lengths, query_segments"),
 ])  # fmt: skip
 def test_says_what_it_lacks(of, why):
     of = dict(of)

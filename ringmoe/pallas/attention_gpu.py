@@ -20,32 +20,38 @@ from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
+from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import (
+    Blocks,
+    across,
+    are_few,
+    check_mask,
+    cleared,
+    filled,
+    given,
+    kinds_of_logits,
+    lacks,
+)
+from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
-    LENGTHS,
-    LOG2E,
     MOST_STAGES,
     MULTIPLYING,
     ROWS,
     SHARED,
     TALL,
     WGMMA,
-    Blocks,
     Stream,
-    across,
     anew,
     barriers,
     bring,
-    cleared,
-    filled,
     head,
     launch,
-    lengths_of,
     shared,
 )
 
+TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")  # of Extras
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
 
@@ -65,23 +71,25 @@ class State:
 def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks; arguments are arrays or their types."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise _lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
+        raise lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
     h, dim = q.shape[3], v.shape[3]
     if h % WIDTH or dim % WIDTH or max(h, dim) > WIDEST:
-        raise _lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
+        raise lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
     lengths = q.shape[2], k.shape[2]
     if min(lengths) < ROWS:
-        raise _lacks(f"{lengths[0]} queries, {lengths[1]} keys, supported: {ROWS} or more")
+        raise lacks(f"{lengths[0]} queries, {lengths[1]} keys, supported: {ROWS} or more")
     if spec.pieces > 1 and any(length // spec.pieces % TALL for length in lengths):
-        raise _lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
+        raise lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
     if spec.uniform:
-        raise _lacks("XLA may have to partition the call further, which it can't a kernel")
+        raise lacks("XLA may have to partition the call further, which it can't a kernel")
     if spec.band.also is not None and not isinstance(spec.band.also, Mask):
-        raise _lacks("a mask_fn that is not one of ringmoe.masks")
-    if spec.soft_cap is not None or spec.scale <= 0:
-        raise _lacks(f"{spec.soft_cap=}, {spec.scale=}, supported: no cap, a scale above 0")
-    if given := [name for name, x in extras._asdict().items() if x is not None and name not in (*LENGTHS, "sinks")]:
-        raise _lacks(f"{', '.join(given)} given, supported: lengths")
+        check_mask(spec.band.also)
+    if spec.scale <= 0:
+        raise lacks(f"{spec.scale=}, supported: above 0")
+    if more := [name for name in given(extras) if name not in TAKEN]:
+        raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
+    if len(kinds := kinds_of_logits(spec, extras)) > 1 and max(h, dim) > 128:
+        raise lacks(f"{', '.join(kinds)} with head dims {h} and {dim}, supported: one of them above 128, for registers")
 
 
 def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
@@ -108,14 +116,14 @@ def forward(
     (t, h), dim, size = q.shape[2:], v.shape[3], q.dtype.itemsize
     fitting = lambda block_k: (SHARED - TALL * h * size) // (block_k * (h + dim) * size)
     # Of logits, which with the output fill a thread's registers.
-    block_k = 128 if dim <= 128 and fitting(128) >= 2 else 64
-    blocks = Blocks(spec, t, k.shape[2], TALL, block_k, q.shape[1], lengths_of(extras))
+    block_k = 128 if dim <= 128 and fitting(128) >= 2 and are_few(spec, extras) else 64
+    blocks, known = Blocks.make(spec, q, k, extras, at, block_k)
     stages, (_, keys) = min(MOST_STAGES, fitting(block_k)), at.places(t, k.shape[2])
-    tiles, rows, before = shared(q.dtype), blocks.num_q * TALL, () if state is None else (state.acc, state.m, state.l)
+    tiles, rows, before = shared(q.dtype), blocks.height, () if state is None else (state.acc, state.m, state.l)
     acc, m, l = launch(
         functools.partial(_body, blocks, state is None),
         "forward",
-        blocks.num_q,
+        blocks.num_rows,
         [(rows, dim), (rows,), (rows,)],
         [
             tiles(GROUPS, ROWS, h),
@@ -127,7 +135,7 @@ def forward(
             ),
             barriers(GROUPS),
         ],
-        blocks.numbers(extras, at),
+        known,
         q,
         *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
         *before,
@@ -135,14 +143,14 @@ def forward(
     return State(acc, m, l, t)
 
 
-def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
+def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
     given = 0 if fresh else 3
     before, refs = refs[:given], refs[given:]
     acc_out, m_out, l_out, queries, q_full, k_ring, k_full, k_free, v_ring, v_full, v_free, turn = refs
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
-    i = blocks.num_q - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
-    first, steps = blocks.keys_met(numbers, n, i)
+    i = blocks.num_rows - 1 - lax.axis_index("rows")  # the last ones first, which have most to do under a causal mask
+    first, steps = blocks.met(known, n, i)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -156,7 +164,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
-        mine, unit = (n, pl.ds(row, ROWS)), blocks.spec.scale * LOG2E
+        mine, unit = (n, pl.ds(row, ROWS)), blocks.unit
 
         def ask(step, s_acc, *more):
             """For Q K^T of a step, and another product, once it is this warpgroup's turn."""
@@ -169,7 +177,7 @@ def _body(blocks: Blocks, fresh: bool, numbers, q, k, v, *refs):
 
         def soften(step, key, s, m, l):
             keys.done(step)
-            s = blocks.masked(s, numbers, n, row, key)
+            s = blocks.logits(s, known, n, row, key)
             m_new = jnp.maximum(m, jnp.max(s, 1) * unit)
             alpha = jnp.exp2(m - m_new)
             p = jnp.exp2(s * unit - across(m_new, s.shape))
@@ -240,7 +248,3 @@ def backward(
 ) -> Grads:
     check(spec, q, k, v, extras)
     return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, extras, at)
-
-
-def _lacks(what: str) -> NotImplementedError:
-    return NotImplementedError(f"Hopper attention kernel: {what}")

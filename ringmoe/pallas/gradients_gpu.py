@@ -17,33 +17,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
+from ringmoe.pallas.blocks import LOG2E
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import (
+from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given
+from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
-    LOG2E,
     MOST_STAGES,
     MULTIPLYING,
     ROWS,
     SHARED,
     TALL,
     WGMMA,
-    Blocks,
     Stream,
-    across,
     anew,
     barriers,
     bring,
-    cleared,
-    filled,
     head,
     launch,
-    lengths_of,
     padded,
     shared,
 )
 
-BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together
+BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
 
 
 def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras: Extras, at: Offsets) -> Grads:
@@ -52,10 +48,12 @@ def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras:
     queries, keys = at.places(t, s)
     k, v = (cleared(x, keys, extras.key_lengths) for x in (k, v))
     q, do, delta = (cleared(x, queries, extras.query_lengths) for x in (q, do, delta))
-    lse, delta = (padded(x, TALL) for x in (softmax.finite_lse(lse) * LOG2E, delta))
+    # Of queries past the end every P is 0, whatever slopes make of their places.
+    lse, delta = padded(softmax.finite_lse(lse) * LOG2E, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
     dq = _queries(spec, extras, at, arrays, padded(grads.dq, TALL))[:, :, :t]
-    runs = (("dk", "dv"),) if h + dim <= BESIDE else (("dk",), ("dv",))
+    most = BESIDE if are_few(spec, extras) else BESIDE // 2
+    runs = (("dk", "dv"),) if h + dim <= most else (("dk",), ("dv",))
     found = {name: x for names in runs for name, x in zip(names, _keys(spec, extras, at, arrays, names), strict=True)}
     return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
 
@@ -69,17 +67,17 @@ def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
 
 def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     q, k, v, *_ = arrays
-    (t, h), s, dim = q.shape[2:], k.shape[2], v.shape[3]
+    h, s, dim = q.shape[3], k.shape[2], v.shape[3]
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
-    distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not lengths_of(extras)
-    most = 128 if distances else 64
-    block_k = 128 if h <= most and min(stages(128)) >= 2 else 64
-    blocks, tiles = Blocks(spec, t, s, TALL, block_k, q.shape[1], lengths_of(extras)), shared(q.dtype)
+    distances = spec.band == Band(spec.band.left, spec.band.right) and s % 128 == 0 and not given(extras)
+    few = are_few(spec, extras)
+    block_k = 128 if few and h <= (128 if distances else 64) and min(stages(128)) >= 2 else 64
+    (blocks, known), tiles = Blocks.make(spec, q, k, extras, at, block_k), shared(q.dtype)
     (dq,) = launch(
-        functools.partial(_queries_body, blocks),
+        functools.partial(_queries_body, blocks, few),
         "backward_queries",
-        blocks.num_q,
+        blocks.num_rows,
         [dq.shape[2:]],
         [
             *(tiles(GROUPS, ROWS, width) for width in (h, dim)),
@@ -87,7 +85,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
             *(tiles(n, block_k, width) for n, width in zip(stages(block_k), (h, dim))),
             *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
         ],
-        blocks.numbers(extras, at),
+        known,
         *arrays,
         dq,
     )
@@ -95,13 +93,13 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
 
 
 def _queries_body(
-    blocks: Blocks, numbers, q, k, v, do, lse, delta, dq_in, dq_out,
+    blocks: Blocks, early, known, q, k, v, do, lse, delta, dq_in, dq_out,
     queries, outs, q_full, k_ring, v_ring, k_full, k_free, v_full, v_free,
 ):  # fmt: skip
     keys, values = Stream([k], [k_ring], k_full, k_free), Stream([v], [v_ring], v_full, v_free)
     n, block_k, group = head(), blocks.block_k, lax.axis_index("group")
-    i = blocks.num_q - 1 - lax.axis_index("rows")
-    first, steps = blocks.keys_met(numbers, n, i)
+    i = blocks.num_rows - 1 - lax.axis_index("rows")
+    first, steps = blocks.met(known, n, i)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -123,16 +121,24 @@ def _queries_body(
         def step(j, dq):
             (key,), (value,), own = keys.at(j), values.at(j), anew(group)
 
+            def ask_slopes(dp_acc):
+                values.wait(j)
+                plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
+
             def slopes(s_acc, dp_acc):
                 keys.wait(j)
                 plgpu.wgmma(s_acc, queries.at[own], key.transpose((1, 0)))
-                values.wait(j)
-                plgpu.wgmma(dp_acc, outs.at[own], value.transpose((1, 0)))
-                s = blocks.masked(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), numbers, n, row, (first + j) * block_k)
-                p = jnp.exp2(s * (scale * LOG2E) - across(lse_rows, s.shape))
+                if early:
+                    ask_slopes(dp_acc)
+                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early))
+                s = blocks.logits(s, known, n, row, (first + j) * block_k)
+                _, factor = blocks.weights(s, across(lse_rows, s.shape))
+                if not early:
+                    factor = lax.optimization_barrier(factor)
+                    ask_slopes(dp_acc)
                 dp = dp_acc[...]
                 values.done(j)
-                return (p * (dp - across(delta_rows, s.shape))).astype(q.dtype)
+                return (factor * (dp - across(delta_rows, s.shape))).astype(q.dtype)
 
             ds = pl.run_scoped(slopes, *[plgpu.ACC((ROWS, block_k), jnp.float32)] * 2)
 
@@ -150,15 +156,15 @@ def _queries_body(
 
 def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):
     q, k, v, *others = arrays
-    (s, h), t, dim = k.shape[2:], q.shape[2], v.shape[3]
-    blocks = Blocks(spec, t, s, ROWS, TALL, k.shape[1], lengths_of(extras))
+    h, dim = q.shape[3], v.shape[3]
+    blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key")
     held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
     stages = _stages(q, TALL * sum(held), ROWS * (h + 2), ROWS * (dim + 2))
     return launch(
         functools.partial(_keys_body, blocks, wanted),
         f"backward_{'_'.join(wanted)}",
-        blocks.num_k,
-        [(blocks.num_k * TALL, widths[name]) for name in wanted],
+        blocks.num_rows,
+        [(blocks.height, widths[name]) for name in wanted],
         [
             *(tiles(GROUPS, ROWS, width) for width in held),
             barriers(GROUPS, len(held)),
@@ -166,7 +172,7 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
             *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
         ],
-        blocks.numbers(extras, at),
+        known,
         k,
         v,
         q,
@@ -174,7 +180,7 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
     )
 
 
-def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
+def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
     outs, refs = refs[: len(wanted)], refs[len(wanted) :]
     *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
     queries, slopes = (
@@ -183,7 +189,7 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
     )
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
     sharing = q.shape[0] // k.shape[0]  # query heads of a key head
-    first, met = blocks.queries_met(numbers, kv, j)
+    first, met = blocks.met(known, kv * sharing, j)
     of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
 
     @pl.when(group == GROUPS)
@@ -204,13 +210,13 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
-        # The spans that a mask shows leave no registers for dP to be under way meanwhile.
-        early = blocks.spec.band.also is None
+        # What more than distances and ends tells leaves no registers for dP to be under way meanwhile.
+        early = blocks.spec.band.also is None and blocks.spec.soft_cap is None and not known.vectors
         plgpu.barrier_wait(k_full.at[group])
 
         def step(n, totals):
             (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
-            row = of_step(n)[1]
+            head_of_step, row = of_step(n)
 
             def ask_slopes(dp_acc):
                 slopes.wait(n)
@@ -226,15 +232,16 @@ def _keys_body(blocks: Blocks, wanted, numbers, k, v, q, do, lse, delta, *refs):
                     if early:
                         ask_slopes(dp_acc)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early and "dk" in wanted))
-                    s = blocks.masked(s, numbers, kv, row, key, turned=True)
+                    s = blocks.logits(s, known, head_of_step, row, key)
+                    p, factor = blocks.weights(s, of_column(lses))
                     if not early:
+                        p, factor = lax.optimization_barrier((p, factor))
                         ask_slopes(dp_acc)
-                    p = jnp.exp2(s * (scale * LOG2E) - of_column(lses))
                     if "dv" in wanted:
                         plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)
                     if "dk" in wanted:
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
-                        plgpu.wgmma(acc["dk"], (p * (dp - of_column(deltas))).astype(q.dtype), query)
+                        plgpu.wgmma(acc["dk"], (factor * (dp - of_column(deltas))).astype(q.dtype), query)
                     plgpu.wgmma_wait(0)
                     queries.done(n)
                     slopes.done(n)

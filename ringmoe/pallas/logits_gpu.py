@@ -1,133 +1,288 @@
-"""What the attention kernels of Hopper GPUs share: which pairs of blocks meet, what is masked of one, and how a kernel is laid
-out: one warpgroup that brings blocks by TMA into rings in shared memory, and two that multiply.
+"""The logits of a pair of blocks in an attention kernel of Hopper GPUs: which pairs meet, and what of one is seen.
 
-`Blocks` lays a call out; the numbers that only the run knows, where pieces start and how long sequences are, are one int32
-vector.
+`Blocks` lays a call out. Segments and positions are vectors that a thread reads its rows' and columns' of; what they say of
+whole blocks is among the numbers, by which blocks are skipped, or not masked.
 """
 
 import dataclasses
 import functools
-import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import ClosedJaxpr
 
-from ringmoe import compat, softmax
+from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
-from ringmoe.masks import FAR, Band, Places, is_open
-from ringmoe.pallas.hopper import swizzled
+from ringmoe.masks import FAR, Band, Mask, Places, is_open
+from ringmoe.pallas import blocks
+from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
+from ringmoe.pallas.streams_gpu import GROUPS, ROWS, TALL, WGMMA, Known
 
-LOG2E = math.log2(math.e)
-GROUPS = 2  # warpgroups that multiply
-LENGTHS = ("query_lengths", "key_lengths")
-ROWS = 64  # of the result, a warpgroup's in one product
-TALL = GROUPS * ROWS  # of a block of threads
-HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
-SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
-MOST_STAGES = 4
-ALIGNED = 8  # an array's rows, which TMA brings in tiles
-WGMMA = plgpu.Layout.WGMMA
-BRINGING, MULTIPLYING = 40, 232  # registers of a thread
+# What a mask_fn may do, in TYPES, with numbers that each pair of a query and a key has its own of.
+ON_REGISTERS = frozenset(
+    "abs add and broadcast_in_dim convert_element_type div eq ge gt jit le lt max min mul ne neg not or pjit rem select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign sub xor".split()
+)
+TYPES = (jnp.int32, jnp.uint32, jnp.bool_)
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Blocks of so many queries and keys, of which the last ones may end after the array does; `heads` of a sequence, `lengths`
-    those of `Extras` that are given. In methods `numbers` is the ref, and `n` a head, of all sequences'."""
+class Blocks(blocks.Blocks):
+    """Of the side `rows`, "query" or "key", a block of threads has GROUPS blocks, and it meets those of the other one by one.
 
-    spec: AttentionSpec
-    num_queries: int
-    num_keys: int
-    block_q: int
-    block_k: int
-    heads: int
-    lengths: tuple[str, ...]
+    heads: of queries, of a sequence. In methods `n` is one of them, of all sequences'.
+    """
+
+    rows: str = "query"
+    heads: int = 1
+
+    @classmethod
+    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
+        """Of queries [B, N, T, H] and keys [B, K, S, H]."""
+        # Whole blocks of threads read them.
+        whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
+        of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
+        numbers = blocks.known(extras._replace(**of_tokens, slopes=None), at, ROWS, block_k)
+        made = cls(spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1])
+        vectors: dict[str, jax.Array] = {name: x for name, x in of_tokens.items() if x is not None}
+        if vectors:
+            numbers["met"] = made._first_and_last(numbers)
+        if extras.slopes is not None:
+            vectors["slopes"] = extras.slopes.astype(jnp.float32) / spec.scale
+        layout, vector = blocks.packed(numbers)
+        return dataclasses.replace(made, layout=layout), Known(vector, vectors)
 
     @property
-    def num_q(self) -> int:
-        return -(-self.num_queries // self.block_q)
+    def num_rows(self) -> int:
+        """Blocks of threads of a head."""
+        return -(-(self.num_queries if self.rows == "query" else self.num_keys) // TALL)
 
     @property
-    def num_k(self) -> int:
-        return -(-self.num_keys // self.block_k)
+    def height(self) -> int:
+        """Of the result, of a block of threads."""
+        return self.num_rows * TALL
 
-    def numbers(self, extras: Extras, at: Offsets) -> jax.Array:
-        """The vector: where pieces start, and the sequences' lengths."""
-        starts = [jnp.asarray(x, jnp.int32) for side in at for x in side]
-        return jnp.concatenate([jnp.stack(starts), *(getattr(extras, name) for name in self.lengths)])
+    @property
+    def unit(self) -> float:
+        """Of `logits`, in units of log 2."""
+        return LOG2E * (self.spec.scale if self.spec.soft_cap is None else self.spec.soft_cap)
+
+    def _first_and_last(self, numbers):
+        """Of each block of threads the first and the last (exclusive) block that it meets, as segments and positions tell."""
+        at = Offsets(tuple(numbers["query"]), tuple(numbers["key"])).places(self.num_queries, self.num_keys)
+        sides = (self.block_q, self.num_queries, at[0], 2), (self.block_k, self.num_keys, at[1], 1)
+
+        def of(name, block, length, places, dim):
+            """(start, stop) of each block, [B or 1, query blocks or 1, key blocks or 1]."""
+            start = places.of(jnp.arange(0, length + -length % TALL, block, dtype=jnp.int32))[None]
+            found = numbers.get(name, jnp.stack([start, start + block], -1))
+            return [jnp.expand_dims(found[..., end], dim) for end in range(2)]
+
+        queries, keys = (of(name, *side) for name, side in zip(POSITIONS, sides))
+        seen = (queries[0] < queries[1]) & (keys[0] < keys[1])
+        if any(name in numbers for name in POSITIONS):
+            seen &= self.spec.band.window.meets(*queries, *keys)
+        if SEGMENTS[0] in numbers:
+            seen &= blocks.share_segments(*(of(name, *side) for name, side in zip(SEGMENTS, sides)))
+        seen = seen if self.rows == "query" else seen.mT
+        most = seen.shape[2]
+        each = jnp.arange(most, dtype=jnp.int32)
+        first, last = jnp.where(seen, each, most).min(2), jnp.where(seen, each + 1, 0).max(2)
+        first, last = (x.reshape(x.shape[0], -1, GROUPS) for x in (first, last))
+        return jnp.stack([first.min(2), last.max(2)], -1)
 
     def _here(self, numbers, n) -> tuple[Band, Places, Places]:
         """What is seen in a head's sequence, whose ends only the run knows; and where queries and keys stand."""
-        band, starts = self.spec.band, [numbers[i] for i in range(2 * self.spec.pieces)]
-        at = Offsets(tuple(starts[: self.spec.pieces]), tuple(starts[self.spec.pieces :]))
-        queries, keys = at.places(self.num_queries, self.num_keys)
+        band, (queries, keys) = self.spec.band, self.places(numbers)
         ends: dict[str, list] = {"query": [band.queries], "key": [band.keys]}
         if self.num_keys % self.block_k:  # of one piece then
             ends["key"].append(keys.starts[0] + self.num_keys)
-        for i, name in enumerate(self.lengths):
-            sequence, sequences = (
-                lax.div(n, jnp.int32(self.heads)),
-                (numbers.shape[0] - len(starts)) // len(self.lengths),
-            )
-            ends[name.removesuffix("_lengths")].append(numbers[len(starts) + i * sequences + sequence])
-        given = ([x for x in found if x is not None] for found in ends.values())
-        last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given)
+        for side in ends:
+            if self.has(f"{side}_lengths"):
+                ends[side].append(self.number(numbers, f"{side}_lengths", self._sequence(n)))
+        given = {side: [x for x in found if x is not None] for side, found in ends.items()}
+        if given["key"] and not given["query"] and (self.has(*POSITIONS) or band.window.is_full):
+            # Else nothing depends on the row, and Mosaic finds no layouts.
+            given["query"].append(queries.starts[-1] + queries.length)
+        last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given.values())
         return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
 
-    def keys_met(self, numbers, n, i):
-        """The first block of keys that query block i meets, and how many more there are."""
-        band, queries, keys = self._here(numbers, n)
-        return self._met(band.keys_met, queries.of(i * self.block_q), self.block_q, keys, self.block_k, self.num_k)
+    def _sequence(self, n):
+        return lax.div(n, jnp.int32(self.heads))
 
-    def queries_met(self, numbers, n, j):
-        """The same of blocks of queries, for key block j."""
-        band, queries, keys = self._here(numbers, n)
-        return self._met(band.queries_met, keys.of(j * self.block_k), self.block_k, queries, self.block_q, self.num_q)
-
-    @staticmethod
-    def _met(met, start, length: int, other: Places, block: int, most: int):
-        first, last = met(start, start + length, other, block)
+    def met(self, known: Known, n, i):
+        """The first block of the other side that those of block i of threads meet, and how many more there are."""
+        band, queries, keys = self._here(known.numbers, n)
+        band = band.ends if self.has(*POSITIONS) else band
+        if self.rows == "query":
+            own, other, meets, block, most = queries, keys, band.keys_met, self.block_k, self.num_k
+        else:
+            own, other, meets, block, most = keys, queries, band.queries_met, self.block_q, self.num_q
+        start = own.of(i * TALL)
+        first, last = (jnp.asarray(x, jnp.int32) for x in meets(start, start + TALL, other, block))
+        if self.has("met"):
+            nearest, farthest = (self.number(known.numbers, "met", self._sequence(n), i, end) for end in range(2))
+            first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         # One at least, of which then nothing is seen: a kernel needs no way around its loop.
-        first = jnp.minimum(jnp.asarray(first, jnp.int32), most - 1)
-        return first, jnp.maximum(jnp.asarray(last, jnp.int32) - first, 1)
+        first = jnp.minimum(first, most - 1)
+        return first, jnp.maximum(last - first, 1)
 
-    def masked(self, s, numbers, n, row, key, turned: bool = False):
-        """The logits `s` of queries from `row` and keys from `key` on, with those hidden that aren't seen.
+    @property
+    def is_plain(self) -> bool:
+        """Whether every query sees every key, as is known before the run."""
+        return self.spec.band.is_full and self.num_keys % self.block_k == 0 and not self.has(*LENGTHS, *SEGMENTS)
 
-        turned: whether it is keys by queries, not queries by keys.
-        """
-        if self.spec.band.is_full and not self.lengths and self.num_keys % self.block_k == 0:
+    def logits(self, s, known: Known, n, row, key):
+        """Products `s` of queries from `row` and keys from `key` on as logits, in units of `unit`: -inf where none is seen."""
+        if self.is_plain and "slopes" not in known.vectors and self.spec.soft_cap is None:
             return s
         # Anew in every step: what is the same in all would wait in registers, for which there is no room.
         n, row, key = lax.optimization_barrier((n, row, key))
-        band, queries, keys = self._here(numbers, n)
-        height, width = s.shape[::-1] if turned else s.shape
-        q_start, k_start = queries.of(row), keys.of(key)
+        band, queries, keys = self._here(known.numbers, n)
+        starts = queries.of(row), keys.of(key)
+        if "slopes" in known.vectors:
+            rows, columns = self._sides(known, n, (row, key), starts, s.shape, "positions")
+            apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
+            s = s - known.vectors["slopes"][lax.rem(n, jnp.int32(self.heads))] * apart
+            s, n, row, key = lax.optimization_barrier((s, n, row, key))
+        if self.spec.soft_cap is not None:
+            s = tanh(s * (self.spec.scale / self.spec.soft_cap))
+        if self.is_plain:
+            return s
+        if known.vectors:
+            pair = lax.div(row, jnp.int32(self.block_q)), lax.div(key, jnp.int32(self.block_k))
+            _, full = self.seen_and_full(known.numbers, self._sequence(n), *pair)
+        else:
+            full = band.is_full_block(starts[0], starts[0] + self.block_q, starts[1], starts[1] + self.block_k)
 
-        def hide(s):
-            # Two numbers a row, of which a thread has two, say what is seen of it: a comparison or two for each logit.
-            rows = plgpu.broadcasted_iota(jnp.int32, s.shape[:1], 0, layout=WGMMA.reduce(1))
-            columns = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA) + (q_start if turned else k_start)
-            of_rows = lambda bound: across(bound, s.shape) if jnp.ndim(bound) else bound
-            seen = []
-            for low, high in band.queries_seen(k_start + rows) if turned else band.keys_seen(q_start + rows):
-                sides = [] if is_open(low, -FAR) else [columns >= of_rows(low)]
-                sides += [] if is_open(high, FAR) else [columns < of_rows(high)]
-                seen.append(functools.reduce(operator.and_, sides) if sides else columns >= -FAR)
-            return jnp.where(functools.reduce(operator.or_, seen), s, softmax.MASKED)
+        def hide(s, n=n, row=row, key=key):
+            for number, seen in enumerate(self._conditions(band)):
+                if number:  # What one reads is forgotten before the next reads: else all of it would be in registers.
+                    s, n, row, key = lax.optimization_barrier((s, n, row, key))
+                s = jnp.where(
+                    seen(functools.partial(self._sides, known, n, (row, key), starts, s.shape)), s, softmax.MASKED
+                )
+            return s
 
-        full = band.is_full_block(q_start, q_start + height, k_start, k_start + width)
         return lax.cond(full, lambda s: s, hide, s)
 
+    def weights(self, s, lse):
+        """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
+        p = jnp.exp2(s * self.unit - lse)
+        # Where P is 0 `s` may be -inf, of which no tanh is.
+        return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
 
-def lengths_of(extras: Extras) -> tuple[str, ...]:
-    return tuple(name for name in LENGTHS if getattr(extras, name) is not None)
+    def _conditions(self, band: Band) -> list[Callable]:
+        """Of which each, of a function that gives rows and columns by name, tells which pairs of a pair of blocks it leaves."""
+        also = None if isinstance(band.also, Mask) else band.also
+        band = dataclasses.replace(band, also=None) if also is not None else band
+
+        def inside(part: Band, of: str, sides):
+            rows, columns = sides(of)
+            # Two numbers a row, of which a thread has two, say what is seen of it: a comparison or two for each logit.
+            return _inside(part.keys_seen(rows) if self.rows == "query" else part.queries_seen(rows), columns)
+
+        def same(sides):
+            rows, columns = sides("segments")
+            return across(rows, columns.shape) == columns
+
+        def free(also: Callable, sides):
+            rows, columns = sides("positions")
+            pair = across(rows, columns.shape), columns
+            return also(*(pair if self.rows == "query" else pair[::-1]))
+
+        parts = [(band.ends, "places"), (band.window, "positions")] if self.has(*POSITIONS) else [(band, "places")]
+        says = lambda part: any(getattr(part, field.name) is not None for field in dataclasses.fields(Band))
+        found: list[Callable] = [functools.partial(inside, *part) for part in parts if says(part[0])]
+        found += [same] if self.has(*SEGMENTS) else []
+        return found + ([functools.partial(free, also)] if also is not None else [])
+
+    def _sides(self, known: Known, n, tokens, starts, shape, of: str):
+        """Of a pair's rows and columns [rows], [rows, columns], queries by keys or the other way round, the numbers `of` it:
+        "places", "segments", or "positions", which are places where none are given."""
+        sides = list(zip(("query", "key"), tokens, starts))
+        if self.rows == "key":
+            sides.reverse()
+
+        def of_dim(dim: int):
+            side, token, start = sides[dim]
+            vector = known.vectors.get(f"{side}_{of}")
+            if vector is not None:
+                at = self._sequence(n), pl.ds(token, shape[dim])
+                x = plgpu.load(vector.at[at], layout=WGMMA.reduce(1 - dim))
+                return across(x, shape, 1) if dim else x
+            if dim:
+                return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + start
+            return plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA.reduce(1)) + start
+
+        # In this order ptxas spills nothing.
+        columns, rows = of_dim(1), of_dim(0)
+        return rows, columns
+
+
+def _inside(spans, columns):
+    """Which columns are in one of the spans of their row."""
+    of_rows = lambda bound: across(bound, columns.shape) if jnp.ndim(bound) else bound
+    seen = []
+    for low, high in spans:
+        sides = [] if is_open(low, -FAR) else [columns >= of_rows(low)]
+        sides += [] if is_open(high, FAR) else [columns < of_rows(high)]
+        seen.append(functools.reduce(operator.and_, sides) if sides else columns >= -FAR)
+    return functools.reduce(operator.or_, seen)
+
+
+def tanh(x):
+    """1 - 2 / (1 + e^2x), right to float32's last bits of 1; the chip's own tanh has eleven."""
+    root = lax.rsqrt(1 + jnp.exp2(x * (2 * LOG2E)))
+    return 1 - 2 * (root * root)
+
+
+def kinds_of_logits(spec: AttentionSpec, extras: Extras) -> list[str]:
+    """What of them takes registers beside products that are hidden by spans of places."""
+    free = spec.band.also is not None and not isinstance(spec.band.also, Mask)
+    kinds = {name.removeprefix("query_").removeprefix("key_") for name in given(extras) if name not in LENGTHS}
+    return sorted(kinds | ({"soft_cap"} if spec.soft_cap is not None else set()) | ({"mask_fn"} if free else set()))
+
+
+def are_few(spec: AttentionSpec, extras: Extras) -> bool:
+    """Whether few of a thread's registers are enough for logits."""
+    return not kinds_of_logits(spec, extras)
+
+
+def check_mask(mask_fn: Callable) -> None:
+    """Raises NotImplementedError for a function of positions that is not evaluated on registers."""
+    positions = jax.ShapeDtypeStruct((ROWS, ROWS), jnp.int32)
+    _check_on_registers(jax.make_jaxpr(mask_fn)(positions, positions))
+
+
+def _check_on_registers(closed) -> None:
+    variables = [*closed.jaxpr.invars, *(x for eqn in closed.eqns for x in eqn.outvars)]
+    if any(jnp.ndim(x) for x in closed.consts) or closed.jaxpr.constvars:
+        raise lacks("a mask_fn with arrays of its own, supported: one of positions alone")
+    if odd := sorted({str(x.aval.dtype) for x in variables if x.aval.dtype not in TYPES}):
+        raise lacks(f"a mask_fn with {', '.join(odd)}, supported: int32, uint32 and bool")
+    if odd := sorted({eqn.primitive.name for eqn in closed.eqns} - ON_REGISTERS):
+        raise lacks(f"a mask_fn with {', '.join(odd)}, supported: what is done number by number")
+    for eqn in closed.eqns:
+        if eqn.primitive.name == "broadcast_in_dim" and eqn.invars[0].aval.shape:
+            raise lacks("a mask_fn that broadcasts arrays, supported: numbers")
+        for inner in eqn.params.values():
+            if isinstance(inner, ClosedJaxpr):
+                _check_on_registers(inner)
+
+
+def lacks(what: str) -> NotImplementedError:
+    return NotImplementedError(f"Hopper attention kernel: {what}")
+
+
+def given(extras: Extras) -> tuple[str, ...]:
+    """What a kernel is given of them."""
+    return tuple(name for name, x in extras._asdict().items() if x is not None and name != "sinks")
 
 
 def cleared(x, places: Places, lengths):
@@ -136,104 +291,6 @@ def cleared(x, places: Places, lengths):
         return x
     inside = places.of(jnp.arange(x.shape[2], dtype=jnp.int32)) < lengths[:, None]
     return jnp.where(inside.reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3)), x, jnp.zeros_like(x))
-
-
-class Stream(NamedTuple):
-    """Blocks on their way: of each step one of every array, each in its own ring, of which the steps take slots in turn."""
-
-    arrays: Sequence[Any]
-    rings: Sequence[Any]
-    full: Any  # barriers, one a slot
-    free: Any
-
-    @property
-    def stages(self) -> int:
-        return self.rings[0].shape[0]
-
-    def slot(self, step):
-        return lax.rem(jnp.int32(step), jnp.int32(self.stages))
-
-    def at(self, step):
-        """The blocks of a step, once they are there."""
-        slot = self.slot(step)
-        return [ring.at[slot] for ring in self.rings]
-
-    def wait(self, step) -> None:
-        plgpu.barrier_wait(self.full.at[self.slot(step)])
-
-    def done(self, step) -> None:
-        """Says that this warpgroup needs the blocks no more."""
-        plgpu.barrier_arrive(self.free.at[self.slot(step)])
-
-    def bring(self, step, cut) -> None:
-        pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
-        for array, ring in zip(self.arrays, self.rings):
-            plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
-
-    def wait_until_free(self, step) -> None:
-        plgpu.barrier_wait(self.free.at[self.slot(step)])
-
-
-def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
-    """Brings every stream's blocks `cut(step)`, and returns once all are done with."""
-
-    @pl.loop(0, steps)
-    def _(step):
-        for stream in streams:
-            stream.bring(step, cut(step))
-
-    for stream in streams:
-        pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
-
-
-def launch(body, name: str, rows: int, out, scratch_types, numbers, *arrays):
-    """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
-
-    Kernels see arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
-    """
-    numbers, *arrays = compat.vary_alike((numbers, *arrays))
-    (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
-    near = math.gcd(batch * heads, HEADS)
-    kernel = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
-        scratch_types=scratch_types,
-        grid=(batch * heads // near, rows, near),
-        grid_names=("run", "rows", "head"),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        kernel_name=f"ringmoe_attention_{name}",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    arrays = (padded(x, ALIGNED) for x in arrays)
-    found = kernel(numbers, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
-    return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
-
-
-def anew(group):
-    """A warpgroup's number, of which a step reckons its addresses: else those of all its products would wait in registers, for
-    which there is no room."""
-    return lax.optimization_barrier(group)
-
-
-def padded(x, unit: int):
-    """[B, N, T, ...] with zeros up to a multiple of so many T: a copy, where it isn't one."""
-    more = -x.shape[2] % unit
-    return jnp.pad(x, [(0, more if dim == 2 else 0) for dim in range(x.ndim)]) if more else x
-
-
-def head():
-    """The one that a block of threads works on, of all sequences'."""
-    return lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
-
-
-def shared(dtype):
-    """What makes a buffer of tiles in shared memory, of a shape."""
-    return lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
-
-
-def barriers(number: int, arrivals: int = 1):
-    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
 
 def across(x, shape, dim: int = 0):

@@ -9,7 +9,6 @@ of log 2.
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +19,12 @@ from jax.experimental import pallas as pl
 
 from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
-from ringmoe.masks import Band, Places
+from ringmoe.masks import Band
+from ringmoe.pallas import blocks
+from ringmoe.pallas.blocks import LOG2E, POSITIONS, SEGMENTS
 
 LANES = 128
-LOG2E = math.log2(math.e)
-ROWS = ("query_segments", "query_positions")
-COLUMNS = ("key_segments", "key_positions")
+ROWS, COLUMNS = zip(SEGMENTS, POSITIONS)
 PAIRS = ("bias", "mask")
 
 
@@ -49,61 +48,24 @@ class Tile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class Blocks(blocks.Blocks):
     """Where the numbers of a call are, all static; `scalars` is always the vector or its ref."""
-
-    spec: AttentionSpec
-    num_queries: int
-    num_keys: int
-    block_q: int
-    block_k: int
-    layout: tuple[tuple[str, int, tuple[int, ...]], ...] = ()  # name, place in the vector, shape
 
     @classmethod
     def make(cls, spec, q, k, extras: Extras, at: Offsets, block_q: int, block_k: int):
         """`(blocks, scalars, vectors)` of a call."""
-        numbers = {side: jnp.stack([jnp.asarray(x, jnp.int32) for x in getattr(at, side)]) for side in ("query", "key")}
-        numbers["first"] = jnp.int32(0)  # query block of a backward run
+        numbers = blocks.known(extras, at, block_q, block_k) | {"first": jnp.int32(0)}  # query block of a backward run
         found = {name: x for name, x in extras._asdict().items() if x is not None}
-        for name in ("query_lengths", "key_lengths", "slopes", "seeds"):
-            if name in found:
-                numbers[name] = found[name]
         vectors = {name: found[name][:, None] for name in (*ROWS, *COLUMNS) if name in found}
-        for name, x in vectors.items():
-            numbers[name] = _ranges(x[:, 0], block_q if name in ROWS else block_k)
         vectors |= {name: found[name] for name in PAIRS if name in found}
         if "mask" in vectors:  # of bytes, where there are many
             vectors["mask"] = vectors["mask"].astype(jnp.int8 if min(vectors["mask"].shape[2:]) > 1 else jnp.int32)
-        layout, parts, place = [], [], 0
-        for name, x in numbers.items():
-            layout.append((name, place, x.shape))
-            parts.append(_as_int32(x).reshape(-1))
-            place += x.size
-        blocks = cls(spec, q.shape[2], k.shape[2], block_q, block_k, tuple(layout))
-        return blocks, jnp.concatenate(parts), vectors
+        layout, scalars = blocks.packed(numbers)
+        return cls(spec, q.shape[2], k.shape[2], block_q, block_k, layout), scalars, vectors
 
     def starting(self, scalars, first):
         """The vector for a backward run that begins at query block `first`."""
         return scalars.at[self._at["first"][0]].set(first)
-
-    def side(self, name: str) -> tuple[int, int]:
-        """How long a block of "query" or "key" is, and all of them together."""
-        return (self.block_q, self.num_queries) if name == "query" else (self.block_k, self.num_keys)
-
-    @property
-    def num_q(self) -> int:
-        return -(-self.num_queries // self.block_q)
-
-    @property
-    def num_k(self) -> int:
-        return -(-self.num_keys // self.block_k)
-
-    @functools.cached_property
-    def _at(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        return {name: (place, shape) for name, place, shape in self.layout}
-
-    def has(self, *names: str) -> bool:
-        return any(name in self._at for name in names)
 
     @property
     def ragged(self) -> bool:
@@ -125,23 +87,6 @@ class Blocks:
         few = self.block_q % LANES == 0 and self.block_k in (self.block_q, 2 * self.block_q)
         alone = self.spec.band.window == Band(right=0) and not self.has("query_positions", "key_positions")
         return range(0, self.block_k if few and alone else 0, self.block_q)
-
-    def number(self, scalars, name: str, *index):
-        place, shape = self._at[name]
-        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        return scalars[functools.reduce(operator.add, map(operator.mul, index, strides), place)]
-
-    def places(self, scalars) -> tuple[Places, Places]:
-        """Where queries and keys stand."""
-        pieces = range(self.spec.pieces)
-        starts = (tuple(self.number(scalars, side, n) for n in pieces) for side in ("query", "key"))
-        return Offsets(*starts).places(self.num_queries, self.num_keys)
-
-    def span(self, scalars, side: str, index):
-        """The places of a block of "query" or "key": (start, stop)."""
-        block, _ = self.side(side)
-        start = self.places(scalars)[side == "key"].of(index * block)
-        return start, start + block
 
     def keys_met(self, scalars, b, i):
         """First and last (exclusive) block of keys that query block i of sequence b needs, as far as places tell."""
@@ -201,16 +146,6 @@ class Pair:
         span = functools.partial(self.blocks.span, self.scalars)
         return span("query", self.i), span("key", self.j)
 
-    def _range(self, name: str):
-        index = self.i if name in ROWS else self.j
-        number = functools.partial(self.blocks.number, self.scalars, name, self.b, index)
-        return number(0), number(1)
-
-    def _compared(self):
-        """What the band compares of them."""
-        names = ("query_positions", "key_positions")
-        return [self._range(name) if self.blocks.has(name) else span for name, span in zip(names, self.spans)]
-
     def run(self, block: Callable[..., None]) -> None:
         """Calls `block(masked, first, keys)` of so many keys from `first` on; not at all where no query sees any of them.
 
@@ -232,28 +167,13 @@ class Pair:
         if not blocks.halves:
             pl.when(crossed)(lambda: block(True, 0, size))
             return
-        queries, half = self._compared()[0], size // 2
+        queries, half = blocks.compared(self.scalars, self.b, self.i, self.j)[0], size // 2
         earlier, later = (band.window.meets(*queries, at, at + half) for at in (start, start + half))
         pl.when(crossed & earlier & later)(lambda: block(True, 0, size))
         pl.when(crossed & (earlier ^ later))(lambda: block(True, jnp.where(later, half, 0), half))
 
     def _seen_and_full(self):
-        blocks, (queries, keys), compared = self.blocks, self.spans, self._compared()
-        window, ends = self.spec.band.window, self.spec.band.ends
-        seen = window.meets(*compared[0], *compared[1]) & ends.meets(*queries, *keys)
-        full = window.is_full_block(*compared[0], *compared[1]) & ends.is_full_block(*queries, *keys)
-        for name, (start, stop) in (("query_lengths", queries), ("key_lengths", keys)):
-            if blocks.has(name):
-                length = blocks.number(self.scalars, name, self.b)
-                seen, full = seen & (start < length), full & (stop <= length)
-        if blocks.has("query_segments"):
-            (q_low, q_high), (k_low, k_high) = self._range("query_segments"), self._range("key_segments")
-            seen &= (q_low < k_high) & (k_low < q_high)
-            full &= (q_low == k_low) & (q_high == k_high) & (q_high == q_low + 1)
-        for side, index in (("query", self.i), ("key", self.j)):
-            block, length = blocks.side(side)
-            if length % block:
-                full &= (index + 1) * block <= length
+        seen, full = self.blocks.seen_and_full(self.scalars, self.b, self.i, self.j)
         return seen, full & ("mask" not in self.vectors)
 
     def logits(self, dot, c: Tile, masked: bool):
@@ -364,16 +284,3 @@ def _across(row, width: int):
     """A row [1, n] as [n, width], alike in every lane."""
     tile = jnp.broadcast_to(row, (LANES, row.shape[1])).T
     return jnp.concatenate([tile] * -(-width // LANES), axis=1)[:, :width]
-
-
-def _ranges(x, block: int):
-    """The least of each block of the last dim of [B, T], and one more than the greatest: [B, blocks, 2]."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge").reshape(x.shape[0], -1, block)
-    return jnp.stack([x.min(-1), x.max(-1) + 1], -1)
-
-
-def _as_int32(x):
-    """Its bits, where it is no integer."""
-    if x.dtype == jnp.int32:
-        return x
-    return lax.bitcast_convert_type(x if x.dtype == jnp.uint32 else x.astype(jnp.float32), jnp.int32)

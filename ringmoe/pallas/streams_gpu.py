@@ -1,0 +1,137 @@
+"""How an attention kernel of Hopper GPUs is laid out: a block of threads has one warpgroup that brings blocks by TMA into rings
+in shared memory, and two that multiply."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ringmoe import compat
+from ringmoe.pallas.hopper import swizzled
+
+GROUPS = 2  # warpgroups that multiply
+ROWS = 64  # of the result, a warpgroup's in one product
+TALL = GROUPS * ROWS  # of a block of threads
+HEADS = 16  # whose blocks run at about the same time, so that the L2 cache still has what they share
+SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
+MOST_STAGES = 4
+ALIGNED = 8  # an array's rows, which TMA brings in tiles
+WGMMA = plgpu.Layout.WGMMA
+BRINGING, MULTIPLYING = 40, 232  # registers of a thread
+
+
+class Known(NamedTuple):
+    """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
+    positions [B, T]."""
+
+    numbers: Any
+    vectors: dict[str, Any]
+
+
+class Stream(NamedTuple):
+    """Blocks on their way: of each step one of every array, each in its own ring, of which the steps take slots in turn."""
+
+    arrays: Sequence[Any]
+    rings: Sequence[Any]
+    full: Any  # barriers, one a slot
+    free: Any
+
+    @property
+    def stages(self) -> int:
+        return self.rings[0].shape[0]
+
+    def slot(self, step):
+        return lax.rem(jnp.int32(step), jnp.int32(self.stages))
+
+    def at(self, step):
+        """The blocks of a step, once they are there."""
+        slot = self.slot(step)
+        return [ring.at[slot] for ring in self.rings]
+
+    def wait(self, step) -> None:
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def done(self, step) -> None:
+        """Says that this warpgroup needs the blocks no more."""
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+    def bring(self, step, cut) -> None:
+        pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
+        for array, ring in zip(self.arrays, self.rings):
+            plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
+
+    def wait_until_free(self, step) -> None:
+        plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+
+def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
+    """Brings every stream's blocks `cut(step)`, and returns once all are done with."""
+
+    @pl.loop(0, steps)
+    def _(step):
+        for stream in streams:
+            stream.bring(step, cut(step))
+
+    for stream in streams:
+        pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
+
+
+def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays):
+    """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
+
+    Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
+    """
+    known, *arrays = compat.vary_alike((known, *arrays))
+    names = tuple(known.vectors)
+
+    def run(numbers, *refs):
+        return body(Known(numbers, dict(zip(names, refs))), *refs[len(names) :])
+
+    (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
+    near = math.gcd(batch * heads, HEADS)
+    kernel = plgpu.kernel(
+        run,
+        out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
+        scratch_types=scratch_types,
+        grid=(batch * heads // near, rows, near),
+        grid_names=("run", "rows", "head"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        kernel_name=f"ringmoe_attention_{name}",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    arrays = (padded(x, ALIGNED) for x in arrays)
+    found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
+
+
+def anew(group):
+    """A warpgroup's number, of which a step reckons its addresses: else those of all its products would wait in registers, for
+    which there is no room."""
+    return lax.optimization_barrier(group)
+
+
+def padded(x, unit: int, value: float = 0):
+    """[B, N, T, ...] with values up to a multiple of so many T: a copy, where it isn't one."""
+    more = -x.shape[2] % unit
+    pads = [(0, more if dim == 2 else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, pads, constant_values=value) if more else x
+
+
+def head():
+    """The one that a block of threads works on, of all sequences'."""
+    return lax.axis_index("run") * lax.axis_size("head") + lax.axis_index("head")
+
+
+def shared(dtype):
+    """What makes a buffer of tiles in shared memory, of a shape."""
+    return lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
+
+
+def barriers(number: int, arrivals: int = 1):
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
