@@ -157,11 +157,12 @@ class Pair:
         if band.is_full and not blocks.has(*extras) and not blocks.ragged and "mask" not in self.vectors:
             block(False, 0, size)
             return
+        (first, _), (start, _) = self.spans  # kept: found in a branch they would be that branch's
         seen, full = self._seen_and_full()
         pl.when(full)(lambda: block(False, 0, size))
-        crossed, (start, _) = seen & ~full, self.spans[1]
+        crossed = seen & ~full
         for diagonal in blocks.diagonals:
-            here = self.spans[0][0] == start + diagonal
+            here = first == start + diagonal
             pl.when(crossed & here)(functools.partial(block, True, 0, diagonal + blocks.block_q, diagonal))
             crossed &= ~here
         if not blocks.halves:
