@@ -397,8 +397,8 @@ class Band:
                 return queries * keys
             return queries * min(keys, (1 + -(-(block_q + self.left + self.right) // block_k)) * block_k)
         start = np.arange(0, queries, block_q) + apart
-        first = 0 if self.left is None else (start - self.left) // block_k * block_k
-        last = keys if self.right is None else -(-(start + block_q + self.right) // block_k) * block_k
+        first = 0 * start if self.left is None else (start - self.left) // block_k * block_k
+        last = 0 * start + keys if self.right is None else -(-(start + block_q + self.right) // block_k) * block_k
         return block_q * int(np.maximum(np.clip(last, 0, keys) - np.clip(first, 0, keys), 0).sum())
 
     def meets(self, q_start, q_stop, k_start, k_stop):

@@ -341,3 +341,16 @@ def test_in_the_users_shard_map_that_checks():
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=P(None, "x"), out_specs=P(None, "x"))
     text = jax.jit(gradient(mapped)).lower(*types(NamedSharding(mesh, P(None, "x")), t=8192)).as_text()
     assert all(name in text for name in KERNELS)
+
+
+@pytest.mark.parametrize(("backward", "products"), [(False, 4), (True, 4 + 6 + 8)])
+def test_the_inspector_counts_what_kernels_multiply(backward, products):
+    """Of a Mosaic GPU kernel nothing else tells it: two products forward, three for dQ, four for dK and dV."""
+    on("h200")
+    mesh = ringmoe.target("h200x8").mesh({"x": 8})
+    x = jax.ShapeDtypeStruct((8, 1024, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
+    attend = ringmoe.dot_product_attention
+    fun = (lambda do, *qkv: jax.vjp(attend, *qkv)[1](do)) if backward else lambda _, *qkv: attend(*qkv)
+    report = ringmoe.inspect(ringmoe.jit(fun), x, x, x, x, target="h200x8")
+    assert report.flops == products * 128 * 1024**2 * 2
+    assert "no cost estimate" not in str(report)

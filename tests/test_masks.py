@@ -135,3 +135,13 @@ def test_band_of_the_two_arguments_of_jax_nn(is_causal, window, band, text):
     assert Band.make(is_causal, window) == band
     assert str(band) == text
     assert band.is_full == (text == "full")
+
+
+@pytest.mark.parametrize("apart", [-8, 0, 12])
+@pytest.mark.parametrize("sides", [(None, None), (None, 0), (3, 0), (None, 5), (4, None)], ids=str)
+def test_pairs_are_those_of_the_blocks_with_a_seen_one(sides, apart):
+    left, right = sides
+    query, key = np.arange(16)[:, None] + apart, np.arange(32)
+    seen = (key >= query - (100 if left is None else left)) & (key <= query + (100 if right is None else right))
+    met = seen.reshape(4, 4, 4, 8).any((1, 3))
+    assert Band(left, right).met(16, 32, 4, 8, apart) == 4 * 8 * met.sum()

@@ -8,9 +8,10 @@ from ringmoe.inspector.reader import Instruction, Shape
 
 def cost_estimate(instruction: Instruction) -> dict[str, float] | None:
     """The cost estimate a kernel's author gave (flops, transcendentals, bytes_accessed,
-    remote_bytes_transferred)."""
+    remote_bytes_transferred), in Mosaic GPU, which has no place for it, as metadata."""
     call = instruction.config.get("custom_call_config")
-    cost = call.get("cost_estimate") if isinstance(call, dict) else None
+    told = instruction.kernel_metadata
+    cost = call.get("cost_estimate") if isinstance(call, dict) else told if "flops" in told else None
     if not isinstance(cost, dict):
         return None
     return {key: float(value) for key, value in cost.items() if re.fullmatch(r"-?\d+(\.\d+)?", str(value))}

@@ -139,6 +139,8 @@ def forward(
         q,
         *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
         *before,
+        pairs=blocks.pairs(at),
+        width=h + dim,
     )
     return State(acc, m, l, t)
 

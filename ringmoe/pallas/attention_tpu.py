@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets, widened
 from ringmoe.pallas import backward_tpu
+from ringmoe.pallas.blocks import apart
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
 from ringmoe.pallas.tiles_tpu import (
     Config,
-    apart,
     best,
     dot,
     lacks,
@@ -88,10 +88,10 @@ def forward(
     q, k, v = _multipliable(q), *_multipliable_keys(q, k, v, extras)
     state = varying_like(state, q, k, v)
     config = config or best("forward", spec, q, v)
-    (b, n, t, h), (kv_heads, s) = q.shape, k.shape[1:3]
+    (b, n, _, h), kv_heads = q.shape, k.shape[1]
     blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     block_q, block_k = blocks.block_q, blocks.block_k
-    pairs = spec.band.met(t, s, block_q, block_k, apart(at), spec.pieces)
+    pairs = blocks.pairs(at)
 
     def q_block(b, n, i, j, scalars):
         return b, n, i, 0

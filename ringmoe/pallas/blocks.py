@@ -10,6 +10,7 @@ import math
 import operator
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -72,6 +73,12 @@ class Blocks:
     def _at(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         return {name: (place, shape) for name, place, shape in self.layout}
 
+    def pairs(self, at: Offsets) -> int:
+        """How many are met, as far as is known before the run: `Band.met`."""
+        return self.spec.band.met(
+            self.num_queries, self.num_keys, self.block_q, self.block_k, apart(at), self.spec.pieces
+        )
+
     def has(self, *names: str) -> bool:
         return any(name in self._at for name in names)
 
@@ -119,6 +126,12 @@ class Blocks:
             if length % block:
                 full &= (index + 1) * block <= length
         return seen, full
+
+
+def apart(at: Offsets) -> int | None:
+    """How far the first query is from the first key, None where only the run knows."""
+    unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
+    return None if unknown else int(at.query[0]) - int(at.key[0])
 
 
 def share_segments(queries, keys):

@@ -88,6 +88,8 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
         known,
         *arrays,
         dq,
+        pairs=blocks.pairs(at),
+        width=2 * h + dim,
     )
     return dq
 
@@ -177,6 +179,8 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
         v,
         q,
         *others,
+        pairs=blocks.pairs(at),
+        width=h + dim + sum(widths[name] for name in wanted) if "dk" in wanted else h + dim,
     )
 
 

@@ -8,6 +8,7 @@ last ones it makes those zero, in shared memory, that are others'.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ringmoe.pallas.hopper import swizzled
+from ringmoe.pallas.hopper import costing, swizzled
 
 MULTIPROCESSORS = 132  # of an H100 (SXM) and an H200
 GROUPS = 2  # warpgroups that multiply
@@ -78,7 +79,8 @@ def _matmul(kind, a, b, counts, dtype):
         thread_name="group",
         kernel_name=f"ringmoe_grouped_{kind}",
     )
-    return kernel(*tables, a, b)
+    with costing(2 * a.size * shape[-1], 0, a.nbytes + b.nbytes + math.prod(shape) * jnp.dtype(dtype).itemsize):
+        return kernel(*tables, a, b)
 
 
 def _tables(counts, rows, most):

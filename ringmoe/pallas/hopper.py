@@ -1,8 +1,11 @@
 """What the kernels of Hopper GPUs share: which chips those are, how tiles lie in shared memory, sums in registers."""
 
+import json
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from ringmoe.inspector.chips import chip_of
 
@@ -12,6 +15,12 @@ CHIPS = ("h100", "h200")  # names of inspector/chips.py: wgmma is Hopper's alone
 def is_hopper(device_kind: str) -> bool:
     """Whether what JAX calls so runs these kernels."""
     return chip_of(device_kind) in CHIPS
+
+
+def costing(flops: int, transcendentals: int, moved: int):
+    """In its context a kernel's instruction says what it does, `moved` in bytes, as a TPU's says by its cost estimate."""
+    cost = {"flops": flops, "transcendentals": transcendentals, "bytes_accessed": moved}
+    return set_xla_metadata(kernel_metadata=json.dumps({name: str(number) for name, number in cost.items()}))
 
 
 def swizzled(dtype):

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import compat
-from ringmoe.pallas.hopper import swizzled
+from ringmoe.pallas.hopper import costing, swizzled
 
 GROUPS = 2  # warpgroups that multiply
 ROWS = 64  # of the result, a warpgroup's in one product
@@ -81,10 +81,11 @@ def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays):
+def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays, pairs: int, width: int):
     """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
 
     Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
+    A head's products sum over `width` numbers for each of its `pairs`.
     """
     known, *arrays = compat.vary_alike((known, *arrays))
     names = tuple(known.vectors)
@@ -105,8 +106,10 @@ def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays
         kernel_name=f"ringmoe_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    arrays = (padded(x, ALIGNED) for x in arrays)
-    found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    arrays = [padded(x, ALIGNED) for x in arrays]
+    moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
+    with costing(2 * batch * heads * pairs * width, batch * heads * pairs, moved):
+        found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ringmoe.interface import AttentionSpec, Offsets
+from ringmoe.interface import AttentionSpec
 from ringmoe.pallas.logits_tpu import LANES, Tile
 
 SUBLANES = 16  # of packed bfloat16; float32 needs 8, and takes the same blocks
@@ -151,9 +151,3 @@ def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def nbytes(*arrays: jax.Array) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
-
-
-def apart(at: Offsets) -> int | None:
-    """How far the first query is from the first key, None where only the run knows."""
-    unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
-    return None if unknown else int(at.query[0]) - int(at.key[0])
