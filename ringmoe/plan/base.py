@@ -27,11 +27,9 @@ class Group:
     @classmethod
     def last(cls, axes: Axes, size: int, mesh_shape: Mapping[str, int]) -> "Group":
         """Of so many devices, along as few of the last axes as hold them; `size` divides the number of all."""
-        for first in range(len(axes), -1, -1):
-            total = math.prod(mesh_shape[a] for a in axes[first:])
-            if total % size == 0:
-                return cls(axes[first:], size, total)
-        raise AssertionError((axes, size))
+        totals = [math.prod(mesh_shape[a] for a in axes[first:]) for first in range(len(axes) + 1)]
+        first = max(first for first, total in enumerate(totals) if total % size == 0)
+        return cls(axes[first:], size, totals[first])
 
     @property
     def indices(self) -> list[list[int]] | None:
