@@ -207,7 +207,7 @@ CASES = {
         lambda: attention_over(
             P(None, "a"), query=jnp.zeros((8, 16, 3, 4)), key=jnp.zeros((8, 16, 1, 4)), exchange="all_to_all"
         ),
-        "exchange='all_to_all' was asked for, but 3 query and 1 key heads on a device are not cut evenly by the 8 devices",
+        "exchange='all_to_all' was asked for, but 3 query and 1 key heads .* not cut evenly by any number of the 8 devices",
     ),
     "an all-to-all of queries sharded otherwise": (
         lambda: attention_over(P(None, "a"), P(None, "b"), mesh=(2, 4), exchange="all_to_all"),
@@ -302,6 +302,10 @@ CASES = {
     "a window of a cache that is negative": (
         lambda: ringmoe.decode_attention(Q, KV, KV, jnp.zeros(B, jnp.int32), local_window_size=-1),
         "local_window_size=-1, expected how many tokens before it",
+    ),
+    "a ring of a cache inside a shard_map": (
+        lambda: ringmoe.decode_attention(Q, KV, KV, jnp.zeros(B, jnp.int32), axis_name="a", exchange="ring"),
+        "exchange='ring' with axis_name='a', expected 'merge' or 'all_gather': devices have queries whole there",
     ),
     "a cache without a batch": (
         lambda: ringmoe.update_cache(KV[0], KV[0], jnp.zeros((), jnp.int32)),
