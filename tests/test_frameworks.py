@@ -211,7 +211,8 @@ def test_explain_sees_the_arrays_that_a_jitted_equinox_model_holds():
         causal: bool
 
         def __call__(self, query):
-            return ringmoe.dot_product_attention(query, self.key, self.key, is_causal=self.causal)
+            keys = self.key, self.key
+            return ringmoe.dot_product_attention(query, *keys, is_causal=self.causal, exchange="ring")
 
     placed = jax.device_put(np.zeros((1, 16, 2, 4), np.float32), NamedSharding(mesh, P(None, "seq")))
     assert told(ringmoe.explain(Keys(placed, True), np.zeros((1, 16, 2, 4), np.float32))) == [

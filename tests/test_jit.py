@@ -328,7 +328,7 @@ def test_explain_tells_the_door_and_the_exchange(types, jit, door, exchange):
 
 def test_explain_inside_a_users_shard_map():
     mesh = make_mesh((8,), AxisType.Auto)
-    local = lambda q: attend(q, q, q, axis_name="a")
+    local = lambda q: attend(q, q, q, axis_name="a", exchange="ring")
     fun = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a")))
     (row,) = ringmoe.explain(fun, arrays()[0]).rows
     assert (row.door, row.exchange, row.axes) == ("manual", "ring", ("a",))
