@@ -20,18 +20,9 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from ringmoe.needle import command, costs, data, machines, model, prices
+from tests.test_needle import TINY as SMALL
 
-TINY = model.Config(
-    num_local=1,
-    num_global=1,
-    model_dim=16,
-    num_heads=4,
-    local_head_dim=8,
-    global_head_dim=8,
-    window=7,
-    expert_hidden_dim=8,
-    router=ringmoe.RouterConfig(num_experts=4, noise="learned"),
-)
+TINY = dataclasses.replace(SMALL, num_heads=4, window=7)
 LENGTH = 512
 
 

@@ -146,14 +146,14 @@ class _Call:
             unable["ring"] = f"{where}: shard queries and keys over the same axes"
         able["all_gather"] = "asked for" if "ring" in able else where
         heads, key_heads = self._heads()
-        moved = f"{heads} query and {key_heads} key heads on a device"
+        moved, head_parts = f"{heads} query and {key_heads} key heads on a device", self._head_parts()
         if "ring" not in able:
             unable["all_to_all"] = unable["ring"]
         elif self.rows_stay:
             unable["all_to_all"] = (
                 "a bias or a mask of queries by keys would have to follow its rows: use another exchange"
             )
-        elif not self._head_parts():
+        elif not head_parts:
             unable["all_to_all"] = (
                 f"{moved} are not cut evenly by any number of the {self.devices(keys)} devices on {keys}: use another exchange"
             )
@@ -170,8 +170,8 @@ class _Call:
             able["merge"] = "every device takes its own keys' share of all queries, and the shares are merged"
         ways = [(kind, why, 1) for kind, why in able.items()]
         if "all_to_all" not in unable:
-            why = f"{moved}, cut over {{}} devices on {keys} instead of their tokens"
-            ways += [("all_to_all", why.format(parts), parts) for parts in self._head_parts()]
+            told = lambda parts: f"{moved}, cut over {parts} devices on {keys} instead of their tokens"
+            ways += [("all_to_all", told(parts), parts) for parts in head_parts]
         return ways, unable
 
     def _heads(self) -> tuple[int, int]:
@@ -183,11 +183,9 @@ class _Call:
     def _head_parts(self) -> list[int]:
         """Over how many devices heads can be split, most first: each gets whole groups of heads, or some heads of one group and
         a copy of its key head. Over the others the ring goes round."""
-        heads, key_heads = self._heads()
-        fits = lambda parts: heads % parts == 0 and (key_heads % parts == 0 or parts % key_heads == 0)
-        return [
-            n for n in range(self.devices(self.key_axes), 1, -1) if self.devices(self.key_axes) % n == 0 and fits(n)
-        ]
+        (heads, key_heads), devices = self._heads(), self.devices(self.key_axes)
+        cut = lambda n: devices % n == heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)
+        return [n for n in range(devices, 1, -1) if cut(n)]
 
     def _joint_axes(self) -> Axes | None:
         """The axes of both queries and keys, where they are the queries' last; None where they are not."""
