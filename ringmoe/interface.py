@@ -60,6 +60,9 @@ class Offsets(NamedTuple):
 
     query: tuple[jax.Array | np.integer | int, ...]
     key: tuple[jax.Array | np.integer | int, ...]
+    # Of all devices that see any of these keys the first query's position less the first key's, where that is known before the
+    # run: it tells what a call costs, and nothing else.
+    apart: int | None = None
 
     def places(self, num_queries: int, num_keys: int) -> tuple[Places, Places]:
         """Where so many queries and keys stand."""

@@ -395,7 +395,8 @@ class Band:
         if apart is None:
             if self.left is None or self.right is None:
                 return queries * keys
-            return queries * min(keys, (1 + -(-(block_q + self.left + self.right) // block_k)) * block_k)
+            of_block = lambda block, other: (1 + -(-(block + self.left + self.right) // other)) * other
+            return min(queries * min(keys, of_block(block_q, block_k)), keys * min(queries, of_block(block_k, block_q)))
         start = np.arange(0, queries, block_q) + apart
         first = 0 * start if self.left is None else (start - self.left) // block_k * block_k
         last = 0 * start + keys if self.right is None else -(-(start + block_q + self.right) // block_k) * block_k

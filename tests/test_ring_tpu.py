@@ -28,9 +28,9 @@ from tests.helpers import collectives, make_mesh
 pytestmark = pytest.mark.oldest
 
 
-def hop(names, trees):
+def hop(names, trees, distance=1):
     """Of blocks in the interpreter."""
-    mesh, steps = jax.sharding.get_abstract_mesh(), ring_tpu.steps_of(trees)
+    mesh, steps = jax.sharding.get_abstract_mesh(), ring_tpu.steps_of(trees, distance)
     arrays, tree = jax.tree.flatten(list(trees))
     start_kernel = functools.partial(ring_tpu._start_kernel, steps=steps, names=mesh.axis_names)
     axes, kind = tuple((name, mesh.shape[name]) for name in names), ring_tpu.KINDS[tuple(sorted(set(steps)))]
@@ -38,9 +38,12 @@ def hop(names, trees):
 
 
 INTERPRETED = Travel(
-    lambda ring, trees, others: (trees, trees, others),
+    lambda ring, trees, others, distance=1: ((trees, distance), trees, others),
     lambda under_way, others: (under_way, others),
-    lambda ring, trees, after: (hop(ring.axes, trees) if jax.tree.leaves(trees) else trees, after),
+    lambda ring, under_way, after: (
+        hop(ring.axes, *under_way) if jax.tree.leaves(under_way[0]) else under_way[0],
+        after,
+    ),
 )
 
 

@@ -27,6 +27,7 @@ from ringmoe.pallas.tiles_tpu import (
     dot,
     lacks,
     nbytes,
+    row_bytes,
     shape_of,
     varying_like,
     walk,
@@ -91,7 +92,7 @@ def forward(
     (b, n, _, h), kv_heads = q.shape, k.shape[1]
     blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     block_q, block_k = blocks.block_q, blocks.block_k
-    pairs = blocks.pairs(at)
+    pairs = b * n * blocks.pairs(at)
 
     def q_block(b, n, i, j, scalars):
         return b, n, i, 0
@@ -126,9 +127,9 @@ def forward(
         input_output_aliases={4 + len(vectors) + n: n for n in range(3)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * b * n * pairs * (h + v.shape[3]),
-            transcendentals=b * n * pairs,
-            bytes_accessed=nbytes(q, *state, *state) + n // kv_heads * blocks.num_q * nbytes(k, v),
+            flops=2 * pairs * (h + v.shape[3]),
+            transcendentals=pairs,
+            bytes_accessed=nbytes(q, *state, *state) + pairs // block_q * row_bytes(k, v),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_forward",

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe import dropout, softmax
 from ringmoe.interface import Grads
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
-from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, shape_of, walk, within
+from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, row_bytes, shape_of, walk, within
 
 
 def of_operands(call, config: Config, grads: Grads, arrays, apart: int | None) -> Grads:
@@ -89,7 +89,8 @@ def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, gra
             flops=pairs * (6 * h + 4 * v.shape[3]),
             transcendentals=pairs,
             bytes_accessed=nbytes(k, v, dk, dk, dv, dv)
-            + (num_k * nbytes(q, do) + 2 * nbytes(dq)) * run // (group * num_q),
+            + pairs // block_k * row_bytes(q, do)
+            + 2 * nbytes(dq) * run // (group * num_q),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_backward",

@@ -91,8 +91,8 @@ class Blocks:
     def places(self, scalars) -> tuple[Places, Places]:
         """Where queries and keys stand."""
         pieces = range(self.spec.pieces)
-        starts = (tuple(self.number(scalars, side, n) for n in pieces) for side in ("query", "key"))
-        return Offsets(*starts).places(self.num_queries, self.num_keys)
+        query, key = (tuple(self.number(scalars, side, n) for n in pieces) for side in ("query", "key"))
+        return Offsets(query, key).places(self.num_queries, self.num_keys)
 
     def span(self, scalars, side: str, index):
         """The places of a block of "query" or "key": (start, stop)."""
@@ -130,7 +130,9 @@ class Blocks:
 
 def apart(at: Offsets) -> int | None:
     """How far the first query is from the first key, None where only the run knows."""
-    unknown = any(isinstance(x, jax.core.Tracer) for side in at for x in side)
+    if at.apart is not None:
+        return at.apart
+    unknown = any(isinstance(x, jax.core.Tracer) for side in at[:2] for x in side)
     return None if unknown else int(at.query[0]) - int(at.key[0])
 
 

@@ -17,19 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe.pallas import remote_tpu
 from ringmoe.pallas.remote_tpu import Axes
 
-STEPS = 1, -1  # places on that the first and the second tree go
+STEPS = 1, -1  # places on that the first and the second tree go, or back
 KINDS = {(1,): 1, (-1,): 2, (-1, 1): 3}  # of exchange, by where its arrays go: see `remote_tpu.barrier`
 
 
-def start(names: tuple[str, ...], trees: Sequence, others):
-    """(what is under way, the trees, `others` held back until it is): each tree goes to a neighbour along the axes `names`.
+def start(names: tuple[str, ...], trees: Sequence, others, distance: int = 1):
+    """(what is under way, the trees, `others` held back until it is): each tree goes to a neighbour along the axes `names`: so
+    many of STEPS on, 1 or -1.
 
     The trees that it gives are those to work on meanwhile: the memory of those that it took is theirs.
     """
     arrays, tree = jax.tree.flatten(list(trees))
     if not arrays:
         return (tree, None), trees, others
-    mesh, steps = jax.sharding.get_abstract_mesh(), steps_of(trees)
+    mesh, steps = jax.sharding.get_abstract_mesh(), steps_of(trees, distance)
     axes, ways = tuple((name, mesh.shape[name]) for name in names), tuple(sorted(set(steps)))
     flying, others = remote_tpu.start(
         functools.partial(_start_kernel, steps=steps, names=mesh.axis_names),
@@ -54,9 +55,9 @@ def finish(under_way, after):
     return tree.unflatten(arrays), after
 
 
-def steps_of(trees: Sequence) -> tuple[int, ...]:
+def steps_of(trees: Sequence, distance: int = 1) -> tuple[int, ...]:
     """Places on that each array goes."""
-    return tuple(step for step, one in zip(STEPS, trees) for _ in jax.tree.leaves(one))
+    return tuple(step * distance for step, one in zip(STEPS, trees) for _ in jax.tree.leaves(one))
 
 
 def _start_kernel(*refs, steps: tuple[int, ...], names: tuple[str, ...]):

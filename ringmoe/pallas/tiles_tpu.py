@@ -151,3 +151,8 @@ def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def nbytes(*arrays: jax.Array) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
+def row_bytes(*arrays: jax.Array) -> int:
+    """Of one token and head."""
+    return sum(x.shape[-1] * x.dtype.itemsize for x in arrays)

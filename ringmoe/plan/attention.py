@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ringmoe.errors import check
 from ringmoe.masks import Band
@@ -32,6 +33,9 @@ class AttentionPlan:
     hops: int  # key blocks that a device meets, its own included
     ways: int  # that blocks travel round the ring
     parts: int  # of a block, each of which goes its own way; 1 where the whole block goes one way, or both
+    own_parts: (
+        int  # of its own block, that a device works on one by one: backward the second while what is owed goes home
+    )
     pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
     rows: Ring  # whose places are the blocks of queries, during the work
@@ -208,13 +212,13 @@ class _Call:
             keys=sizes["s"] if padded["s"] > sizes["s"] else None,
         )
         ring = Ring.make(keys, length, head_parts) if walks or kind == "merge" else Ring()
-        hops, ways, parts, pieces = self._walk(ring.size, padded["t"], padded["s"]) if walks else (1, 1, 1, 1)
+        walk = self._walk(ring.size, padded["t"], padded["s"]) if walks else _Walk()
         axes = lambda dims: tuple(a for dim in dims for f in dim for a in split.get(f, ()))
         query, key = axes(rule.operands[0]), axes(rule.operands[1])
         own = () if kind == "all_gather" else keys
         shared = {a for a in key if a not in keys} | set(own)
         summed = (*query, *(a for a in keys if kind == "merge" and a not in query))
-        how = dict(joint_parts=self.devices(joint_axes), hops=hops, ways=ways, parts=parts, pieces=pieces)
+        how = walk._asdict() | {"joint_parts": self.devices(joint_axes)}
         load = self._load(kind, rule, split, head_parts=head_parts, abreast=ring.abreast, **how)
         return AttentionPlan(
             factors=freeze(split),
@@ -233,7 +237,7 @@ class _Call:
             if self.bias is None
             else tuple(a for a in summed if a not in axes(rule.operands[self.bias])),
             reason=why
-            + "; two chunks a device, from both ends: each has as much to do" * (pieces - 1)
+            + "; two chunks a device, from both ends: each has as much to do" * (walk.pieces - 1)
             + "; by remote DMA, which work can hide here, unlike XLA's permutes" * load.remote,
             wire_bytes=load.sent(),
             remote=load.remote,
@@ -262,8 +266,8 @@ class _Call:
             **how,
         )
 
-    def _walk(self, size: int, queries: int, keys: int) -> tuple[int, int, int, int]:
-        """(hops, ways, parts, pieces) of a ring of so many devices, which have so many tokens together.
+    def _walk(self, size: int, queries: int, keys: int) -> "_Walk":
+        """That of a ring of so many devices, which have so many tokens together.
 
         Two parts and two pieces only where all blocks are met: what a window cuts short comes whole, from one side or from
         both. Two parts where a device has a link to either neighbour, of whom there are two: to a GPU's switch all links
@@ -272,14 +276,25 @@ class _Call:
         """
         band, block = self.band if self.in_order else Band(), keys // size
         hops, ways = _hops(band, size, queries // size, block)
+        least, owes = TILE if self.in_tiles else LEAST, self.owed_itemsize > 0
         if size == 1 or hops < size:
-            return hops, ways, 1, 1
-        least = TILE if self.in_tiles else LEAST
+            return _Walk(hops, ways, 1, 2 if owes and hops > 1 and block % (2 * least) == 0 else 1)
         causal = band.right == 0 and band.left is None and queries == keys
         pieces = 2 if causal and not self.rows_stay and block % (2 * least) == 0 else 1
         switched = cost.family(self.device_kind) == "gpu"
-        ways = 2 if not switched and size > 2 and block % (2 * pieces * least) == 0 else 1
-        return hops, ways, ways, pieces
+        halves = 2 if block % (2 * pieces * least) == 0 else 1
+        ways = 1 if switched or size == 2 else halves
+        return _Walk(hops, ways, ways, halves if owes else ways, pieces)
+
+
+class _Walk(NamedTuple):
+    """Of a ring; see `AttentionPlan`."""
+
+    hops: int = 1
+    ways: int = 1
+    parts: int = 1
+    own_parts: int = 1
+    pieces: int = 1
 
 
 def _hops(band: Band, size: int, queries: int, keys: int) -> tuple[int, int]:

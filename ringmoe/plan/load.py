@@ -4,7 +4,7 @@
                        + EDGE C / memory's rate + LAUNCH
     a hop            = max(its calls, LATE (the next block's way here));  their sum where permutes are not asynchronous, or
                        share links
-    all              = hops, the last without a way, and what moves before and after them, each by itself
+    all              = hops, and what moves before and after them, each by itself
 
 for B bytes that the call's tiles fetch and C of its state, F = 4 H FLOPs a pair forward and 10 H backward. The kernels'
 constants are fitted to the inspector's times of them, see bench/README.md.
@@ -51,6 +51,7 @@ class Load:
     hops: int
     ways: int
     parts: int
+    own_parts: int
     pieces: int
 
     @property
@@ -89,11 +90,12 @@ class Load:
 
     def sent(self) -> int:
         """Bytes, of what has heads and a head dim."""
-        sends, returns = (self.hops - 1, self.hops) if self.walks and self.size > self.head_parts else (0, 0)
-        sends, returns = (self.ways // self.parts * times for times in (sends, returns))
+        sends, returned = 0, 0
+        if self.walks and self.size > self.head_parts:
+            sends, returned = self.hops - 1, (self.hops - 1) * self.owed_itemsize * (self.hops > 2) + self._home
         if self.kind == "all_gather":
-            sends = returns = self.size - 1
-        sent = 2 * self.key * (sends * self.itemsize + returns * self.owed_itemsize)
+            sends, returned = self.size - 1, (self.size - 1) * self.owed_itemsize
+        sent = 2 * self.key * self.ways // self.parts * (sends * self.itemsize + returned)
         queries, keys = self.moved
         sent += (queries * self.query + keys * self.key) // 2 * (self.pieces - 1) * self.itemsize
         if self.head_parts > 1:
@@ -104,6 +106,12 @@ class Load:
             sent += self.query * (self.joint_parts - 1) * (self.itemsize * (1 + self.backward) + acc)
             sent += 2 * self.query * self.joint_parts * acc * (rest - 1) // rest
         return sent
+
+    @property
+    def _home(self) -> int:
+        """Bytes of an element of dK that a ring sends home: of two hops rounded, by the only one who owes any."""
+        rounded = self.backward and self.hops == 2
+        return min(self.owed_itemsize, max(2, self.itemsize)) if rounded else self.owed_itemsize
 
     @property
     def _returned(self) -> int:
@@ -163,15 +171,20 @@ class Load:
         calls, machine = self._calls(), self.machine
         if self.hops == 1:
             return calls
-        block = 2 * self.key / self.parts
-        far = machine.apart(self.size, self.abreast)
-        way = machine.alone(block * self.itemsize / machine.link * far, far)
-        owed = machine.alone(block * self.owed_itemsize / machine.link * far, far) if self.backward else 0.0
+        far, block = machine.apart(self.size, self.abreast), 2 * self.key / self.parts
+        way, owed, home = (
+            machine.alone(block * size / machine.link * far, far) if size else 0.0
+            for size in (self.itemsize, self.owed_itemsize, self._home)
+        )
         late = LATE if self.ways > 1 else 1.0
         # A permute whose links others share takes longer than XLA's scheduler believes, and starts too late to be hidden.
         under_way = self.remote or (not machine.is_limited(self.mesh_size) and far == 1)
-        hop = lambda wire: max(calls, wire * late) if under_way else calls + wire
-        return hop(way) + (self.hops - 2) * hop(way + owed) + calls + 2 * owed
+        hop = lambda wire, work: max(work, wire * late) if under_way else work + wire
+        if not self.backward:
+            return (self.hops - 1) * hop(way, calls) + calls
+        own = calls / self.own_parts  # before the loop; the rest of it after, while the last of what is owed goes home
+        last = hop(owed, calls) if self.hops > 2 else calls
+        return hop(way, own) + (self.hops - 2) * hop(way + owed, calls) + last + hop(home, calls - own)
 
     def _swapped(self) -> float:
         """To balanced places and back."""

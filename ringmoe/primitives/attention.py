@@ -152,7 +152,7 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         (math.prod(x.shape[:-3]), heads // plan.heads.size, length * plan.heads.size, x.shape[-1]), x.dtype
     )
     q = head_major(query, query.shape[-2], query.shape[-3] * plan.joint_parts)
-    met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // plan.parts
+    met = key.shape[-3] * (plan.size if plan.exchange == "all_gather" else 1) // max(plan.parts, plan.own_parts)
     k, v = (head_major(x, max(x.shape[-2], plan.heads.size), met) for x in (key, value))
 
     def accepts(kernel: ModuleType):
@@ -170,7 +170,7 @@ def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
     if platform != "tpu" or not plan.remote or params.get("uniform"):
         return BY_XLA
     return Travel(
-        lambda ring, trees, others: ring_tpu.start(ring.axes, trees, others),
+        lambda ring, trees, others, distance=1: ring_tpu.start(ring.axes, trees, others, distance),
         lambda under_way, others: (under_way, others),
         lambda ring, under_way, after: ring_tpu.finish(under_way, after),
     )

@@ -5,8 +5,10 @@ Arrays are local and in the public layouts: query [*batch, t, N, H], key and val
 plan has them worked on, and results back: kernels are told where pieces stand, and know no more.
 """
 
+import dataclasses
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule import balance, heads, merge
-from ringmoe.schedule.ring import BY_XLA, Travel, place, walk
+from ringmoe.schedule.ring import BY_XLA, Part, Travel, place, walk
 from ringmoe.schedule.sums import sum_over
 
 
@@ -35,14 +37,14 @@ def forward(
     q, k, v = moves.queries(_head_major(query)), *map(moves.keys, map(_head_major, (key, value)))
     blocks = _Blocks(plan, query, key, q, k, extras)
 
-    def step(state, part, owner, n):
-        k, v, scales = part
-        first = blocks.first_keys(owner, n)
-        here = blocks.extras(first)._replace(**scales)
-        return kernel.forward(spec, state, q, k, v, here, blocks.offsets(first)), ()
+    def step(state, part, owner, back):
+        k, v, scales = part.arrays
+        keys = blocks.keys_of(owner, part)
+        here = blocks.extras(keys)._replace(**scales)
+        return kernel.forward(spec, state, q, k, v, here, blocks.offsets(keys, part, back)), ()
 
-    parts = blocks.cut(blocks.gather((k, v, moves.scales(extras))))
-    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, travel=travel)
+    parts = blocks.travelling(blocks.gather((k, v, moves.scales(extras))))
+    state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, blocks.own, travel=travel)
     output, lse, tail = kernel.finish(spec, state)
     if plan.exchange == "merge":
         output, lse, tail = merge.shares(plan.axes, plan.joint_axes, output, lse, tail)
@@ -79,20 +81,23 @@ def backward(
     lse_, delta_ = (moves.queries(x.reshape(-1, *x.shape[-2:]).swapaxes(1, 2)) for x in (lse, delta))
     blocks = _Blocks(plan, query, key, q, k, extras)
     acc = lambda x: jnp.zeros_like(x, jnp.promote_types(query.dtype, jnp.float32))
-    parts = blocks.cut(blocks.gather((k, v, moves.scales(extras))))
+    parts = blocks.travelling(blocks.gather((k, v, moves.scales(extras))))
 
-    def step(state, part, owner, n):
+    def step(state, part, owner, back):
         dq, dbias = state
-        k, v, scales = part
-        first = blocks.first_keys(owner, n)
-        here = blocks.extras(first)._replace(**scales)
+        k, v, scales = part.arrays
+        keys = blocks.keys_of(owner, part)
+        here = blocks.extras(keys)._replace(**scales)
         zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
-        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(first))
-        return (grads.dq, blocks.add_columns(dbias, grads.dbias, first)), (grads.dk, grads.dv)
+        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(keys, part, back))
+        # Of two hops a neighbour's share is all that goes home, and rounded once, as the sum of both is there.
+        sent = query.dtype if plan.hops == 2 and back else grads.dk.dtype
+        share = dataclasses.replace(part, arrays=(grads.dk.astype(sent), grads.dv.astype(sent)))
+        return (grads.dq, blocks.add_columns(dbias, grads.dbias, keys)), share
 
     dbias = acc(blocks.whole.bias) if spec.bias_gradient else None
-    owed = [jax.tree.map(acc, part[:2]) for part in parts]
-    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, owed, travel)
+    owed = [dataclasses.replace(part, arrays=jax.tree.map(acc, part.arrays[:2])) for part in parts]
+    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, blocks.own, owed, travel)
     dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     like = (query, key, value)
@@ -144,6 +149,13 @@ class _Moves:
         return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
 
 
+class _Keys(NamedTuple):
+    """So many consecutive ones from each of these places on."""
+
+    first: tuple
+    piece: int
+
+
 class _Blocks:
     """Where the local queries and each block of keys stand in the sequence, and the extras that belong to them."""
 
@@ -152,7 +164,6 @@ class _Blocks:
         self.gathered = plan.exchange == "all_gather"
         self.columns = key.shape[-3] * plan.size  # of all devices together
         self.keys = k.shape[2] * (plan.size if self.gathered else 1)  # of one block
-        self.piece = self.keys // plan.parts // plan.pieces  # consecutive keys of a part
         self.first_queries = self._starts(place(plan.rows), q.shape[2])
         self.batch = query.shape[:-3]
         here = extras._replace(**dict.fromkeys((*PER_HEAD, *WITH_KEYS)))
@@ -174,35 +185,51 @@ class _Blocks:
         """Where the pieces of a device's block begin."""
         return balance.starts(self.plan.ring, device, length) if self.plan.pieces > 1 else (device * length,)
 
-    def first_keys(self, owner, n: int) -> tuple:
-        """Where the pieces of what goes the nth way of `owner`'s block begin."""
-        part = n if self.plan.parts > 1 else 0
-        return tuple(start + part * self.piece for start in self._starts(owner, self.keys))
+    def keys_of(self, owner, part: Part) -> "_Keys":
+        """Where the keys of a part of `owner`'s block stand."""
+        piece = self.keys // part.of // self.plan.pieces
+        return _Keys(tuple(start + part.n * piece for start in self._starts(owner, self.keys)), piece)
 
-    def offsets(self, first: tuple) -> Offsets:
-        return Offsets(self.first_queries, first)
+    def offsets(self, keys: "_Keys", part: Part, back: int | None) -> Offsets:
+        """Of the queries, and of a part of the block that is so many places back."""
+        known = back is not None and self.plan.rows == self.plan.ring and self.plan.pieces == 1
+        return Offsets(self.first_queries, keys.first, back * self.keys - part.n * keys.piece if known else None)
 
-    def cut(self, kv) -> list:
-        """What travels of one block in opposite directions: the whole, or parts that have their share of every piece."""
-        if self.plan.parts == 1:
-            return [kv] * self.plan.ways
-        shape = self.plan.pieces, self.plan.parts, self.piece
+    def travelling(self, kv) -> list[Part]:
+        """What goes each way of one block: the whole, or parts of it."""
+        plan = self.plan
+        return self._cut(kv, plan.parts) if plan.parts > 1 else [Part(kv)] * plan.ways
+
+    def own(self, parts: list[Part]) -> list[Part]:
+        """Those of what travels that the device itself works on, one by one: the later one first, of which a causal mask leaves
+        less, for what is owed is sent as float32 and takes longer than the keys and values before."""
+        plan = self.plan
+        if plan.parts == plan.own_parts:
+            return parts[: plan.parts]
+        return self._cut(parts[0].arrays, plan.own_parts)[::-1]
+
+    def _cut(self, kv, of: int) -> list[Part]:
+        """Parts that have their share of every piece of a block."""
 
         def part(x, n):
-            return x.reshape(*x.shape[:2], *shape, *x.shape[3:])[:, :, :, n].reshape(*x.shape[:2], -1, *x.shape[3:])
+            cut = x.reshape(*x.shape[:2], self.plan.pieces, of, -1, *x.shape[3:])
+            return cut[:, :, :, n].reshape(*x.shape[:2], -1, *x.shape[3:])
 
-        return [jax.tree.map(lambda x, n=n: part(x, n), kv) for n in range(self.plan.parts)]
+        return [Part(jax.tree.map(lambda x, n=n: part(x, n), kv), n, of) for n in range(of)]
 
-    def join(self, parts: list):
-        """The transpose of `cut`."""
-        if self.plan.parts == 1:
-            return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+    def join(self, parts: list[Part]):
+        """The sum of all, each at its own place in the block."""
+
+        cut = max(part.of for part in parts)
 
         def one(*xs):
-            cut = [x.reshape(*x.shape[:2], self.plan.pieces, 1, self.piece, x.shape[-1]) for x in xs]
-            return jnp.concatenate(cut, axis=3).reshape(*xs[0].shape[:2], -1, xs[0].shape[-1])
+            at = lambda of, n: [x for part, x in zip(parts, xs) if (part.of, part.n) == (of, n)]
+            shape = *xs[0].shape[:2], self.plan.pieces, -1, xs[0].shape[-1]
+            pieces = [functools.reduce(jnp.add, at(cut, n)).reshape(shape) for n in range(cut)]
+            joined = jnp.concatenate(pieces, axis=3).reshape(*shape[:2], -1, shape[-1])
+            return functools.reduce(jnp.add, at(1, 0), joined) if cut > 1 else joined
 
-        return jax.tree.map(one, *parts)
+        return jax.tree.map(one, *(part.arrays for part in parts))
 
     def gather(self, kv):
         """K and V whole along the keys where the plan gathers them; as they are where they travel."""
@@ -225,9 +252,9 @@ class _Blocks:
             dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
         return sum_over(dkv, sum_axes)
 
-    def extras(self, first: tuple) -> Extras:
-        """The extras cut to the columns of the keys that begin at `first`."""
-        return _along_keys(functools.partial(self._columns, first), self.whole)
+    def extras(self, keys: "_Keys") -> Extras:
+        """The extras cut to the columns of `keys`."""
+        return _along_keys(functools.partial(self._columns, keys), self.whole)
 
     def _padded(self, x):
         """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
@@ -235,18 +262,18 @@ class _Blocks:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.columns - x.shape[-1])])
 
-    def _columns(self, first, x):
-        if x.shape[-1] == 1 or (len(first) == 1 and x.shape[-1] == self.piece):
+    def _columns(self, keys: "_Keys", x):
+        if x.shape[-1] == 1 or (len(keys.first) == 1 and x.shape[-1] == keys.piece):
             return x
-        cut = [jax.lax.dynamic_slice_in_dim(x, start, self.piece, axis=-1) for start in first]
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, keys.piece, axis=-1) for start in keys.first]
         return jnp.concatenate(cut, axis=-1)
 
-    def add_columns(self, total, part, first):
-        """`total` plus `part` at the columns of the keys that begin at `first`: the transpose of cutting them."""
+    def add_columns(self, total, part, keys: "_Keys"):
+        """`total` plus `part` at the columns of `keys`: the transpose of cutting them."""
         if total is None or total.shape == part.shape:
             return None if total is None else total + part
-        for start, x in zip(first, jnp.split(part, len(first), -1)):
-            here = jax.lax.dynamic_slice_in_dim(total, start, self.piece, axis=-1)
+        for start, x in zip(keys.first, jnp.split(part, len(keys.first), -1)):
+            here = jax.lax.dynamic_slice_in_dim(total, start, keys.piece, axis=-1)
             total = jax.lax.dynamic_update_slice_in_dim(total, here + x, start, axis=-1)
         return total
 

@@ -5,9 +5,12 @@ Where a block is cut in two, its second part goes the other way round: the one o
 i - 1, so that both links of a device carry, and a hop takes half the time. Where only neighbours on both sides are met, the
 whole block goes both ways.
 What a device owes the owner of a block (its gradients) travels one hop behind the block, so that its transfer too goes on
-during the work: what arrived is added to this device's share and sent on at the start of the next hop.
+during the work: what arrived is added to this device's share and sent on at the start of the next hop. What a device owes
+itself stays. After the last hop all goes home, behind a part of the device's own block that hop 0 left undone.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +47,8 @@ def send(ring: Ring, tree, distance: int = 1):
 class Travel(NamedTuple):
     """How a hop's blocks, and what is owed, travel: lists of pytrees, one for each of WAYS.
 
-    start(ring, trees, others) -> (what is under way, trees, others): `others` is there only once all are on their way, and the
-    trees are those to work on meanwhile.
+    start(ring, trees, others, distance) -> (what is under way, trees, others): the trees go `distance` places on, 1 where it is
+    left out, each its way; `others` is there only once all are on their way, and the trees are those to work on meanwhile.
     beside(under way, others) -> (under way, others), between two kernels of one hop.
     finish(ring, under way, after) -> (trees, after): waited for only once `after` is there.
     """
@@ -55,9 +58,9 @@ class Travel(NamedTuple):
     finish: Callable
 
 
-def _start(ring: Ring, trees, others):
+def _start(ring: Ring, trees, others, distance: int = 1):
     """Sends start before the work and nothing but the work follows them: XLA's schedulers hide them behind it."""
-    return [send(ring, tree, way) for way, tree in zip(WAYS, trees)], trees, others
+    return [send(ring, tree, way * distance) for way, tree in zip(WAYS, trees)], trees, others
 
 
 def _beside(under_way, others):
@@ -69,6 +72,16 @@ def _beside(under_way, others):
 BY_XLA = Travel(_start, _beside, lambda ring, under_way, after: (under_way, after))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("n", "of"))
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The nth of so many equal parts of a block; or what is owed its owner."""
+
+    arrays: Any
+    n: int = 0
+    of: int = 1
+
+
 class _Train(NamedTuple):
     """What goes one way: the part of a block that is here, what is owed its owner, and this device's last share of that."""
 
@@ -76,67 +89,101 @@ class _Train(NamedTuple):
     owed: Any
     share: Any
 
+    @property
+    def total(self):
+        return jax.tree.map(jnp.add, self.owed, self.share) if jax.tree.leaves(self.owed) else self.share
+
 
 def walk(
-    step: Callable, ring: Ring, hops: int, state, parts: Sequence, owed: Sequence = ((), ()), travel: Travel = BY_XLA
+    step: Callable,
+    ring: Ring,
+    hops: int,
+    state,
+    parts: Sequence[Part],
+    own: Callable[[list[Part]], list[Part]],
+    owed: Sequence = (),
+    travel: Travel = BY_XLA,
 ):
     """Walks `hops` blocks past every device.
 
     Args:
-      step: `(state, part, owner, n) -> (state, share)`: the work on part n of the block of the device whose int32 place is
-        `owner`; `share` is a pytree like `owed[n]` that is summed at the owner.
+      step: `(state, part, owner, back) -> (state, share)`: the work on a part of the block of the device whose int32 place is
+        `owner`; `share` is a pytree that is summed there. That is so many places back, but where the ring closes: None in a
+        loop.
       ring: the devices in the order in which blocks pass them.
       hops: blocks each device meets, 1 <= hops <= ring.size, its own first and then those of its predecessors; and, where
-        there are two parts, of its successors.
+        two parts travel, of its successors.
       state: stays on its device; may begin as a pytree without arrays.
-      parts: this device's own block in one or two parts, pytrees that travel in opposite directions; of fewer hops than devices
-        two parts are the same whole block, which the first hop works on once.
-      owed: zeros, a pytree for each part; () when nothing is owed.
+      parts: of this device's own block, one or two that travel in opposite directions; of fewer hops than devices two are the
+        same whole block.
+      own: what of `parts` the device itself works on: all of its block once, in one part or two.
+      owed: zeros like the share of each of `parts`; () when nothing is owed.
       travel: how they do.
 
     Returns:
-      `(state, owed)`: the last state, and for each part what all devices owed this one.
+      `(state, owed)`: the last state, and all that is owed this device, by itself first.
 
-    Per hop and device, `parts` go over the wire once, `owed` once from the second hop on and once at the end.
+    Per hop and device, `parts` go over the wire once, `owed` once from the second hop on and, of more than one hop, once at
+    the end: of two hops, in which a neighbour alone owes something, only then.
     """
-    size = ring.size
+    size, me = ring.size, place(ring)
     twice = len(parts) == 2 and hops < size
     assert not twice or 1 < hops <= (size + 1) // 2, (hops, size)
-    me = place(ring)
-    owes = bool(jax.tree.leaves(owed))
 
-    def hop(carry, h, first=False, last=False):
+    def work(state, blocks, h, under_way=()):
+        shares = []
+        with jax.named_scope("ring_work"):
+            for n, block in enumerate(blocks):
+                if n and jax.tree.leaves(under_way):
+                    under_way, state = travel.beside(under_way, state)
+                back = WAYS[n] * h
+                state, share = step(state, block, (me - back) % size, back if isinstance(h, int) else None)
+                shares.append(share)
+        return state, shares, under_way
+
+    def hop(carry, h, last=False):
         state, trains = carry
         with jax.named_scope("ring_send"):
-            total = [() if first else jax.tree.map(jnp.add, train.owed, train.share) for train in trains]
-            leaving = [(sums, () if last else train.block) for sums, train in zip(total, trains)]
+            leaving = [(train.total, () if last else train.block) for train in trains]
             under_way, leaving, state = travel.start(ring, leaving, state)
             here = [train.block if last else block for train, (_, block) in zip(trains, leaving)]
-        with jax.named_scope("ring_work"):
-            shares = []
-            for n, block in enumerate(here):
-                if n and first and twice:
-                    shares.append(owed[n])
-                    continue
-                if n and owes and not last:
-                    under_way, state = travel.beside(under_way, state)
-                state, share = step(state, block, (me - WAYS[n] * h) % size, n)
-                shares.append(share)
+        if owed and not last:
+            state, shares, under_way = work(state, here, h, under_way)
+        else:
+            state, shares, _ = work(state, here, h)
         with jax.named_scope("ring_send"):
             arrived, (state, shares) = travel.finish(ring, under_way, (state, shares))
-        trains = [
-            _Train(here[n] if last else block, trains[n].owed if first else sums, shares[n])
-            for n, (sums, block) in enumerate(arrived)
-        ]
-        return state, trains
+        return state, [_Train(block, sums, share) for (sums, block), share in zip(arrived, shares)]
 
-    carry = (state, [_Train(part, zeros, zeros) for part, zeros in zip(parts, owed)])
-    if hops > 1:
-        start = 0
-        # In the first hop nothing is owed yet, and a state may be nothing: no zeros.
-        if owes or twice or not jax.tree.leaves(state):
-            carry, start = hop(carry, 0, first=True), 1
+    if hops == 1:
+        return work(state, own(list(parts)), 0)[:2]
+    trains, start, mine, later = [_Train(part, (), ()) for part in parts], 0, [], []
+    # In the first hop nothing is owed yet, the own block may be cut otherwise, and a state may be nothing: no zeros.
+    if owed or twice or not jax.tree.leaves(state):
+        with jax.named_scope("ring_send"):
+            under_way, leaving, state = travel.start(ring, [((), part) for part in parts], state)
+        blocks = own([block for _, block in leaving])
+        blocks, later = (blocks[:1], blocks[1:]) if owed else (blocks, [])
+        state, mine, _ = work(state, blocks, 0)
+        with jax.named_scope("ring_send"):
+            arrived, (state, mine) = travel.finish(ring, under_way, (state, mine))
+        nothing = owed if owed and hops > 2 else [()] * len(parts)
+        trains, start = [_Train(block, zeros, zeros) for (_, block), zeros in zip(arrived, nothing)], 1
+    carry = state, trains
+    if start == hops - 2:
+        carry = hop(carry, start)
+    elif start < hops - 2:
         carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
-    state, trains = hop(carry, hops - 1, first=hops == 1, last=True)
-    total = [jax.tree.map(jnp.add, train.owed, train.share) for train in trains]
-    return state, [send(ring, x, -way * (hops - 1)) if hops > 1 else x for way, x in zip(WAYS, total)]
+    state, trains = hop(carry, hops - 1, last=True)
+    if not owed:
+        return state, []
+    distance = 1 if hops == size else 1 - hops  # to the owner
+    home = travel if abs(distance) == 1 else BY_XLA
+    with jax.named_scope("ring_send"):
+        under_way, _, state = home.start(ring, [train.total for train in trains], state, distance)
+    state, shares, _ = work(state, later, 0)
+    with jax.named_scope("ring_send"):
+        arrived, others = home.finish(ring, under_way, (state, shares))
+        # Else XLA hides it behind what comes after the walk, as far as that suffices, and starts it after the work.
+        arrived, (state, shares) = jax.lax.optimization_barrier((arrived, others))
+    return state, [*mine, *shares, *arrived]
