@@ -242,7 +242,9 @@ def test_both_ways_round_and_balanced(kind, band, tokens, how, ways, pieces, bac
     assert (got.ways, got.pieces) == (ways, pieces)
     queries, keys = B * tokens * N * H, B * tokens * K * H
     swapped = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * 2 // 2
-    returned = got.hops * owed if got.hops > 2 else min(owed, 2)  # of two hops rounded, by the one neighbour who owes any
+    returned = (
+        got.hops * owed if got.hops > 2 else min(owed, 2)
+    )  # of two hops rounded, by the one neighbour who owes any
     ring = 2 * keys * ((got.hops - 1) * 2 + returned)
     assert got.wire_bytes == ring + (swapped if pieces == 2 else 0)
 

@@ -2,7 +2,7 @@
 
     a kernel's call  = max(pairs F / (matmul rate SHARE), pairs VECTOR / vector rate, (B + C) / memory's rate)
                        + EDGE C / memory's rate + LAUNCH
-    a hop            = max(its calls, LATE (the next block's way here));  their sum where permutes are not asynchronous, or
+    a hop            = max(its calls, the next block's way here);  their sum where permutes are not asynchronous, or
                        share links
     all              = hops, and what moves before and after them, each by itself
 
@@ -21,7 +21,6 @@ VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
 EDGE = 0.2  # of a call's bytes that move before or after its matmuls
 PARTLY = 0.35  # at most of all keys, that a causal mask hides and blocks meet nevertheless
 LAUNCH = 0.3  # microseconds of a call
-LATE = 1.5  # of both ways round, longer than the work: some sends start late, or share links with those the other way
 BLOCK = 512  # queries that share what is fetched of keys
 PASSES = 5  # over the float32 results that are merged, in memory
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
@@ -176,10 +175,9 @@ class Load:
             machine.alone(block * size / machine.link * far, far) if size else 0.0
             for size in (self.itemsize, self.owed_itemsize, self._home)
         )
-        late = LATE if self.ways > 1 else 1.0
         # A permute whose links others share takes longer than XLA's scheduler believes, and starts too late to be hidden.
         under_way = self.remote or (not machine.is_limited(self.mesh_size) and far == 1)
-        hop = lambda wire, work: max(work, wire * late) if under_way else work + wire
+        hop = lambda wire, work: max(work, wire) if under_way else work + wire
         if not self.backward:
             return (self.hops - 1) * hop(way, calls) + calls
         own = calls / self.own_parts  # before the loop; the rest of it after, while the last of what is owed goes home

@@ -49,13 +49,13 @@ class Travel(NamedTuple):
 
     start(ring, trees, others, distance) -> (what is under way, trees, others): the trees go `distance` places on, 1 where it is
     left out, each its way; `others` is there only once all are on their way, and the trees are those to work on meanwhile.
-    beside(under way, others) -> (under way, others), between two kernels of one hop.
-    finish(ring, under way, after) -> (trees, after): waited for only once `after` is there.
+    finish(ring, under way, after) -> (trees, after): waited for only once `after` is there, and before anything is made of it.
+    unroll: hops in one turn of a loop.
     """
 
     start: Callable
-    beside: Callable
     finish: Callable
+    unroll: int = 1
 
 
 def _start(ring: Ring, trees, others, distance: int = 1):
@@ -63,13 +63,14 @@ def _start(ring: Ring, trees, others, distance: int = 1):
     return [send(ring, tree, way * distance) for way, tree in zip(WAYS, trees)], trees, others
 
 
-def _beside(under_way, others):
-    """Else XLA starts half of the sends late, and waits for them: blocks first."""
-    (blocks, others) = jax.lax.optimization_barrier(([tree[-1] for tree in under_way], others))
-    return [(*tree[:-1], block) for tree, block in zip(under_way, blocks)], others
+def _finish(ring: Ring, under_way, after):
+    """Else XLA hides a send behind whatever comes later, starts it accordingly late, and waits where that doesn't suffice."""
+    return jax.lax.optimization_barrier((under_way, after)) if jax.tree.leaves(under_way) else (under_way, after)
 
 
-BY_XLA = Travel(_start, _beside, lambda ring, under_way, after: (under_way, after))
+BY_XLA = Travel(_start, _finish)
+BY_XLA_ON_TPU = BY_XLA._replace(unroll=2)
+"""In a loop of single hops XLA:TPU copies what arrived to where that was which left."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("n", "of"))
@@ -92,6 +93,20 @@ class _Train(NamedTuple):
     @property
     def total(self):
         return jax.tree.map(jnp.add, self.owed, self.share) if jax.tree.leaves(self.owed) else self.share
+
+
+def _dealt(trees: Sequence, loads: int) -> list[list[list]]:
+    """Arrays of trees, every so manieth of each, in so many loads."""
+    return [[jax.tree.leaves(tree)[n::loads] for tree in trees] for n in range(loads)]
+
+
+def _gathered(loads: Sequence[Sequence[list]], like: Sequence) -> list:
+    """The inverse of `_dealt`, for trees like these."""
+    found = [[None] * len(jax.tree.leaves(tree)) for tree in like]
+    for n, load in enumerate(loads):
+        for arrays, some in zip(found, load):
+            arrays[n :: len(loads)] = some
+    return [jax.tree.structure(tree).unflatten(arrays) for tree, arrays in zip(like, found)]
 
 
 def walk(
@@ -124,66 +139,58 @@ def walk(
       `(state, owed)`: the last state, and all that is owed this device, by itself first.
 
     Per hop and device, `parts` go over the wire once, `owed` once from the second hop on and, of more than one hop, once at
-    the end: of two hops, in which a neighbour alone owes something, only then.
+    the end: of two hops, in which a neighbour alone owes something, only then. Where a hop works on two parts, every second
+    array travels behind the second: else XLA:TPU, which starts a send as late as it thinks will do, has all of them behind it.
     """
     size, me = ring.size, place(ring)
     twice = len(parts) == 2 and hops < size
     assert not twice or 1 < hops <= (size + 1) // 2, (hops, size)
 
-    def work(state, blocks, h, under_way=()):
-        shares = []
-        with jax.named_scope("ring_work"):
-            for n, block in enumerate(blocks):
-                if n and jax.tree.leaves(under_way):
-                    under_way, state = travel.beside(under_way, state)
-                back = WAYS[n] * h
-                state, share = step(state, block, (me - back) % size, back if isinstance(h, int) else None)
-                shares.append(share)
-        return state, shares, under_way
+    def meanwhile(state, trees, here, h, travel=travel, distance=1):
+        """(state, shares, what arrived): trees leave during the work on `here(trees)`, a load of them behind each part."""
+        shares, arrived, loads = [], [], _dealt(trees, max(1, len(here(trees))))
+        for n in range(len(loads)):
+            with jax.named_scope("ring_send"):
+                under_way, loads[n], state = travel.start(ring, loads[n], state, distance)
+            back = WAYS[n] * h
+            with jax.named_scope("ring_work"):
+                for part in here(_gathered(loads, trees))[n : n + 1]:
+                    state, share = step(state, part, (me - back) % size, back if isinstance(h, int) else None)
+                    shares.append(share)
+            with jax.named_scope("ring_send"):
+                after = state, shares, loads[n + 1 :], arrived
+                load, (state, shares, loads[n + 1 :], arrived) = travel.finish(ring, under_way, after)
+            arrived.append(load)
+        return state, shares, _gathered(arrived, trees)
 
     def hop(carry, h, last=False):
         state, trains = carry
-        with jax.named_scope("ring_send"):
-            leaving = [(train.total, () if last else train.block) for train in trains]
-            under_way, leaving, state = travel.start(ring, leaving, state)
-            here = [train.block if last else block for train, (_, block) in zip(trains, leaving)]
-        if owed and not last:
-            state, shares, under_way = work(state, here, h, under_way)
-        else:
-            state, shares, _ = work(state, here, h)
-        with jax.named_scope("ring_send"):
-            arrived, (state, shares) = travel.finish(ring, under_way, (state, shares))
+        leaving = [(train.total, () if last else train.block) for train in trains]
+        here = lambda trees: [train.block if last else block for train, (_, block) in zip(trains, trees)]
+        state, shares, arrived = meanwhile(state, leaving, here, h)
         return state, [_Train(block, sums, share) for (sums, block), share in zip(arrived, shares)]
 
     if hops == 1:
-        return work(state, own(list(parts)), 0)[:2]
-    trains, start, mine, later = [_Train(part, (), ()) for part in parts], 0, [], []
+        return meanwhile(state, [], lambda _: own(list(parts)), 0)[:2]
+    trains, start, mine, left = [_Train(part, (), ()) for part in parts], 0, [], []
     # In the first hop nothing is owed yet, the own block may be cut otherwise, and a state may be nothing: no zeros.
     if owed or twice or not jax.tree.leaves(state):
-        with jax.named_scope("ring_send"):
-            under_way, leaving, state = travel.start(ring, [((), part) for part in parts], state)
-        blocks = own([block for _, block in leaving])
-        blocks, later = (blocks[:1], blocks[1:]) if owed else (blocks, [])
-        state, mine, _ = work(state, blocks, 0)
-        with jax.named_scope("ring_send"):
-            arrived, (state, mine) = travel.finish(ring, under_way, (state, mine))
+        now = 1 if owed else 2
+        left = own(list(parts))[now:]
+        state, mine, blocks = meanwhile(state, list(parts), lambda trees: own(trees)[:now], 0)
         nothing = owed if owed and hops > 2 else [()] * len(parts)
-        trains, start = [_Train(block, zeros, zeros) for (_, block), zeros in zip(arrived, nothing)], 1
+        trains, start = [_Train(block, zeros, zeros) for block, zeros in zip(blocks, nothing)], 1
     carry = state, trains
     if start == hops - 2:
         carry = hop(carry, start)
     elif start < hops - 2:
-        carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, jnp.arange(start, hops - 1))
+        more = jnp.arange(start, hops - 1)
+        carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, more, unroll=travel.unroll)
     state, trains = hop(carry, hops - 1, last=True)
     if not owed:
         return state, []
     distance = 1 if hops == size else 1 - hops  # to the owner
     home = travel if abs(distance) == 1 else BY_XLA
-    with jax.named_scope("ring_send"):
-        under_way, _, state = home.start(ring, [train.total for train in trains], state, distance)
-    state, shares, _ = work(state, later, 0)
-    with jax.named_scope("ring_send"):
-        arrived, others = home.finish(ring, under_way, (state, shares))
-        # Else XLA hides it behind what comes after the walk, as far as that suffices, and starts it after the work.
-        arrived, (state, shares) = jax.lax.optimization_barrier((arrived, others))
+    totals = [train.total for train in trains]
+    state, shares, arrived = meanwhile(state, totals, lambda _: left, 0, home, distance)
     return state, [*mine, *shares, *arrived]
