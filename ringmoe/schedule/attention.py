@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
-from ringmoe.schedule import balance, heads, merge
+from ringmoe.schedule import balance, heads, merge, pages
 from ringmoe.schedule.ring import BY_XLA, Travel, place, walk
 from ringmoe.schedule.sums import sum_over
 
@@ -37,9 +37,8 @@ def forward(
 
     def step(state, part, owner, n):
         k, v, scales = part
-        first = blocks.first_keys(owner, n)
-        here = blocks.extras(first)._replace(**scales)
-        return kernel.forward(spec, state, q, k, v, here, blocks.offsets(first)), ()
+        here, at = blocks.here(owner, n, k)
+        return kernel.forward(spec, state, q, k, v, here._replace(**scales), at), ()
 
     parts = blocks.cut(blocks.gather((k, v, moves.scales(extras))))
     state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, travel=travel)
@@ -181,6 +180,14 @@ class _Blocks:
 
     def offsets(self, first: tuple) -> Offsets:
         return Offsets(self.first_queries, first)
+
+    def here(self, owner, n: int, keys) -> tuple[Extras, Offsets]:
+        """Of the keys [B, K, s, H] that go the nth way of `owner`'s, or of its part [pages, K, s, H] of a pool."""
+        if self.whole.pages is not None:
+            count, _, size, _ = keys.shape
+            return pages.table(self.plan.band, self.whole, owner * count, count, size), self.offsets((0,))
+        first = self.first_keys(owner, n)
+        return self.extras(first), self.offsets(first)
 
     def cut(self, kv) -> list:
         """What travels of one block in opposite directions: the whole, or parts that have their share of every piece."""
