@@ -286,12 +286,12 @@ def _check_arrays(query, key, value, pooled: bool):
     *batch, _, n, h = query.shape
     leading = [key.shape[0]] if pooled else batch
     expected = (*leading, key.shape[-3], key.shape[-2], h)
-    what = (
-        f"a pool [num_pages, page_size, K, H] with {h=}"
+    layout = (
+        "a pool [num_pages, page_size, K, H] with"
         if pooled
-        else f"[..., S, K, H] with query's leading dims {batch} and H={h}"
+        else f"[..., S, K, H] with query's leading dims {batch} and"
     )
-    check(key.shape == expected, f"{key.shape=}, expected {what}")
+    check(key.shape == expected, f"{key.shape=}, expected {layout} H={h}")
     check(value.shape[:-1] == key.shape[:-1], f"{value.shape=}, expected key's shape {expected} but for the last dim")
     check(
         key.shape[-2] > 0 and n % key.shape[-2] == 0,

@@ -114,16 +114,12 @@ def decode_attention(
     )
     if page_indices is not None:
         page_indices = _pages(page_indices, query.shape[:-3], key_cache, axis_name)
-    elif axis_name is not None:
+    if axis_name is not None:
         check(
             exchange in ("auto", "merge", "all_gather"),
             f"{exchange=} with {axis_name=}, expected 'merge' or 'all_gather': devices have queries whole there",
         )
         exchange = "merge" if exchange == "auto" else exchange
-    check(
-        page_indices is None or exchange in ("auto", "merge"),
-        f"{exchange=} with page_indices, expected 'merge': pages stay where they are",
-    )
     num_queries = query.shape[-3]
     first = lengths[..., None] - num_queries
     return attend(

@@ -19,6 +19,7 @@ from ringmoe.masks import Band, Causal, Prefix
 from ringmoe.pallas import attention_tpu, attention_xla, decode_tpu, pick
 from ringmoe.pallas.logits_tpu import Blocks
 from ringmoe.pallas.tiles_tpu import Config
+from ringmoe.schedule import pages
 from tests.helpers import assert_close, collectives, no_cost_warnings, tpu_mesh
 from tests.test_attention_tpu_features import ALONG_KEYS, CAUSAL, Case, oracle
 
@@ -94,6 +95,80 @@ def test_each_is_the_oracles(name, races):
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype]
     for actual, expected in zip(run(case), oracle(case)):
         assert_close(actual, expected, tolerance)
+
+
+PAGES = {
+    "one token": 64, "some tokens": 128, "in bfloat16": 256, "one key head": 384, "as many key heads": 16,
+    "eight key heads, values of another width": 48, "window": 64, "prefix": 64, "window on both sides": 64,
+    "any function": 128, "soft cap": 64, "slopes": 64, "float8": 32, "values in float8": 32,
+}  # fmt: skip
+"""Cases, and how many tokens a page has: some in a block, one, or two blocks and more in one."""
+
+
+def in_pages(case: Case, size: int, config=CHUNKED):
+    """The same, of keys in pages: half of a pool a hop, as a device has them, in an order of no meaning."""
+    (q, k, v, _), found = case.arrays()
+    b, count = case.b, case.s // size
+    spec, rng = AttentionSpec(1 / math.sqrt(case.h), case.band, case.cap), np.random.default_rng(4)
+    table = rng.permutation(2 * -(-b * count // 2))[: b * count].reshape(b, count).astype(np.int32)
+
+    def pool(x):
+        own = x.reshape(b, x.shape[1], count, size, *x.shape[3:]).swapaxes(1, 2)
+        filled = np.full((2 * -(-b * count // 2), *own.shape[2:]), np.nan, x.dtype)
+        filled[table] = own
+        return np.split(filled, 2)
+
+    extras = Extras(**found | {"pages": table, "key_lengths": found.get("key_lengths", np.full(b, case.s, np.int32))})
+    scales = [pool(found[name]) if name in found else [None] * 2 for name in ("key_scales", "value_scales")]
+
+    @jax.jit
+    def forward(q, halves, extras):
+        state, held = decode_tpu.init(spec, q, v), halves[0][0].shape[0]
+        for n, (k, v_, *scales) in enumerate(halves):
+            here = pages.table(case.band, extras, n * held, held, size)
+            here = here._replace(key_scales=scales[0], value_scales=scales[1])
+            state = decode_tpu.forward(spec, state, q, k, v_, here, Offsets((0,), (0,)), config)
+        return decode_tpu.finish(spec, state)[:2]
+
+    return jax.tree.map(np.asarray, forward(q, list(zip(pool(k), pool(v), *scales)), extras))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_of_pages_each_is_the_oracles(name, races):
+    case = dataclasses.replace(CASES[name], extras=tuple({*CASES[name].extras, "query_positions"}))
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype]
+    for actual, expected in zip(in_pages(case, PAGES[name]), oracle(case)):
+        assert_close(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize(("size", "length", "left"), [(64, 300, None), (32, 700, 100), (256, 700, 300), (64, 0, None)])
+def test_pages_that_are_fetched(size, length, left):
+    """Those that lie here and have a key that a query sees, each once, by brute force."""
+    band, count, held = Band(left, 0), 768 // size, 512 // size
+    table = np.random.default_rng(0).permutation(count).astype(np.int32)[None]
+    positions = np.asarray([[length - 2, length - 1]], np.int32)
+    extras = Extras(pages=table, key_lengths=jnp.array([length]), query_positions=jnp.asarray(positions))
+    here = pages.table(band, extras, 1, held, size)
+    spec, x = AttentionSpec(1.0, band), lambda rows: jnp.zeros((held, 1, rows, 128))
+    blocks, scalars = decode_tpu.KeyBlocks.of(spec, x(2), x(size), here, Offsets((0,), (0,)), 128)
+    first, last = (int(n) for n in blocks.keys_met(scalars, 0, 0))
+    assert first == 0 and max(1, last) == blocks.steps(here)
+    met = [(j, part) for j in range(last) for part in range(blocks.parts)]
+    real = [at for at in met if at[0] * blocks.block_k + at[1] * blocks.part < int(here.key_lengths[0])]
+    got = [tuple(int(n) for n in blocks.row(scalars, 0, *at)) for at in real]
+    keys = np.arange(768)
+    seen = (np.asarray(band(positions[0][:, None], keys)) & (keys < length)).any(0)
+    starts = [n for n in range(0, 768, size) if seen[n : n + size].any() and 1 <= table[0, n // size] <= held]
+    expected = [(table[0, n // size] - 1, part) for n in starts for part in range(max(1, size // 128))]
+    expected = [
+        (page, part)
+        for n, (page, part) in zip(np.repeat(starts, max(1, size // 128)), expected)
+        if n + 128 * part < length
+    ]
+    assert got == expected
+    assert [int(blocks.start(scalars, 0, *at)) for at in real] == [
+        n + 128 * part for n in starts for part in range(max(1, size // 128)) if n + 128 * part < length
+    ]
 
 
 def test_what_is_past_a_length_changes_nothing(races):

@@ -210,7 +210,7 @@ class _Walk:
     @classmethod
     def make(cls, spec, config, q, k, extras: Extras, at: Offsets) -> "_Walk":
         (batch, num_heads, t, _), (_, key_heads, s, _) = q.shape, k.shape
-        pages = None if extras.pages is None else Pages(extras.pages, extras.page_starts, extras.key_lengths, s)
+        pages = None if extras.pages is None else Pages.make(extras, s)
         s = s if pages is None else pages.keys
         sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
         lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
@@ -240,7 +240,8 @@ class _Walk:
 
     def keys(self, k, v, tile):
         """The tile's, in the queries' dtype."""
-        of = functools.partial(_cut, dims="bks", tile=tile) if self.pages is None else lambda x: self.pages.cut(x, tile)
+        of = functools.partial(_cut, dims="bks") if self.pages is None else self.pages.cut
+        of = functools.partial(of, tile=tile)
         scales = [None if x is None else of(x) for x in self.scales]
         return [widened(of(x), scale, self.dtype) for x, scale in zip((k, v), scales)]
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ringmoe.interface import Extras
+
 
 class Pages(NamedTuple):
     """Those of each sequence, by `Extras`' table, how many tokens they hold together, and how many one has room for."""
@@ -15,6 +17,11 @@ class Pages(NamedTuple):
     starts: jax.Array
     lengths: jax.Array  # [B]
     size: int
+
+    @classmethod
+    def make(cls, extras: Extras, size: int) -> "Pages":
+        assert extras.pages is not None and extras.page_starts is not None and extras.key_lengths is not None, extras
+        return cls(extras.pages, extras.page_starts, extras.key_lengths, size)
 
     @property
     def keys(self) -> int:
@@ -28,7 +35,7 @@ class Pages(NamedTuple):
         return next(n for n in range(longest, 0, -1) if self.size % n == 0)
 
     def cut(self, pool, tile):
-        """A tile [b, k, s, ...] of its keys, of a pool [P, K, S, ...]; zeros past the lengths, since gradients multiply them."""
+        """A tile [b, k, s, ...] of its keys, of a pool [P, K, S, ...]; zeros past the lengths: gradients multiply them."""
         pool = pool.swapaxes(1, 2)  # as it lies in memory, and as XLA has it then
         numbers, offset, length = self._of(self.numbers, tile)
         heads, rest = tile["k"], pool.shape[3:]

@@ -161,7 +161,7 @@ class _Call:
         keys, queries = self.key_axes, self.split.get("t", ())
         if self.in_pages:
             here = "every device takes its own pages' share of all queries, and the shares are merged"
-            return [("merge", here, 1)], dict.fromkeys(EXCHANGES, "pages stay where they are: use exchange='merge'")
+            return [("merge", here, 1)], dict.fromkeys(EXCHANGES, "pages stay where they are: use 'merge'")
         able, unable = {}, {}
         busy = {axis for f in self.rule.neighbours("t") for axis in self.split.get(f, ())}
         where = f"keys are sharded over {keys} but queries over {queries or 'no axis'}"

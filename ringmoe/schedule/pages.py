@@ -15,6 +15,7 @@ def table(band: Band, extras: Extras, first, count: int, size: int) -> Extras:
     and as key_lengths how many keys they hold. Only the sequence's last page isn't full, and it is the last one here too, so
     these keys follow each other without a gap. The other pages stand after them, far away, and under numbers that exist.
     """
+    assert extras.pages is not None and extras.key_lengths is not None and extras.query_positions is not None, extras
     number, starts = extras.pages - first, size * jnp.arange(extras.pages.shape[1], dtype=jnp.int32)
     lengths, queries = extras.key_lengths[:, None], extras.query_positions
     low, high = queries.min(1, keepdims=True), queries.max(1, keepdims=True) + 1
