@@ -1,8 +1,8 @@
 """One new token against a cache that is sharded along the sequence: `python -m bench.decode [TARGET ...]`.
 
-Without a target on 8 CPU devices, a million tokens, side by side: merged shares, the same of pages in any order, a gathered cache,
-plain `jax.nn` (which XLA partitions), and the cache's update. With targets what the inspector says of a step there, of a cache and
-of pages, beside reading the cache once.
+Without a target on 8 CPU devices, a million tokens, side by side: merged shares, those of pages in any order, a gathered cache,
+plain `jax.nn` (which XLA partitions), and the cache's update. With targets what the inspector says of a step there, of a cache
+and of pages, beside reading the cache once.
 """
 
 import functools
