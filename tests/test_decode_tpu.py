@@ -203,10 +203,11 @@ def test_blocks_that_are_fetched(length, t, left, start):
     np.testing.assert_array_equal(np.arange(first, last), expected)
 
 
-def step(query, new, key_cache, value_cache, lengths, **features):
+def step(query, new, key_cache, value_cache, lengths, table=None, **features):
     """A token's: its key and value into the cache, then attention."""
-    caches = [ringmoe.update_cache(cache, new, lengths - new.shape[1]) for cache in (key_cache, value_cache)]
-    return ringmoe.decode_attention(query, *caches, lengths, **features), caches
+    first = lengths - new.shape[1]
+    caches = [ringmoe.update_cache(cache, new, first, page_indices=table) for cache in (key_cache, value_cache)]
+    return ringmoe.decode_attention(query, *caches, lengths, page_indices=table, **features), caches
 
 
 KINDS = {
@@ -240,6 +241,50 @@ def test_compiles_and_copies_no_cache(target, kind):
     assert compiled.memory_analysis().temp_size_in_bytes < own  # a copy of one cache would be as much
 
 
+POOLS = {
+    "some in a block": (16, 8, "bfloat16", 1, {}),
+    "one in a block, a window": (1024, 8, "bfloat16", 3, {"local_window_size": 1000}),
+    "blocks in one": (16384, 1, "bfloat16", 1, {"logits_soft_cap": 30.0}),
+    "float8": (32, 8, "float8_e4m3fn", 1, {}),
+    "float32": (64, 8, "float32", 8, {"mask_fn": lambda q, k: (q - k) & 3 == 0}),
+}  # fmt: skip
+"""Tokens of a page, key heads, dtype, queries, features."""
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        *((target, "some in a block") for target in (*TARGETS, "v4:2x2x2")),
+        *(("v5e:2x4", kind) for kind in POOLS if kind != "some in a block"),
+    ],
+)
+def test_pages_compile_and_no_pool_is_copied(target, kind):
+    """As it comes, with the update before it, and as long a table as there may be; little is sent but the new tokens."""
+    size, key_heads, dtype, t, features = POOLS[kind]
+    mesh = tpu_mesh(target, TARGETS.get(target, (4, 4)), AxisType.Explicit)
+    of = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(*spec)))
+    batch, dtype = mesh.shape["a"], jnp.dtype(dtype)
+    pool = of((2**20 // size, size, key_heads, 128), dtype, "b")
+    wide = dtype if dtype.itemsize > 1 else jnp.bfloat16
+    scales = (
+        {}
+        if dtype.itemsize > 1
+        else dict.fromkeys(("key_scales", "value_scales"), of(pool.shape[:3], jnp.float32, "b"))
+    )
+    query, new = of((batch, t, 4 * key_heads, 128), wide, "a"), of((batch, t, key_heads, 128), dtype, "a")
+    run = jax.jit(functools.partial(step, **features), donate_argnums=(2, 3))
+    most = min(decode_tpu.TABLE_BYTES // 8, pool.shape[0])
+    with no_cost_warnings():
+        lowered = run.lower(
+            query, new, pool, pool, of((batch,), jnp.int32, "a"), of((batch, most), jnp.int32, "a"), **scales
+        )
+    compiled = lowered.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert "ringmoe_attention_decode" in text and "all-to-all" not in collectives(text)
+    own = pool.size * pool.dtype.itemsize // mesh.shape["b"]
+    assert memory.temp_size_in_bytes < own and memory.alias_size_in_bytes >= 2 * own
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -251,14 +296,32 @@ def test_compiles_and_copies_no_cache(target, kind):
         ({"n": 9, "k": 3}, NotImplementedError, "3 key heads of 128, supported: "),
         ({"v": 256}, NotImplementedError, "2 key heads of 256, supported: "),
         ({"extras": ("key_scales",)}, NotImplementedError, "2 key heads of 128, supported: "),
+        (
+            {"s": 32, "pages": 9},
+            NotImplementedError,
+            "pages of 32 tokens of 2 key heads, supported: tokens times heads a",
+        ),
+        ({"s": 8000, "pages": 9}, NotImplementedError, "pages of 8000 tokens of 2 key heads, .* tokens too above 2048"),
+        (
+            {"s": 64, "pages": 2**16},
+            NotImplementedError,
+            r"a table of \(2, 65536\) pages, supported: up to 65536 of all",
+        ),
     ],
 )
 def test_what_it_lacks(change, error, message):
-    case = dataclasses.replace(Few(), **change)
+    table = {"pages": np.zeros((2, change["pages"]), np.int32)} if "pages" in change else {}
+    case = dataclasses.replace(Few(b=2 if table else 1), **{n: x for n, x in change.items() if n not in table})
     (q, k, v, _), found = case.arrays()
     found.pop("seeds", None)
     with pytest.raises(error, match=message):
-        decode_tpu.check(AttentionSpec(1.0, dropout_rate=case.rate), q, k, v, Extras(**found))
+        decode_tpu.check(AttentionSpec(1.0, dropout_rate=case.rate), q, k, v, Extras(**found, **table))
+
+
+def test_a_kernel_for_many_queries_refuses_pages():
+    (q, k, v, _), _ = Few().arrays()
+    with pytest.raises(NotImplementedError, match="TPU attention kernel: keys in pages of a pool"):
+        attention_tpu.check(AttentionSpec(1.0), q, k, v, Extras(pages=np.zeros((1, 9), np.int32)))
 
 
 def test_a_gradient_is_another_kernels():
