@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import math
-import re
 
 import hypothesis.strategies as st
 import jax
@@ -29,6 +27,7 @@ from tests.helpers import (
     double,
     make_mesh,
     put,
+    sent,
     value_and_gradients,
 )
 
@@ -91,16 +90,6 @@ def dense(
 
 
 INPUTS = ("query", "key_cache", "value_cache")
-
-
-def sent(text):
-    """What collectives there are in compiled HLO, and how many numbers the results of each are."""
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
-    count = lambda types: sum(
-        math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", types)
-    )
-    return [(kind, count(types)) for types, kind in found]
 
 
 def check(door, mesh, made, specs=SPECS, window=None, exchange="auto", wanted=INPUTS, **features):

@@ -14,7 +14,6 @@ Source: Dao et al., Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashde
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +67,13 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
         if size * key_heads % LANES or (size > longest and size % LANES):
             multiples = f"tokens times heads a multiple of {LANES}, and tokens too above {longest}"
             raise _lacks(f"pages of {size} tokens of {key_heads} key heads, supported: {multiples}")
-        table = q.shape[0], extras.pages.shape[-1]
-        if 8 * math.prod(table) > TABLE_BYTES:
-            raise _lacks(f"a table of {table} pages, supported: up to {TABLE_BYTES // 8} of all sequences together")
+        if extras.pages.shape[-1] > _most_pages():
+            raise _lacks(f"{extras.pages.shape[-1]} pages of a sequence, supported: up to {_most_pages()}")
+
+
+def _most_pages() -> int:
+    """Of all sequences of one call of the kernel: each has a number and a start."""
+    return TABLE_BYTES // 8
 
 
 def _lacks(what: str) -> NotImplementedError:
@@ -99,6 +102,8 @@ def forward(
 ):
     check(spec, q, k, v, extras)
     state = varying_like(state, q, k, v)
+    if extras.pages is not None and extras.pages.size > _most_pages():
+        return _by_sequences(spec, state, q, k, v, extras, at, config)
     (b, n, t, _), key_heads = q.shape, k.shape[1]
     config = config or _config(n * t, k, v)
     positions = extras.query_positions
@@ -165,6 +170,18 @@ def forward(
         name="ringmoe_attention_decode",
     )(*operands, *state_)
     return tuple(x[:, : n * t].reshape(b, n, t, -1) for x in new)
+
+
+def _by_sequences(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, config):
+    """`forward` of as many sequences at a time as their table has room for."""
+    own = {name: getattr(extras, name) for name in ("key_lengths", "query_positions", "pages", "page_starts")}
+    most = _most_pages() // own["pages"].shape[1]
+
+    def some(first: int):
+        state_, q_, own_ = jax.tree.map(lambda x: x[first : first + most], (state, q, own))
+        return forward(spec, state_, q_, k, v, extras._replace(**own_), at, config)
+
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(some, range(0, q.shape[0], most)))
 
 
 @dataclasses.dataclass(frozen=True)
