@@ -163,11 +163,17 @@ def test_features(door, t):
     check(door, (2, 4), made | pools | scales, wanted=("query",))
 
 
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("door", [RINGMOE_JIT, ONE_DEVICE], ids=str)
+def test_pages_longer_than_a_block(door, window):
+    check(door, (2, 4), arrays(2, size=1040, most=4, num_pages=8, lengths=(3900, 900)), window=window)
+
+
 @given(
     st.sampled_from((*FOUND, ONE_DEVICE)), st.sampled_from(((2, 4), (8,), (2, 2, 2))), st.integers(1, 9), st.integers(1, 7),
     st.integers(0, 3), st.data(), st.none() | st.integers(0, 9),
 )  # fmt: skip
-@settings(max_examples=12, phases=WITHOUT_SHRINKING)
+@settings(max_examples=10, phases=WITHOUT_SHRINKING)
 def test_of_any_tables(door, mesh, t, size, shared, data, window):
     """Pages of any size, one of several sequences or of none; devices that hold none of a sequence."""
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2))
