@@ -1,9 +1,11 @@
 """One new token against a cache that is sharded along the sequence: `python -m bench.decode [TARGET ...]`.
 
-Without a target on 8 CPU devices, a million tokens, side by side: merged shares, a gathered cache, plain `jax.nn` (which XLA
-partitions), and the cache's update. With targets what the inspector says of a step there, beside reading the cache once.
+Without a target on 8 CPU devices, a million tokens, side by side: merged shares, those of pages in any order, a gathered cache,
+plain `jax.nn` (which XLA partitions), and the cache's update. With targets what the inspector says of a step there, of a cache
+and of pages, beside reading the cache once.
 """
 
+import functools
 import os
 import sys
 
@@ -25,6 +27,7 @@ import ringmoe
 from ringmoe.inspector.chips import CHIPS
 
 TOKENS, HEADS, KEY_HEADS, WIDTH, ROUNDS = 2**20, 8, 1, 64, 5
+PAGES = (16, 128)  # tokens of one
 SPEC = P(None, "x")
 
 
@@ -32,8 +35,16 @@ def plain(query, keys, values, lengths):
     return jax.nn.dot_product_attention(query, keys, values, key_value_seq_lengths=lengths)
 
 
-def decode(exchange):
-    return lambda q, k, v, n: ringmoe.decode_attention(q, k, v, n, exchange=exchange)
+def decode(exchange="auto", pages=None):
+    return lambda q, k, v, n: ringmoe.decode_attention(q, k, v, n, exchange=exchange, page_indices=pages)
+
+
+def in_pages(cache, size: int):
+    """The cache as a pool, and a table by which its pages have any order."""
+    pool = cache.reshape(-1, size, *cache.shape[2:])
+    return jax.device_put(pool, NamedSharding(cache.sharding.mesh, P("x"))), jax.random.permutation(
+        jax.random.key(1), len(pool)
+    ).astype(jnp.int32)[None]
 
 
 def on_cpu() -> None:
@@ -44,29 +55,38 @@ def on_cpu() -> None:
     cache = [place(normal(1, TOKENS, KEY_HEADS, WIDTH)) for _ in range(2)]
     query, new, lengths = normal(1, 1, HEADS, WIDTH), normal(1, 1, KEY_HEADS, WIDTH), jnp.array([TOKENS - 5], jnp.int32)
     update = jax.jit(ringmoe.update_cache, donate_argnums=0)
-    ours = {name: ringmoe.jit(decode(name)) for name in ("merge", "all_gather")}
-    runs = ours | {"plain jax.nn": jax.jit(plain)}
-    taken: dict[str, list[float]] = {name: [] for name in (*runs, "update")}
-    for _ in range(ROUNDS + 1):
-        for name, run in runs.items():
+    ours = {name: (ringmoe.jit(decode(name)), cache) for name in ("merge", "all_gather")}
+    updates = {"update": (update, cache[0])}
+    for size in PAGES:
+        (keys, table), (values, _) = (in_pages(x, size) for x in cache)
+        ours[f"pages of {size}"] = ringmoe.jit(decode(pages=table)), (keys, values)
+        by_pages = functools.partial(ringmoe.update_cache, page_indices=table)
+        updates[f"update, pages of {size}"] = jax.jit(by_pages, donate_argnums=0), jnp.copy(keys)
+    updates["update"] = update, jnp.copy(cache[0])
+    runs = ours | {"plain jax.nn": (jax.jit(plain), cache)}
+    taken: dict[str, list[float]] = {name: [] for name in (*runs, *updates)}
+    for name, (run, caches) in runs.items():  # one after another: a gathered cache would push the others' out of memory
+        for _ in range(ROUNDS + 1):
             start = time.perf_counter()
-            jax.block_until_ready(run(query, *cache, lengths))
+            jax.block_until_ready(run(query, *caches, lengths))
             taken[name].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        cache[0] = update(cache[0], new, lengths)
-        jax.block_until_ready(cache[0])
-        taken["update"].append(time.perf_counter() - start)
+    for name, (run, old) in updates.items():
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            old = jax.block_until_ready(run(old, new, lengths))
+            taken[name].append(time.perf_counter() - start)
     table = rich.table.Table(
         "", "ms", "sent a device", title=f"{TOKENS} tokens, N {HEADS}, K {KEY_HEADS}, H {WIDTH}, float32"
     )
     for name, seconds in taken.items():
         sent = ""
         if name in ours:
-            (row,) = ringmoe.explain(ours[name], query, *cache, lengths).rows
+            run, caches = ours[name]
+            (row,) = ringmoe.explain(run, query, *caches, lengths).rows
             sent = f"{row.wire_bytes:,} bytes"
         table.add_row(name, f"{1e3 * statistics.median(seconds[1:]):.1f}", sent)
     rich.console.Console(width=120).print(table)
-    (row,) = ringmoe.explain(ringmoe.jit(decode("auto")), query, *cache, lengths).rows
+    (row,) = ringmoe.explain(ringmoe.jit(decode()), query, *cache, lengths).rows
     print(row)
 
 
@@ -75,14 +95,18 @@ def on(target: str) -> None:
     mesh = machine.mesh({"x": machine.num_devices})
     of = lambda spec, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     batch, heads, key_heads, width = 8, 32, 8, 128
-    cache = of(SPEC, jnp.bfloat16, batch, TOKENS, key_heads, width)
-    args = of(P(), jnp.bfloat16, batch, 1, heads, width), cache, cache, of(P(), jnp.int32, batch)
-    report = ringmoe.inspect(ringmoe.jit(ringmoe.decode_attention), *args, target=target)
-    chip = CHIPS[machine.chip]
-    read = 2 * batch * TOKENS * key_heads * width * 2 / machine.num_devices
+    tokens, query, lengths = TOKENS // batch, of(P(), jnp.bfloat16, batch, 1, heads, width), of(P(), jnp.int32, batch)
+    chip, run = CHIPS[machine.chip], ringmoe.jit(ringmoe.decode_attention)
+    read = 2 * TOKENS * key_heads * width * 2 / machine.num_devices
     least = 1e6 * read * chip.devices_per_chip / chip.hbm_bandwidth
-    print(f"{target}: {report.us:.0f} us, waiting {report.exposed_us:.0f}; the cache read once: {least:.0f}")
-    print(*ringmoe.explain(ringmoe.jit(ringmoe.decode_attention), *args).rows)
+    for size in (None, *PAGES):
+        shape = (batch, tokens) if size is None else (TOKENS // size, size)
+        cache = of(SPEC if size is None else P("x"), jnp.bfloat16, *shape, key_heads, width)
+        table = {} if size is None else {"page_indices": of(P(), jnp.int32, batch, tokens // size)}
+        report = ringmoe.inspect(run, query, cache, cache, lengths, target=target, **table)
+        what = "a cache" if size is None else f"pages of {size}"
+        print(f"{target}, {what}: {report.us:.0f} us, waiting {report.exposed_us:.0f}; read once: {least:.0f}")
+        print(*ringmoe.explain(run, query, cache, cache, lengths, **table).rows)
 
 
 if __name__ == "__main__":

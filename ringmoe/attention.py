@@ -216,12 +216,16 @@ def attend(
     key_value_seq_lengths=None, local_window_size=None, implementation=None, return_residual=False,
     query_segment_ids=None, key_value_segment_ids=None, query_positions=None, key_value_positions=None, mask_fn=None,
     logits_soft_cap=None, sinks=None, alibi_slopes=None, key_scales=None, value_scales=None, dropout_rate=0.0,
-    dropout_key=None, axis_name=None, exchange="auto", cut=MANUAL["attention"],
+    dropout_key=None, axis_name=None, exchange="auto", cut=MANUAL["attention"], page_indices=None,
 ):  # fmt: skip
-    """What `dot_product_attention` does once its docstring is read; `cut`: the factors of its rule that axis_name splits."""
+    """What `dot_product_attention` does once its docstring is read.
+
+    `cut`: the factors of its rule that axis_name splits. With `page_indices` [B, M] key and value are pools [P, S, K, H].
+    """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     check(query.ndim >= 3, f"{query.shape=}, expected [..., T, N, H]")
-    _check_arrays(query, key, value)
+    pooled = page_indices is not None
+    _check_arrays(query, key, value, pooled)
     key, of_keys = _with_scales("key", key, key_scales)
     value, of_values = _with_scales("value", value, value_scales)
     shape = (*query.shape[:-1], value.shape[-1])
@@ -249,6 +253,7 @@ def attend(
         slopes=jax.lax.stop_gradient(_of_heads("alibi_slopes", alibi_slopes, n)),
         seeds=_dropout_seeds(dropout_rate, dropout_key, tuple(batch), n),
         sinks=_of_heads("sinks", sinks, n),
+        pages=page_indices,
     )
     check(
         (extras.query_segments is None) == (extras.key_segments is None),
@@ -267,7 +272,7 @@ def attend(
     return (output, lse.reshape(shape[:-1])) if return_residual else output
 
 
-def _check_arrays(query, key, value):
+def _check_arrays(query, key, value, pooled: bool):
     check(
         query.dtype in DTYPES, f"{query.dtype=}, expected one of {[jnp.dtype(d).name for d in DTYPES]}: cast the inputs"
     )
@@ -276,12 +281,17 @@ def _check_arrays(query, key, value):
             x.dtype == query.dtype or is_float8(x.dtype),
             f"{name} has dtype {x.dtype}, expected query's {query.dtype}, or float8 with {name}_scales: cast one of them",
         )
-        check(
-            x.ndim == query.ndim, f"{name} has shape {x.shape}, expected {query.ndim} dims like query's {query.shape}"
-        )
+        like = "a pool [num_pages, page_size, K, H]" if pooled else f"{query.ndim} dims like query's {query.shape}"
+        check(x.ndim == (4 if pooled else query.ndim), f"{name} has shape {x.shape}, expected {like}")
     *batch, _, n, h = query.shape
-    expected = (*batch, key.shape[-3], key.shape[-2], h)
-    check(key.shape == expected, f"{key.shape=}, expected [..., S, K, H] with query's leading dims {batch} and H={h}")
+    leading = [key.shape[0]] if pooled else batch
+    expected = (*leading, key.shape[-3], key.shape[-2], h)
+    layout = (
+        "a pool [num_pages, page_size, K, H] with"
+        if pooled
+        else f"[..., S, K, H] with query's leading dims {batch} and"
+    )
+    check(key.shape == expected, f"{key.shape=}, expected {layout} H={h}")
     check(value.shape[:-1] == key.shape[:-1], f"{value.shape=}, expected key's shape {expected} but for the last dim")
     check(
         key.shape[-2] > 0 and n % key.shape[-2] == 0,

@@ -76,6 +76,9 @@ class Extras(NamedTuple):
     query_segments [B, T] and key_segments [B, S]: int32, a query sees keys of its own segment only;
     query_positions [B, T] and key_positions [B, S]: int32, what the band compares instead of places;
     key_scales, value_scales [B, K, S]: floats, of k and v in float8, which stand for `widened` ones;
+    pages, page_starts [B, M]: int32, of keys in pages of a pool: k is then [P, K, S, H] (so v, and scales [P, K, S]), and keys
+    j S .. of sequence b are k[pages[b, j]], at positions from page_starts[b, j] on, in ascending order; key_lengths are given
+    then, count a sequence's keys in this order, and tell how many of its pages are met. A schedule makes page_starts;
     slopes [N]: float32, of ALiBi; seeds [B, N]: uint32, of dropout. Sinks [N] are a schedule's business.
     """
 
@@ -92,6 +95,8 @@ class Extras(NamedTuple):
     slopes: jax.Array | None = None
     seeds: jax.Array | None = None
     sinks: jax.Array | None = None
+    pages: jax.Array | None = None
+    page_starts: jax.Array | None = None
 
 
 def is_float8(dtype) -> bool:

@@ -76,16 +76,30 @@ MOVERS = {
 CACHE = {"cache": "... s k h", "new": "... u k h", "first": "..."}
 """Of a cache's update: s tokens that there is room for, u new ones, which devices hold whole."""
 
+POOL = {"key": "s i k h", "value": "s i k v", "key_scales": "s i k", "value_scales": "s i k", "pages": "... p"}
+"""Of attention to keys in pages of a pool, beside ATTENTION: s pages of i tokens, of all sequences, and p of a sequence."""
+
+POOL_UPDATE = {"cache": "s i k h", "pages": "... p"}
+"""The same of a cache's update, beside CACHE."""
+
 OWN = re.compile(r"own(\d+)_(\d+)")
 """An array of the caller's own experts: its number, and how many dims it has. The first is e, the others are whole."""
 
-FAMILIES = {"attention": ATTENTION, "experts": EXPERTS, "movers": MOVERS, "cache": CACHE}
+IN_PAGES = " in pages"
+FAMILIES = {
+    "attention": ATTENTION,
+    f"attention{IN_PAGES}": ATTENTION | POOL,
+    "experts": EXPERTS,
+    "movers": MOVERS,
+    "cache": CACHE,
+    f"cache{IN_PAGES}": CACHE | POOL_UPDATE,
+}
 """An array's tangent and cotangent have its rule: `query_tangent` reads as `query`."""
 
 MANUAL = {"attention": ("t", "s"), "experts": ("t", "e"), "movers": ("z", "e"), "cache": ("s",)}
 """The factors that a call's `axis_name` splits, inside the user's own shard_map, unless its parameter `cut` says which."""
 
-WHOLE = frozenset({"h", "v", "u", "i", "d", "c", "r"})
+WHOLE = frozenset({"h", "v", "u", "i", "p", "d", "c", "r"})
 """Factors no schedule splits."""
 
 FILL = {"slot": -1}  # what the padding of an array holds, where zeros would mean something
@@ -100,6 +114,8 @@ class Rule:
     sizes: tuple[tuple[str, int], ...]
     # Factors of this call that no axis may split: the 1 that stands for a longer one, and the 1 that was left out elsewhere.
     whole: frozenset[str] = frozenset()
+    # Arrays of one of these factors decide before others which axes are whose.
+    first: frozenset[str] = frozenset()
 
     def is_whole(self, factor: str) -> bool:
         """Whether no schedule splits this factor."""
@@ -139,9 +155,9 @@ class Rule:
         A factor's length need not be a multiple of its axes' size: see `fitted`.
         """
         sizes = dict(self.sizes)
-        arrays = self.operands + self.results
         found: dict[str, Axes] = {}
-        for dims, spec in zip(arrays, specs):
+        arrays = zip(self.operands + self.results, specs)
+        for dims, spec in sorted(arrays, key=lambda x: not any(self.first & {*dim} for dim in x[0])):
             for dim, axes in zip(dims, spec, strict=True):
                 if any(factor in found for factor in dim) or all(map(self.is_whole, dim)):
                     continue
@@ -300,7 +316,10 @@ def make(
         if name not in named:
             named[name] = tuple(map(without_ones, dims_of[name]))
     rule = lambda names: tuple(named[name] for name in names)
-    return Rule(rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())), frozenset(whole))
+    first = frozenset({"s"} if family.endswith(IN_PAGES) else ())  # a pool stays where it is
+    return Rule(
+        rule(name for name, _ in operands), rule(results), tuple(sorted(known.items())), frozenset(whole), first
+    )
 
 
 def text(family: str, name: str) -> str:

@@ -137,6 +137,16 @@ def collectives(text: str) -> set[str]:
     return set(re.findall(rf"\s({kinds})(?:-start)?\(", text))
 
 
+def sent(text):
+    """What collectives there are in compiled HLO, and how many numbers the results of each are."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    count = lambda types: sum(
+        math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", types)
+    )
+    return [(kind, count(types)) for types, kind in found]
+
+
 @contextlib.contextmanager
 def no_cost_warnings():
     """A fallback is an error here."""

@@ -33,6 +33,7 @@ CHECKED = (
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4
 Q, KV = jnp.zeros((B, T, N, H)), jnp.zeros((B, S, K, H))
+TABLE = jnp.zeros((B, 3), jnp.int32)
 
 
 def attention(query=Q, key=KV, value=None, *args, **kwargs):
@@ -44,6 +45,13 @@ def attention_over(spec, key_spec=None, door=TYPES, query=None, key=None, mesh=(
     query, key = jnp.zeros((8, 16, 8, 4)) if query is None else query, jnp.zeros((8, 16, 8, 4)) if key is None else key
     query, key = put(mesh, (query, key), (spec, spec if key_spec is None else key_spec))
     return door.jit(lambda q, k: ringmoe.dot_product_attention(q, k, k, **kwargs))(query, key)
+
+
+def decode_pages(**kwargs):
+    pool = put(make_mesh((2,), TYPES.axis_type), (KV,), (P("a"),))[0]
+    return jax.jit(functools.partial(ringmoe.decode_attention, page_indices=TABLE, **kwargs))(
+        Q, pool, pool, TABLE[:, 0]
+    )
 
 
 def attention_manual(axis_name, **kwargs):
@@ -322,6 +330,26 @@ CASES = {
     "places of new tokens as floats": (
         lambda: ringmoe.update_cache(KV, KV, jnp.zeros(B)),
         "first has shape .* and dtype float32, expected int32",
+    ),
+    "a pool without a dim of pages": (
+        lambda: ringmoe.decode_attention(Q, KV[0], KV[0], jnp.zeros(B, jnp.int32), page_indices=TABLE),
+        r"key has shape \(8, 2, 4\), expected a pool \[num_pages, page_size, K, H\]",
+    ),
+    "a pool of another head dim": (
+        lambda: ringmoe.decode_attention(Q, KV[..., :2], KV[..., :2], jnp.zeros(B, jnp.int32), page_indices=TABLE),
+        r"key.shape=\(2, 8, 2, 2\), expected a pool \[num_pages, page_size, K, H\] with H=4",
+    ),
+    "pages of one sequence": (
+        lambda: ringmoe.decode_attention(Q, KV, KV, jnp.zeros(B, jnp.int32), page_indices=TABLE[0]),
+        r"page_indices has shape \(3,\) and dtype int32, expected int32 \[B, M\] with B of \(2,\), M > 0",
+    ),
+    "a ring of pages": (
+        lambda: decode_pages(exchange="ring"),
+        "exchange='ring' was asked for, but pages stay where they are: use 'merge', or use exchange='auto'",
+    ),
+    "a pool of caches": (
+        lambda: ringmoe.update_cache(KV[None], KV, jnp.zeros(B, jnp.int32), page_indices=TABLE),
+        r"cache.shape=\(1, 2, 8, 2, 4\) with page_indices, expected a pool \[num_pages, page_size, K, H\]",
     ),
     "export under plain jit with Auto axes": (
         lambda: jax.export.export(jax.jit(attention))(

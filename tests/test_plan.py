@@ -32,6 +32,44 @@ def attention(factors, band=FULL, exchange="auto", mesh=MESH, t=T, s=S, bias=Non
     return attention_plan.make(rule, freeze(factors), mesh, band, exchange, itemsize, index, 4 if backward else 0)
 
 
+def in_pages(factors, exchange="auto", mesh=MESH):
+    pool = (64, 8, K, H)
+    operands = (("query", (B, T, N, H)), ("key", pool), ("value", pool), ("pages", (B, 16)))
+    rule = rules.make("attention in pages", operands, ("output", "lse"))
+    return attention_plan.make(rule, freeze(factors), mesh, Band(right=0), exchange, 2)
+
+
+@pytest.mark.parametrize(("factors", "kind", "split", "joint"), [
+    ({}, "local", {}, ()),
+    ({"b0": ("a",), "k": ("b",)}, "local", {"b0": ("a",), "k": ("b",)}, ()),
+    ({"b0": ("a",), "s": ("b",)}, "merge", {"b0": ("a",), "s": ("b",)}, ()),
+    ({"b0": ("a",), "s": ("b", "a")}, "merge", {"s": ("b", "a")}, ()),  # sequences give way to pages
+    ({"g": ("b",), "s": ("b",)}, "merge", {"s": ("b",)}, ()),
+    ({"k": ("a",), "t": ("b",), "s": ("b",)}, "merge", {"k": ("a",), "t": ("b",), "s": ("b",)}, ("b",)),
+    ({"t": ("b", "a"), "s": ("b",)}, "merge", {"t": ("a",), "s": ("b",)}, ()),  # not its last: gathered outside
+])  # fmt: skip
+def test_of_pages(factors, kind, split, joint):
+    got = in_pages(factors)
+    assert (got.exchange, got.factors, got.joint_axes) == (kind, freeze(split), joint)
+    assert got.band == Band(right=0)
+    heads, size = N // (2 if "k" in split and kind == "merge" else 1), got.size
+    sequences, tokens = (
+        B // (2 if "b0" in split and kind == "merge" else 1),
+        T // (2 if split.get("t") == ("a",) else 1),
+    )
+    if kind == "merge" and not joint:
+        assert got.wire_bytes == 2 * (size - 1) * sequences * tokens * heads * H * 4 // size
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all"])
+def test_pages_are_never_moved(exchange):
+    assert in_pages({}, exchange).exchange == "local"
+    with pytest.raises(
+        ValueError, match=f"exchange='{exchange}' was asked for, but pages stay where they are: use 'merge'"
+    ):
+        in_pages({"s": ("b",)}, exchange)
+
+
 BLOCK = 2 * B * S // 4 * K * H  # elements of K and V on one of four devices
 
 

@@ -20,6 +20,18 @@ def attention(*extras, qkv=QKV, results=("output", "lse")):
     return rules.make("attention", (*qkv, *extras), results)
 
 
+def in_pages(*extras):
+    pools = (("key", (64, 8, K, H)), ("value", (64, 8, K, H)))
+    return rules.make("attention in pages", (QKV[0], *pools, *extras), ("output", "lse"))
+
+
+def test_a_pool_decides_before_queries_which_axes_are_whose():
+    rule = in_pages()
+    axes = lambda *specs: rule.factor_axes([*specs], MESH)
+    pool = (("b",), (), ("a",), ())
+    assert axes((("a",), (), ("b",), ()), pool, pool) == {"s": ("b",), "k": ("a",)}
+
+
 def experts(b=B, t=16, d=4, e=8, f=6, gate=False):
     weights = [("w_in", (e, d, f))] + [("w_gate", (e, d, f))] * gate + [("w_out", (e, f, d))]
     choices = [(name, (b, t, 2)) for name in ("expert", "slot", "weight")]
@@ -230,6 +242,9 @@ def test_every_rule_is_one_that_custom_partitioning_takes(family):
     of = {"attention": attention(("bias", (1, N, T, 1))), "experts": experts(gate=True), "movers": dispatch()}
     cache = (("cache", (B, S, K, H)), ("new", (B, 3, K, H)), ("first", (B,)))
     of["cache"] = rules.make("cache", cache, ("cache",))
+    pages = ("pages", (B, 6))
+    of["attention in pages"] = in_pages(pages)
+    of["cache in pages"] = rules.make("cache in pages", (("cache", (64, 8, K, H)), *cache[1:], pages), ("cache",))
     rule = of[family]
     call = custom_partitioning(lambda *xs: tuple(jnp.zeros(rule.shape(dims)) for dims in rule.results))
     call.def_partition(partition=lambda *_: None, sharding_rule=str(rule), **rule.compound_sizes)

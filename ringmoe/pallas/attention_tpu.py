@@ -53,6 +53,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
     """Raises NotImplementedError, naming what this kernel lacks."""
     if q.dtype not in DTYPES or (k.dtype != q.dtype and extras.key_scales is None):
         raise lacks(f"{q.dtype=}, {k.dtype=}, supported: both bfloat16, both float16 or both float32")
+    if extras.pages is not None:
+        raise lacks("keys in pages of a pool")
     t, h = q.shape[2:]
     if max(h, v.shape[3]) > MAX_HEAD_DIM:
         raise lacks(f"head dims {h} and {v.shape[3]}, supported: up to {MAX_HEAD_DIM}")

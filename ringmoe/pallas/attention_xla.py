@@ -13,6 +13,8 @@ b batch, k key heads, g group, t queries, s keys, h head dim, v that of values.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from jax import lax
 from ringmoe import dropout, softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets, widened
 from ringmoe.masks import Band, Places
+from ringmoe.pallas.pages import Pages
 
 DTYPES = tuple(jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64))
 BLOCK = 512  # longest block, also of the G * t rows that share a key head
@@ -196,31 +199,39 @@ class _Walk:
     places: dict[str, Places]
     lengths: dict[str, jax.Array]  # [B, 1, 1, 1, 1]; only those given
     segments: dict[str, jax.Array]  # queries' [B, 1, 1, T, 1], keys' [B, 1, 1, 1, S]; both or none
-    positions: dict[str, jax.Array]  # of the same shapes; only those given
+    positions: dict[str, Callable]  # of a tile, in the same shapes; only those given
     bias: jax.Array | None = None  # [B|1, K|1, G|1, T|1, S|1]
     mask: jax.Array | None = None
     slopes: jax.Array | None = None  # [1, K, G, 1, 1]
     seeds: jax.Array | None = None  # [B, K, G, 1, 1]
     scales: tuple[jax.Array | None, ...] = ()  # of keys and of values, [B, K, S]
+    pages: Pages | None = None  # that keys, values and their scales lie in
 
     @classmethod
     def make(cls, spec, config, q, k, extras: Extras, at: Offsets) -> "_Walk":
         (batch, num_heads, t, _), (_, key_heads, s, _) = q.shape, k.shape
+        pages = None if extras.pages is None else Pages.make(extras, s)
+        s = s if pages is None else pages.keys
         sizes = {"b": batch, "k": key_heads, "g": num_heads // key_heads, "t": t, "s": s}
         lengths = {"t": extras.query_lengths, "s": extras.key_lengths}
         rows, columns = (lambda x: x[:, None, None, :, None]), (lambda x: x[:, None, None, None, :])
-        moved = extras.query_positions is not None or extras.key_positions is not None  # then no block is skipped
         along = lambda t, s: {d: shape(x) for d, shape, x in (("t", rows, t), ("s", columns, s)) if x is not None}
+        places = along(extras.query_positions, extras.key_positions)
+        positions = {d: functools.partial(_cut, x, "bkgts") for d, x in places.items()}
+        positions |= {} if pages is None else {"s": pages.positions}
+        if config is None:  # with positions no block is skipped
+            config = Config.choose(q.shape, (batch, key_heads, s, k.shape[3]), Band() if positions else spec.band)
         walk = cls(
             spec,
-            config or Config.choose(q.shape, k.shape, Band() if moved else spec.band),
+            config if pages is None else dataclasses.replace(config, s=pages.block(config.s)),
             q.dtype,
             sizes,
             dict(zip("ts", at.places(t, s))),
             {d: x[:, None, None, None, None] for d, x in lengths.items() if x is not None},
             along(extras.query_segments, extras.key_segments),
-            along(extras.query_positions, extras.key_positions),
+            positions,
             scales=(extras.key_scales, extras.value_scales),
+            pages=pages,
         )
         per_head = lambda x: None if x is None else walk.group(x)[..., None, None]
         bias, mask = (None if x is None else walk.group_pairs(x) for x in (extras.bias, extras.mask))
@@ -229,8 +240,10 @@ class _Walk:
 
     def keys(self, k, v, tile):
         """The tile's, in the queries' dtype."""
-        cut = lambda x: None if x is None else _cut(x, "bks", tile)
-        return [widened(_cut(x, "bksh", tile), cut(scales), self.dtype) for x, scales in zip((k, v), self.scales)]
+        of = functools.partial(_cut, dims="bks") if self.pages is None else self.pages.cut
+        of = functools.partial(of, tile=tile)
+        scales = [None if x is None else of(x) for x in self.scales]
+        return [widened(of(x), scale, self.dtype) for x, scale in zip((k, v), scales)]
 
     def group(self, x):
         """[B, N, ...] to [B, K, G, ...]."""
@@ -288,7 +301,7 @@ class _Walk:
         """The least of the positions that the band compares, and the one after the greatest."""
         if dim not in self.positions:
             return self.ends(tile, dim)
-        found = _cut(self.positions[dim], "bkgts", tile)
+        found = self.positions[dim](tile)
         return jnp.min(found), jnp.max(found) + 1
 
     def is_full(self, tile):
@@ -327,7 +340,7 @@ class _Walk:
             s = s + _cut(self.bias, "bkgts", tile).astype(s.dtype)
         rows, keys = self.indices(tile)
         position = {"t": self.places["t"].of(rows), "s": self.places["s"].of(keys)}
-        compared = position | {dim: _cut(x, "bkgts", tile) for dim, x in self.positions.items()}
+        compared = position | {dim: of(tile) for dim, of in self.positions.items()}
         if self.slopes is not None:
             apart = jnp.abs(compared["t"] - compared["s"]).astype(s.dtype)
             s = s - _cut(self.slopes, "bkgts", tile).astype(s.dtype) * apart

@@ -28,7 +28,7 @@ Layout = tuple[tuple[str, int, tuple[int, ...]], ...]  # name, place in the vect
 def known(extras: Extras, at: Offsets, block_q: int, block_k: int) -> dict[str, jax.Array]:
     """The numbers of a call, by name; those of segments and positions are `ranges` of blocks."""
     numbers = {side: jnp.stack([jnp.asarray(x, jnp.int32) for x in getattr(at, side)]) for side in ("query", "key")}
-    for name in (*LENGTHS, "slopes", "seeds", *SEGMENTS, *POSITIONS):
+    for name in (*LENGTHS, "slopes", "seeds", "pages", "page_starts", *SEGMENTS, *POSITIONS):
         x = getattr(extras, name)
         if x is not None:
             of_blocks = name in (*SEGMENTS, *POSITIONS)

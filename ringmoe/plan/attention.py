@@ -81,7 +81,7 @@ def make(
     """
     call = _Call(
         rule,
-        dict(factors),
+        _around_pages(rule, dict(factors)),
         dict(mesh_shape),
         band,
         itemsize,
@@ -101,6 +101,25 @@ def make(
     found = [way for way in able if way[0] == exchange]
     check(len(found) > 0, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
     return call.plan(*found[0])
+
+
+def _around_pages(rule: Rule, split: dict[str, Axes]) -> dict[str, Axes]:
+    """The axes without those of a pool's pages for any other factor: queries are gathered, the pool never.
+
+    Tokens of queries keep theirs where `merge` can gather them, and scatter the results: see `_joint_axes`.
+    """
+    pages = split.get("s", ())
+    if not rule.first:
+        return split
+    stay = ("s", "t") if _joint_axes(split) is not None else ("s",)
+    return {f: axes if f in stay else tuple(a for a in axes if a not in pages) for f, axes in split.items()}
+
+
+def _joint_axes(split: Mapping[str, Axes]) -> Axes | None:
+    """The axes of both queries and keys, where they are the queries' last; None where they are not."""
+    queries = split.get("t", ())
+    shared = [a for a in queries if a in split.get("s", ())]
+    return tuple(shared) if shared == [*queries[len(queries) - len(shared) :]] else None
 
 
 def _fastest(plans: list[AttentionPlan], machine: cost.Machine) -> AttentionPlan:
@@ -133,12 +152,20 @@ class _Call:
     def key_axes(self) -> Axes:
         return self.split.get("s", ())
 
+    @property
+    def in_pages(self) -> bool:
+        """Whether s are the pages of a pool, of all sequences."""
+        return bool(self.rule.first)
+
     def devices(self, axes: Axes) -> int:
         return math.prod(self.length[a] for a in axes)
 
     def exchanges(self) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
         """What `plan` takes for each exchange that can be had, and why not, and how it could, of the others."""
         keys, queries = self.key_axes, self.split.get("t", ())
+        if self.in_pages:
+            here = "every device takes its own pages' share of all queries, and the shares are merged"
+            return [("merge", here, 1)], dict.fromkeys(EXCHANGES, "pages stay where they are: use 'merge'")
         able, unable = {}, {}
         busy = {axis for f in self.rule.neighbours("t") for axis in self.split.get(f, ())}
         where = f"keys are sharded over {keys} but queries over {queries or 'no axis'}"
@@ -161,7 +188,7 @@ class _Call:
             unable["all_to_all"] = (
                 f"{moved} are not cut evenly by any number of the {self.devices(keys)} devices on {keys}: use another exchange"
             )
-        joint = self._joint_axes()
+        joint = _joint_axes(self.split)
         if busy & set(keys):
             unable["merge"] = (
                 f"keys are sharded over {keys}, and so are query heads or sequences: use another exchange, which has them meet"
@@ -191,25 +218,19 @@ class _Call:
         cut = lambda n: devices % n == heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)
         return [n for n in range(devices, 1, -1) if cut(n)]
 
-    def _joint_axes(self) -> Axes | None:
-        """The axes of both queries and keys, where they are the queries' last; None where they are not."""
-        queries = self.split.get("t", ())
-        shared = [a for a in queries if a in self.key_axes]
-        return tuple(shared) if shared == [*queries[len(queries) - len(shared) :]] else None
-
     def plan(self, kind: str, why: str, head_parts: int = 1) -> AttentionPlan:
         """That of one exchange, for which heads are split over so many devices."""
         split, length, keys = dict(self.split), self.length, self.key_axes
         size, walks = self.devices(keys), kind in ("ring", "all_to_all")
         if walks:
             split["t"] = keys
-        joint_axes = self._joint_axes() or () if kind == "merge" else ()
+        joint_axes = _joint_axes(self.split) or () if kind == "merge" else ()
         rule = self.rule.fitted(split, length)
         sizes, padded = dict(self.rule.sizes), dict(rule.sizes)
         band = dataclasses.replace(
             self.band,
             queries=sizes["t"] if padded["t"] > sizes["t"] else None,
-            keys=sizes["s"] if padded["s"] > sizes["s"] else None,
+            keys=sizes["s"] if padded["s"] > sizes["s"] and not self.in_pages else None,
         )
         ring = Ring.make(keys, length, head_parts) if walks or kind == "merge" else Ring()
         walk = self._walk(ring.size, padded["t"], padded["s"]) if walks else _Walk()
@@ -259,7 +280,7 @@ class _Call:
             heads=of("k", "g"),
             key_heads=of("k"),
             queries=of("t"),
-            keys=of("s"),
+            keys=of("p", "i") // self.devices(self.key_axes) if self.in_pages else of("s"),
             width=(of("h") + of("v")) // 2,
             size=self.devices(self.key_axes),
             mesh_size=math.prod(self.length.values()),

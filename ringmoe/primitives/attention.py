@@ -70,6 +70,8 @@ def _forward_jvp(primals, tangents, **params):
             "decode_attention(axis_name=...) has no derivatives: inside a shard_map queries that all devices have, and their "
             "cotangents, count once or once a device, which nothing here can know. Call it outside of the shard_map"
         )
+    if "pages" in params["operands"]:
+        return FORWARD.differentiate_plainly(primals, tangents, **params)
     results = FORWARD.primitive.bind(*primals, **params)
     # Under these names a rematerialised layer may keep what its backward pass needs, and not run the ring again.
     results = [checkpoint_name(x, name) for x, name in zip(results, RESIDUALS)]
@@ -160,7 +162,8 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
         if params["results"] != RESULTS and not hasattr(kernel, "backward"):
             raise Unsuited(f"{kernel.__name__} has no backward pass")
 
-    few = q.shape[2] < FEW and 8 * q.shape[2] <= k.shape[2]
+    keys = k.shape[2] * (1 if extras.pages is None else extras.pages.shape[-1])
+    few = q.shape[2] < FEW and 8 * q.shape[2] <= keys
     return pallas.pick("attention", platform, params["implementation"], accepts, few), spec
 
 

@@ -51,7 +51,11 @@ class Op:
 
     def rule(self, avals, params) -> rules.Rule:
         operands = tuple((name, tuple(aval.shape)) for name, aval in zip(params["operands"], avals, strict=True))
-        return rules.make(self.family, operands, params["results"], params["sizes"], params["mapped"])
+        return rules.make(self.table(params), operands, params["results"], params["sizes"], params["mapped"])
+
+    def table(self, params) -> str:
+        """The name of the rules of a call, in rules.FAMILIES."""
+        return self.family + (rules.IN_PAGES if "pages" in params["operands"] else "")
 
     def derive(self, jvp: Callable, transpose: Callable | None = None) -> None:
         """Gives the primitive its derivative rules, as JAX's interpreters call them:
@@ -121,7 +125,7 @@ def _abstract_eval(op: Op, *avals, **params):
 
 def _batch(op: Op, arrays, dims, **params):
     """A mapped axis becomes one more batch dim; or, where an array has none (weights), one dim in front of every array."""
-    words = lambda name: rules.text(op.family, name)
+    words = lambda name: rules.text(op.table(params), name)
     bare = [name for name, dim in zip(params["operands"], dims) if dim is not None and "..." not in words(name)]
     in_front = params["mapped"] > 0 or bare or any("..." not in words(name) for name in params["results"])
     (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.plan.attention import AttentionPlan
-from ringmoe.schedule import balance, heads, merge
+from ringmoe.schedule import balance, heads, merge, pages
 from ringmoe.schedule.ring import BY_XLA, Part, Travel, place, walk
 from ringmoe.schedule.sums import sum_over
 
@@ -39,9 +39,8 @@ def forward(
 
     def step(state, part, owner, back):
         k, v, scales = part.arrays
-        keys = blocks.keys_of(owner, part)
-        here = blocks.extras(keys)._replace(**scales)
-        return kernel.forward(spec, state, q, k, v, here, blocks.offsets(keys, part, back)), ()
+        here, at, _ = blocks.here(owner, part, back)
+        return kernel.forward(spec, state, q, k, v, here._replace(**scales), at), ()
 
     parts = blocks.travelling(blocks.gather((k, v, moves.scales(extras))))
     state, _ = walk(step, plan.ring, plan.hops, kernel.init(spec, q, v), parts, blocks.own, travel=travel)
@@ -86,10 +85,10 @@ def backward(
     def step(state, part, owner, back):
         dq, dbias = state
         k, v, scales = part.arrays
-        keys = blocks.keys_of(owner, part)
-        here = blocks.extras(keys)._replace(**scales)
+        here, at, keys = blocks.here(owner, part, back)
+        here = here._replace(**scales)
         zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
-        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, blocks.offsets(keys, part, back))
+        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, at)
         # Of two hops a neighbour's share is all that goes home, and rounded once, as the sum of both is there.
         sent = query.dtype if plan.hops == 2 and back else grads.dk.dtype
         share = dataclasses.replace(part, arrays=(grads.dk.astype(sent), grads.dv.astype(sent)))
@@ -185,15 +184,18 @@ class _Blocks:
         """Where the pieces of a device's block begin."""
         return balance.starts(self.plan.ring, device, length) if self.plan.pieces > 1 else (device * length,)
 
-    def keys_of(self, owner, part: Part) -> "_Keys":
-        """Where the keys of a part of `owner`'s block stand."""
+    def here(self, owner, part: Part, back: int | None) -> tuple[Extras, Offsets, "_Keys"]:
+        """What belongs to a part of the block of `owner`, so many places back, and where it stands; or of a pool of pages
+        [pages, K, s, H]."""
+        if self.whole.pages is not None:
+            count, _, size, _ = part.arrays[0].shape
+            table = pages.table(self.plan.band, self.whole, owner * count, count, size)
+            return table, Offsets(self.first_queries, (0,)), _Keys((0,), 0)
         piece = self.keys // part.of // self.plan.pieces
-        return _Keys(tuple(start + part.n * piece for start in self._starts(owner, self.keys)), piece)
-
-    def offsets(self, keys: "_Keys", part: Part, back: int | None) -> Offsets:
-        """Of the queries, and of a part of the block that is so many places back."""
+        keys = _Keys(tuple(start + part.n * piece for start in self._starts(owner, self.keys)), piece)
         known = back is not None and self.plan.rows == self.plan.ring and self.plan.pieces == 1
-        return Offsets(self.first_queries, keys.first, back * self.keys - part.n * keys.piece if known else None)
+        at = Offsets(self.first_queries, keys.first, back * self.keys - part.n * piece if known else None)
+        return _along_keys(functools.partial(self._columns, keys), self.whole), at, keys
 
     def travelling(self, kv) -> list[Part]:
         """What goes each way of one block: the whole, or parts of it."""
@@ -251,10 +253,6 @@ class _Blocks:
             start = jax.lax.axis_index(plan.axes) * size
             dkv = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), dkv)
         return sum_over(dkv, sum_axes)
-
-    def extras(self, keys: "_Keys") -> Extras:
-        """The extras cut to the columns of `keys`."""
-        return _along_keys(functools.partial(self._columns, keys), self.whole)
 
     def _padded(self, x):
         """`x` with a column for every key that there is once the keys are padded: a slice past the end would be moved."""
