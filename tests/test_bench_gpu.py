@@ -25,8 +25,8 @@ TINY = ExpertsShape("tiny", 256, 64, 32, 8, 2)
 DISTINCT = {
     f"{part}: {one.name}": one
     for part, kind in {
-        "attention": "(T 2048|ragged).*gradients",  # whose first kernel is that of "forward"
-        "hop": "(4 heads of 128|64 heads)",
+        "attention": "(T 2048.*causal|ragged.*full), gradients",  # whose first kernel is that of "forward"
+        "hop": "(4 heads of 128|64 heads).*causal",
         "rows": "DeepSeek",
         "grouped": "Qwen3",
         "layer": "Qwen3.*(both|forward|even)$",
