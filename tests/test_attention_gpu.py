@@ -1,6 +1,6 @@
 """The Hopper kernels of attention: interpreted, against float64; down to ptxas; which calls they take; between a ring's sends.
 
-What only a GPU can tell, `python -m bench.gpu_attention` checks there.
+`tests/gpu` runs the cases on a GPU, `python -m bench.gpu attention` measures there.
 """
 
 import dataclasses
@@ -104,15 +104,19 @@ CASES = {
 }
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize("name", CASES)
-def test_each_is_the_oracles(interpreted, name):
-    case = CASES[name]
+def assert_is_the_oracles(case: Case):
+    """Output, LSE and gradients, on what runs JAX's programs."""
     # Numbers are rounded to these types where they are multiplied, and to nothing else: a logarithm of a sum is exact.
     rounded = {"bfloat16": 2**-7, "float16": 2**-10}[case.dtype]
     tolerance = {"output": rounded, "LSE": 2e-6, "dq": 2 * rounded, "dk": 2 * rounded, "dv": 2 * rounded}
     for (what, most), a, e in zip(tolerance.items(), run(case, attention_gpu), oracle(case), strict=True):
         assert_close(a, e, most, what)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_the_oracles(interpreted, name):
+    assert_is_the_oracles(CASES[name])
 
 
 def test_what_is_past_a_length_changes_nothing(interpreted):

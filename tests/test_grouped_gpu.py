@@ -1,6 +1,6 @@
 """The Hopper kernel of sorted rows' matmuls: interpreted, against float64; down to ptxas; and which calls it takes.
 
-What only a GPU can tell, `python -m bench.gpu_grouped` checks there.
+`tests/gpu` runs the cases on a GPU, `python -m bench.gpu grouped` measures there.
 """
 
 import re
@@ -66,10 +66,7 @@ def interpreted(monkeypatch, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize(("n", "counts"), COUNTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_loop(interpreted, kind, n, counts):
+def assert_equals_the_loop(kind, n, counts):
     a, b, counts = operands(kind, n, counts, jnp.bfloat16)
     got = np.asarray(jax.jit(grouped_gpu.matmul, static_argnums=(0, 4))(kind, a, b, counts, jnp.float32))
     want = by_loop(kind, a, b, np.asarray(counts))
@@ -77,18 +74,14 @@ def test_equals_the_loop(interpreted, kind, n, counts):
     np.testing.assert_allclose(got[: len(want)], want, atol=1e-4)
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_are_rounded_once(interpreted, kind):
+def assert_is_rounded_once(kind):
     a, b, counts = operands(kind, 72, (3, 0, 64, 1), jnp.float16)
     got = np.asarray(jax.jit(grouped_gpu.matmul, static_argnums=(0, 4))(kind, a, b, counts, jnp.float16))
     want = by_loop(kind, a, b, np.asarray(counts))
     np.testing.assert_allclose(got[: len(want)], want, rtol=2**-11 * 1.01, atol=1e-4)
 
 
-@pytest.mark.oldest
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_tiles_do_not_divide_is_padded(interpreted, kind):
+def assert_is_padded(kind):
     """Rows, and both widths, one of them a bias's."""
     rng, counts = np.random.default_rng(0), (3, 0, 90, 8)
     a, b, _ = (jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16) for x in types(kind, 101, 1, 70, 4))
@@ -97,6 +90,25 @@ def test_what_tiles_do_not_divide_is_padded(interpreted, kind):
     want = by_loop(kind, a, b, np.asarray(counts))
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(("n", "counts"), COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_loop(interpreted, kind, n, counts):
+    assert_equals_the_loop(kind, n, counts)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_are_rounded_once(interpreted, kind):
+    assert_is_rounded_once(kind)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_tiles_do_not_divide_is_padded(interpreted, kind):
+    assert_is_padded(kind)
 
 
 @pytest.mark.parametrize(("a", "b", "dtype", "why"), [

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+import ringmoe
 from ringmoe import reference_moe
 from ringmoe.router import RouterConfig, choose, metrics, route
 
@@ -262,15 +263,50 @@ def test_sharded_tokens_route_alike_and_locally(mode):
         assert f"{word}(" not in text, word
 
 
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (5, 3), (8, 8), (128, 8), (130, 2), (256, 4)])
+def test_choosing_in_rounds_is_choosing_by_insertion(num_experts, k):
+    """What GPUs do, with equal values, both zeros and infinities of either sign; even where there is nothing else."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-2, 3, (2, 64, num_experts)).astype(np.float32)
+    values[rng.random(values.shape) < 0.2] = -np.inf
+    values[rng.random(values.shape) < 0.05] = np.inf
+    values[rng.random(values.shape) < 0.1] = -0.0
+    values[0, :2] = [[-np.inf], [np.inf]]
+    found = jax.jit(choose._in_rounds, static_argnums=1)(values, k)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, choose.top_k(jnp.asarray(values), k))
+    np.testing.assert_array_equal(found, np.argsort(-values, -1, stable=True)[..., :k])
+
+
+def test_choosing_has_no_derivative():
+    values = jax.random.normal(jax.random.key(0), (4, 8))
+    gradient = jax.grad(lambda x: jnp.sum(jnp.where(choose.is_chosen(x, choose.top_k(x, 2)), x, 0)))(values)
+    np.testing.assert_array_equal(gradient, choose.is_chosen(values, lax.top_k(values, 2)[1]))
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(8, 2), (128, 8)])
+def test_on_a_gpu_a_choice_is_a_kernel(num_experts, k):
+    """And one puts them together; an insertion is a loop there, of E / 2 steps of two."""
+    try:
+        sharding = SingleDeviceSharding(ringmoe.target("h200").devices()[0])
+    except ImportError as error:
+        pytest.skip(f"no compiler for h200: {error}")
+    logits = jax.ShapeDtypeStruct((1024, num_experts), jnp.float32, sharding=sharding)
+    text = jax.jit(lambda x: choose.top_k(x, k)).lower(logits).compile().as_text() or ""
+    entry = text[text.index("\nENTRY") :]
+    assert len(re.findall(r" (?:fusion|while|custom-call|sort)\(", entry)) == entry.count(" fusion(") <= k + 1
+
+
+@pytest.mark.parametrize("choice", [choose.top_k, choose._in_rounds])
 @pytest.mark.parametrize("mode", ["explicit", "auto", "manual", "partly manual"])
-def test_the_chosen_numbers_are_where_their_tokens_are(mode):
+def test_the_chosen_numbers_are_where_their_tokens_are(mode, choice):
     """Of many experts, under vmap, with gradients of two orders; nobody sends or scatters anything."""
     axis_type = AxisType.Explicit if mode == "explicit" else AxisType.Auto
     k, mesh = 3, jax.make_mesh((2, 4), ("data", "seq"), axis_types=(axis_type,) * 2)
     values, scale = jax.random.normal(jax.random.key(0), (2, 4, 32, 128)), jnp.arange(3.0).reshape(1, 1, 3)
 
     def found(values):
-        expert = jax.vmap(lambda x: choose.top_k(x, k))(lax.stop_gradient(values))
+        expert = jax.vmap(lambda x: choice(x, k))(lax.stop_gradient(values))
         one = lambda values: jax.vmap(choose.at_experts)(values, expert)
         gradient = lambda values: jax.grad(lambda v: jnp.sum(scale * one(v) ** 3))(values)
         return expert, one(values), gradient(values), jax.jvp(gradient, (values,), (values,))[1]

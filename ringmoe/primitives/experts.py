@@ -20,7 +20,7 @@ from ringmoe.plan import experts as plan
 from ringmoe.plan.base import freeze
 from ringmoe.plan.experts import ExpertPlan
 from ringmoe.primitives.op import Op
-from ringmoe.primitives.rows import lower_on_tpu
+from ringmoe.primitives.rows import lower_on_cuda, lower_on_tpu
 from ringmoe.schedule import experts as schedule
 from ringmoe.schedule import gather
 from ringmoe.schedule.exchange import BY_XLA, Travel
@@ -230,3 +230,4 @@ BACKWARD.derive(BACKWARD.differentiate_plainly)
 for mover in (DISPATCH, COMBINE):
     mover.derive(functools.partial(_mover_jvp, mover), functools.partial(_mover_transpose, mover))
 mlir.register_lowering(gather.PRIMITIVE, lower_on_tpu, platform="tpu")
+mlir.register_lowering(gather.PRIMITIVE, lower_on_cuda, platform="cuda")

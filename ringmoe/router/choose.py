@@ -84,8 +84,13 @@ def scoring(logits: jax.Array, config: RouterConfig) -> tuple[Callable[[jax.Arra
 def top_k(values: jax.Array, k: int) -> jax.Array:
     """[*B, T, k] int32 of [*B, T, E]: the largest value first, the lowest index among equals, on every backend.
 
-    Of many experts the k chunks with the largest maxima come first: no other can hold one of the k largest.
+    Of a token with NaN some numbers.
     """
+    return TOP_K.bind(lax.stop_gradient(values), k=k)
+
+
+def _by_insertion(values, k):
+    """Of many experts the k chunks with the largest maxima come first: no other can hold one of the k largest."""
     num_experts = values.shape[-1]
     chunk = 2 ** round(math.log2(num_experts / k) / 2)  # the least of num_experts / chunk + k * chunk steps
     if num_experts < MANY_EXPERTS or num_experts % chunk or num_experts // chunk < k:
@@ -97,6 +102,25 @@ def top_k(values: jax.Array, k: int) -> jax.Array:
     )
     found = _insert(candidates, k)
     return at_experts(best, lax.div(found, jnp.int32(chunk))) * chunk + lax.rem(found, jnp.int32(chunk))
+
+
+def _in_rounds(values, k):
+    """One reduction over the experts for each choice, of those that come after the last one. On a GPU a reduction is a kernel,
+    and each of an insertion's E / 2 steps two."""
+    index, none = jnp.zeros_like(values, jnp.int32) + numbered(values), jnp.int32(values.shape[-1])
+
+    def better(a, b):
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return tuple(jnp.where(first, x, y) for x, y in zip(a, b))
+
+    least, found, left = jnp.asarray(-jnp.inf, values.dtype), [], True
+    for _ in range(k):
+        candidates = jnp.where(left, values, least), jnp.where(left, index, none)
+        best = lax.reduce(candidates, (least, none), better, (values.ndim - 1,))
+        largest, expert = (x[..., None] for x in best)
+        left = (values < largest) | ((values == largest) & (index > expert))
+        found.append(best[1])
+    return jnp.stack(found, axis=-1)
 
 
 def _insert(values, k):
@@ -158,17 +182,26 @@ def _gather(values, expert):
     return jnp.take_along_axis(values, jnp.maximum(expert, 0), -1, mode="promise_in_bounds")
 
 
-def _batch(arrays, dims):
+def _batch(primitive, arrays, dims, **params):
     (length,) = {x.shape[dim] for x, dim in zip(arrays, dims) if dim is not None}
-    return AT_EXPERTS.bind(*(batching.bdim_at_front(x, dim, length) for x, dim in zip(arrays, dims))), 0
+    return primitive.bind(*(batching.bdim_at_front(x, dim, length) for x, dim in zip(arrays, dims)), **params), 0
 
+
+TOP_K = Primitive("ringmoe_top_k")
+TOP_K.def_impl(jax.jit(TOP_K.bind, static_argnames="k"))
+TOP_K.def_abstract_eval(
+    lambda values, k: values.update(shape=(*values.shape[:-1], k), dtype=jnp.int32, weak_type=False)
+)
+mlir.register_lowering(TOP_K, mlir.lower_fun(_by_insertion, multiple_results=False))
+mlir.register_lowering(TOP_K, mlir.lower_fun(_in_rounds, multiple_results=False), platform="cuda")
+batching.primitive_batchers[TOP_K] = functools.partial(_batch, TOP_K)
 
 AT_EXPERTS = Primitive("ringmoe_at_experts")  # lax.platform_dependent fails in an eager gradient over an Explicit mesh
 AT_EXPERTS.def_impl(jax.jit(AT_EXPERTS.bind))
 AT_EXPERTS.def_abstract_eval(lambda values, expert: expert.update(dtype=values.dtype, weak_type=False))
 mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_select, multiple_results=False))
 mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_gather, multiple_results=False), platform="cpu")
-batching.primitive_batchers[AT_EXPERTS] = _batch
+batching.primitive_batchers[AT_EXPERTS] = functools.partial(_batch, AT_EXPERTS)
 
 
 def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:

@@ -36,7 +36,13 @@ def sum_of_rows(
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index] along the first dim; 0 where the index is past the end."""
-    return _whole(x).at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return _rows_at(x, index, (0 <= index) & (index < x.shape[0]))
+
+
+def _rows_at(x, index, there):
+    """x[index] along the first dim; 0 where it isn't `there`."""
+    found = _whole(x).at[jnp.where(there, index, 0)].get(mode="promise_in_bounds")
+    return jnp.where(there.reshape(*there.shape, *(1,) * (x.ndim - 1)), found, 0)
 
 
 def count_below(ascending: jax.Array, bounds: jax.Array) -> jax.Array:
@@ -65,7 +71,8 @@ def evaluate(x, index, back, starts, *weight, mapped, dtype):
         acc = jnp.promote_types(x.dtype, jnp.float32)
         flat = x.reshape(-1, *x.shape[back.ndim - 1 :])
         row = lax.div(index, jnp.int32(back.shape[-1]))
-        terms = (take(flat, row[..., j]) for j in range(index.shape[-1]))
+        there = (0 <= row) & (row < flat.shape[0])  # of all places at once: on GPUs each comparison alone is a kernel
+        terms = (_rows_at(flat, row[..., j], there[..., j]) for j in range(index.shape[-1]))
         if index.shape[-1] > 1 or weight:
             terms = (term.astype(acc) for term in terms)
         for w in weight:
