@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +22,7 @@ from ringmoe.errors import CostWarning, forget_warnings
 from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
-from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
+from ringmoe.pallas import attention_gpu, attention_xla
 from tests.helpers import assert_close
 from tests.test_attention_tpu_features import POSITIONS, SEGMENTS, Case, oracle, run
 
@@ -33,46 +32,6 @@ STRIDED = Band.make(True, None, lambda query, key: (query - key) % 3 != 1)
 LENGTHS = ("query_lengths", "key_lengths")
 EXTRAS = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
-
-
-class Total:
-    """An accumulator that begins with a value."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-@pytest.fixture
-def interpreted(monkeypatch, capfd):
-    """Fails on a data race (newer JAX raises, older prints). What the interpreter lacks is put in other words:
-
-    It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
-    what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
-    fence before TMA may write there again, for which a barrier is enough.
-    """
-
-    def added_to(totals, work, *kept):
-        accumulators = [Total(x) for x in totals]
-        found = work(*accumulators, *kept)
-        return (*(x.value for x in accumulators), *found)
-
-    def wgmma(acc, a, b, of_the_chip=plgpu.wgmma):
-        if not isinstance(acc, Total):
-            return of_the_chip(acc, a, b)
-        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-
-    def arrive(barrier, of_the_chip=plgpu.barrier_arrive):
-        plgpu.commit_smem()
-        of_the_chip(barrier)
-
-    for module in (attention_gpu, gradients_gpu):
-        monkeypatch.setattr(module, "added_to", added_to)
-        monkeypatch.setattr(module, "MOST_STAGES", 2)  # so that few steps take a slot again
-    monkeypatch.setattr(plgpu, "wgmma", wgmma)
-    monkeypatch.setattr(plgpu, "barrier_arrive", arrive)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def case(h=64, v=None, t=128, s=256, **kind):

@@ -16,9 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ringmoe.pallas.hopper import costing, swizzled
+from ringmoe.pallas.hopper import MULTIPROCESSORS, costing, swizzled
 
-MULTIPROCESSORS = 132  # of an H100 (SXM) and an H200
 GROUPS = 2  # warpgroups that multiply
 ROWS, COLUMNS = 128, 256  # of the result, at once
 DEPTH, STAGES = 64, 4  # summed over so many at once, so many of these on their way

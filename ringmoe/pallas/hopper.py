@@ -10,6 +10,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from ringmoe.inspector.chips import chip_of
 
 CHIPS = ("h100", "h200")  # names of inspector/chips.py: wgmma is Hopper's alone
+MULTIPROCESSORS = 132  # of an H100 (SXM) and an H200
 
 
 def is_hopper(device_kind: str) -> bool:

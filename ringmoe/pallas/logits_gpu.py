@@ -23,6 +23,9 @@ from ringmoe.pallas import blocks
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.streams_gpu import GROUPS, ROWS, TALL, WGMMA, Known
 
+DTYPES = (jnp.bfloat16, jnp.float16)
+WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
+
 # What a mask_fn may do, in TYPES, with numbers that each pair of a query and a key has its own of.
 ON_REGISTERS = frozenset(
     "abs add and broadcast_in_dim convert_element_type div eq ge gt jit le lt max min mul ne neg not or pjit rem select_n "
@@ -43,7 +46,7 @@ class Blocks(blocks.Blocks):
 
     @classmethod
     def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
-        """Of queries [B, N, T, H] and keys [B, K, S, H]."""
+        """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]."""
         # Whole blocks of threads read them.
         whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
         of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
@@ -53,7 +56,8 @@ class Blocks(blocks.Blocks):
         if vectors:
             numbers["met"] = made._first_and_last(numbers)
         if extras.slopes is not None:
-            vectors["slopes"] = extras.slopes.astype(jnp.float32) / spec.scale
+            slopes = extras.slopes.astype(jnp.float32) / spec.scale
+            vectors["slopes"] = slopes if slopes.ndim == 1 else whole(slopes)
         layout, vector = blocks.packed(numbers)
         return dataclasses.replace(made, layout=layout), Known(vector, vectors)
 
@@ -148,7 +152,7 @@ class Blocks(blocks.Blocks):
         if "slopes" in known.vectors:
             rows, columns = self._sides(known, n, (row, key), starts, s.shape, "positions")
             apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
-            s = s - known.vectors["slopes"][lax.rem(n, jnp.int32(self.heads))] * apart
+            s = s - self._slope(known, n, row, s.shape) * apart
             s, n, row, key = lax.optimization_barrier((s, n, row, key))
         if self.spec.soft_cap is not None:
             s = tanh(s * (self.spec.scale / self.spec.soft_cap))
@@ -171,11 +175,24 @@ class Blocks(blocks.Blocks):
 
         return lax.cond(full, lambda s: s, hide, s)
 
+    def softened(self, s, m, l):
+        """What `softmax.step` gives of logits `s`, [rows, columns], m and l [rows], m in units of log 2."""
+        m_new = jnp.maximum(m, jnp.max(s, 1) * self.unit)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(s * self.unit - across(m_new, s.shape))
+        return m_new, l * alpha + jnp.sum(p, 1), alpha, p
+
     def weights(self, s, lse):
         """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
         p = jnp.exp2(s * self.unit - lse)
         # Where P is 0 `s` may be -inf, of which no tanh is.
         return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
+
+    def _slope(self, known: Known, n, row, shape):
+        slopes, own = known.vectors["slopes"], lax.rem(n, jnp.int32(self.heads))
+        if len(slopes.shape) == 1:
+            return slopes[own]
+        return across(plgpu.load(slopes.at[own, pl.ds(row, shape[0])], layout=WGMMA.reduce(1)), shape)
 
     def _conditions(self, band: Band) -> list[Callable]:
         """Of which each, of a function that gives rows and columns by name, tells which pairs of a pair of blocks it leaves."""
@@ -252,6 +269,21 @@ def kinds_of_logits(spec: AttentionSpec, extras: Extras) -> list[str]:
 def are_few(spec: AttentionSpec, extras: Extras) -> bool:
     """Whether few of a thread's registers are enough for logits."""
     return not kinds_of_logits(spec, extras)
+
+
+def check_products(spec: AttentionSpec, q, k, v) -> None:
+    """Raises NotImplementedError for operands, or logits, that no kernel here multiplies."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
+    h, dim = q.shape[3], v.shape[3]
+    if h % WIDTH or dim % WIDTH or max(h, dim) > WIDEST:
+        raise lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
+    if spec.uniform:
+        raise lacks("XLA may have to partition the call further, which it can't a kernel")
+    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
+        check_mask(spec.band.also)
+    if spec.scale <= 0:
+        raise lacks(f"{spec.scale=}, supported: above 0")
 
 
 def check_mask(mask_fn: Callable) -> None:
