@@ -4,7 +4,9 @@ What only a GPU can tell, `python -m bench.gpu_attention` checks there.
 """
 
 import dataclasses
+import functools
 import itertools
+import operator
 import re
 import warnings
 from typing import Any
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,12 +26,44 @@ from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
 from ringmoe.pallas import attention_gpu, attention_xla
+from ringmoe.pallas.logits_gpu import ON_REGISTERS
 from tests.helpers import assert_close
 from tests.test_attention_tpu_features import POSITIONS, SEGMENTS, Case, oracle, run
 
 CAUSAL, WINDOW = Band(right=0), Band(70, 200)
 EVERYTHING = Band.make(True, None, (Window(80, 5) | Prefix(70)) & Chunks(100))
 STRIDED = Band.make(True, None, lambda query, key: (query - key) % 3 != 1)
+
+
+def of_numbers(dtype):
+    """Each of ON_REGISTERS that takes numbers."""
+
+    def seen(query, key):
+        a, b = (x.astype(dtype) for x in jnp.broadcast_arrays(query - 40, key))
+        numbers = [f(a, b | 1) for f in (lax.add, lax.sub, lax.mul, lax.div, lax.rem, lax.max, lax.min)]
+        numbers += [f(a, b & 3) for f in (lax.shift_left, lax.shift_right_arithmetic, lax.shift_right_logical)]
+        numbers += [f(a, b) for f in (operator.and_, operator.or_, operator.xor)] + [~a, -a, lax.sign(a)]
+        numbers += [] if dtype == jnp.uint32 else [abs(a)]
+        seen = (functools.reduce(operator.xor, numbers) & 1).astype(bool)
+        for number, compare in enumerate(COMPARISONS):
+            seen ^= compare(a & number, b & 3)
+        return seen ^ (lax.select_n(seen, a, b) == lax.broadcast_in_dim(jnp.asarray(60, dtype), a.shape, ()))
+
+    return seen
+
+
+def of_booleans(query, key):
+    """And booleans."""
+    query, key = jnp.broadcast_arrays(query, key)
+    seen, some = ~(query < key), jax.jit(lambda q, k: (q & 2) == (k & 2))(query, key)
+    for combine in (*COMPARISONS, lax.max, lax.min, operator.and_, operator.or_):
+        seen ^= combine(seen, some)
+    return lax.select_n(some, seen, ~seen) & (some.astype(jnp.uint32) + seen.astype(jnp.int32).astype(jnp.uint32) < 2)
+
+
+COMPARISONS = lax.eq, lax.ne, lax.lt, lax.le, lax.gt, lax.ge
+OPERATIONS = {"int32": of_numbers(jnp.int32), "uint32": of_numbers(jnp.uint32), "booleans": of_booleans}
+OPERATIONS = {f"every operation of {name}": Band.make(False, None, seen) for name, seen in OPERATIONS.items()}
 LENGTHS = ("query_lengths", "key_lengths")
 EXTRAS = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -36,6 +71,15 @@ HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 def case(h=64, v=None, t=128, s=256, **kind):
     return Case(h=h, v=v or h, t=t, s=s, **{"dtype": "bfloat16", "hops": 1} | kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rising(Case):
+    """Positions that rise, so that they empty whole blocks."""
+
+    def arrays(self):
+        arrays, found = super().arrays()
+        return arrays, {name: np.sort(x, 1) if name in POSITIONS else x for name, x in found.items()}
 
 
 CASES = {
@@ -54,8 +98,10 @@ CASES = {
     "segments, lengths that no block divides": case(extras=SEGMENTS, n=1, t=201, s=203),
     "positions of queries": case(extras=POSITIONS[:1], n=1, t=128, s=128, band=CAUSAL),
     "positions of both": case(extras=POSITIONS, n=1, t=201, s=203, band=Band(60, 20)),
+    "positions that rise": Rising(h=64, v=64, n=1, dtype="bfloat16", extras=POSITIONS, band=Band(20, 0), hops=1),
     "slopes": case(extras=("slopes",), n=4, k=2, t=64, s=64, band=CAUSAL),
     "any function": case(band=STRIDED, n=1, s=128),
+    **{name: case(band=band, n=1, t=64, s=128) for name, band in OPERATIONS.items()},
     "all of it": case(band=STRIDED, cap=2.0, b=2, n=2, k=1, t=72, s=72, extras=EXTRAS),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
@@ -137,8 +183,11 @@ FEATURES = {  # band, soft cap, extras
     "positions": (CAUSAL, None, POSITIONS),
     "slopes": (CAUSAL, None, ("slopes",)),
     "masks": (EVERYTHING, None, LENGTHS),
+    "any function": (STRIDED, None, ()),
+    **{name: (band, None, ()) for name, band in OPERATIONS.items()},
     "all of it": (STRIDED, 30.0, EXTRAS),
 }
+ALONE = "soft cap", "positions", "slopes", "any function"  # what wide heads take one of
 
 
 @pytest.mark.parametrize(("h", "v", "s", "name"), [
@@ -146,6 +195,7 @@ FEATURES = {  # band, soft cap, extras
     *((*dims, 900, "masks") for dims in HEAD_DIMS),
     *((*dims, 900, "all of it") for dims in HEAD_DIMS[:2]),
     (256, 256, 900, "segments"),
+    *((*dims, 900, name) for dims in HEAD_DIMS[2:] for name in ALONE),
     *((128, 128, 900, name) for name in FEATURES if name not in ("masks", "all of it", "causal")),
 ])  # fmt: skip
 def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
@@ -196,6 +246,19 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
             "backward_dv": h + 64,
         }[re.sub(r"ringmoe_attention_(.*)_\d+", r"\1", kernel_name)]
         assert text.count("wgmma.mma_async") == own // 16, kernel_name
+
+
+def test_every_operation_of_a_mask_is_tried():
+    def names(closed):
+        for eqn in closed.eqns:
+            yield eqn.primitive.name
+            for inner in eqn.params.values():
+                if hasattr(inner, "eqns"):
+                    yield from names(inner)
+
+    places = jnp.zeros((8, 8), jnp.int32)
+    tried = {x for band in OPERATIONS.values() for x in names(jax.make_jaxpr(band.also)(places, places))}
+    assert tried | {"jit", "pjit"} == ON_REGISTERS | {"jit", "pjit"}
 
 
 @pytest.mark.parametrize(("of", "why"), [

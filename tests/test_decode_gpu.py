@@ -48,7 +48,7 @@ CASES = {
     "any function": case(t=2, band=STRIDED),
     "soft cap": case(cap=1.5, b=2),
     "slopes": case(t=2, extras=(*NAMES, "slopes"), band=Band(400, 30)),
-    "nothing hidden": case(extras=(), band=Band()),
+    "nothing hidden": case(extras=(), band=Band(), hops=2),
     "in order": case(t=4, s=256, extras=(), hops=2, band=Band(right=100)),
     "lengths that no block divides": case(s=2 * 213, t=2, b=3, hops=2),
     "all of it": case(t=3, b=2, cap=2.0, band=STRIDED, extras=(*NAMES, "slopes"), s=2 * 201, hops=2),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Literal
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
@@ -32,6 +32,13 @@ ON_REGISTERS = frozenset(
     "shift_left shift_right_arithmetic shift_right_logical sign sub xor".split()
 )
 TYPES = (jnp.int32, jnp.uint32, jnp.bool_)
+# What Mosaic has for numbers only (jax 0.12.0.1), in other words for booleans; the conversion is one to them.
+OF_BOOLEANS = {
+    "not": lambda x: x ^ True,
+    "max": operator.or_,
+    "min": operator.and_,
+    "convert_element_type": lambda x: x != jnp.zeros((), x.dtype),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +217,10 @@ class Blocks(blocks.Blocks):
 
         def free(also: Callable, sides):
             rows, columns = sides("positions")
-            pair = across(rows, columns.shape), columns
-            return also(*(pair if self.rows == "query" else pair[::-1]))
+            # Said here, for Mosaic finds no layouts of a longer function's numbers.
+            pair = [plgpu.layout_cast(x, WGMMA) for x in (across(rows, columns.shape), columns)]
+            pair = pair if self.rows == "query" else pair[::-1]
+            return _on_registers(jax.make_jaxpr(also)(*pair), *pair)[0]
 
         parts = [(band.ends, "places"), (band.window, "positions")] if self.has(*POSITIONS) else [(band, "places")]
         says = lambda part: any(getattr(part, field.name) is not None for field in dataclasses.fields(Band))
@@ -306,6 +315,22 @@ def _check_on_registers(closed) -> None:
         for inner in eqn.params.values():
             if isinstance(inner, ClosedJaxpr):
                 _check_on_registers(inner)
+
+
+def _on_registers(closed: ClosedJaxpr, *args) -> list:
+    """The results of what `check_mask` takes."""
+    found = dict(zip(closed.jaxpr.invars, args, strict=True))
+    for eqn in closed.eqns:
+        operands = [x.val if isinstance(x, Literal) else found[x] for x in eqn.invars]
+        inner = [x for x in eqn.params.values() if isinstance(x, ClosedJaxpr)]
+        if inner:
+            results = _on_registers(inner[0], *operands)
+        elif eqn.primitive.name in OF_BOOLEANS and eqn.outvars[0].aval.dtype == jnp.bool_:
+            results = [OF_BOOLEANS[eqn.primitive.name](*operands)]
+        else:
+            results = [eqn.primitive.bind(*operands, **eqn.params)]
+        found |= zip(eqn.outvars, results, strict=True)
+    return [x.val if isinstance(x, Literal) else found[x] for x in closed.jaxpr.outvars]
 
 
 def lacks(what: str) -> NotImplementedError:
