@@ -102,6 +102,10 @@ CASES = {
     "slopes": case(extras=("slopes",), n=4, k=2, t=64, s=64, band=CAUSAL),
     "any function": case(band=STRIDED, n=1, s=128),
     **{name: case(band=band, n=1, t=64, s=128) for name, band in OPERATIONS.items()},
+    "bias": case(band=CAUSAL, extras=("bias",), b=2, n=4, k=2, t=64, s=64),
+    "bias, lengths that no block divides": case(band=WINDOW, extras=("bias",), n=1, t=201, s=203, cap=3.0),
+    "bias of keys, over hops": case(extras=("bias",), ones=(False, True, True, False), b=2, t=64, s=128, hops=2),
+    "bias of queries": case(band=CAUSAL, extras=("bias",), ones=(True, False, False, True), n=2, t=64, s=64),
     "all of it": case(band=STRIDED, cap=2.0, b=2, n=2, k=1, t=72, s=72, extras=EXTRAS),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
@@ -116,7 +120,8 @@ def test_each_is_the_oracles(interpreted, name):
     # Numbers are rounded to these types where they are multiplied, and to nothing else: a logarithm of a sum is exact.
     rounded = {"bfloat16": 2**-7, "float16": 2**-10}[case.dtype]
     tolerance = {"output": rounded, "LSE": 2e-6, "dq": 2 * rounded, "dk": 2 * rounded, "dv": 2 * rounded}
-    for (what, most), a, e in zip(tolerance.items(), run(case, attention_gpu), oracle(case), strict=True):
+    actual = run(case, attention_gpu, bias_gradient=False)
+    for (what, most), a, e in zip(tolerance.items(), actual, oracle(case)[:5], strict=True):
         assert_close(a, e, most, what)
 
 
@@ -136,6 +141,26 @@ def test_what_is_past_a_length_changes_nothing(interpreted):
 
     for zeros, nans in zip(of(0), of(np.nan), strict=True):
         np.testing.assert_array_equal(zeros, nans)
+
+
+@pytest.mark.parametrize("low", [float(np.finfo(np.float32).min), -1e9])
+def test_a_bias_however_low_is_a_number(interpreted, low):
+    """The lowest one leaves a row's weights alike, as -inf does not; and the LSE is it."""
+    (q, k, v, do), _ = case(t=64, s=64, n=1).arrays()
+    bias = np.full((1, 1, 64, 64), low, np.float32)
+    bias[..., 32:] = -np.inf
+    arrays, extras = [jnp.asarray(x) for x in (q, k, v)], Extras(bias=jnp.asarray(bias))
+    spec, at = AttentionSpec(0.125), Offsets((0,), (0,))
+    o, lse, tail = attention_gpu.finish(spec, attention_gpu.forward(spec, None, *arrays, extras, at))
+    seen = np.where(np.isneginf(bias), 0, 1 / 32).astype(np.float64)
+    expected = np.broadcast_to(seen @ v.astype(np.float64), v.shape)
+    assert_close(o, expected, 2**-7)
+    np.testing.assert_array_equal(lse, np.full(lse.shape, low, np.float32))
+    assert_close(tail, np.full(tail.shape, np.log(32)), 2e-6)
+    do = jnp.asarray(do) / 32  # as the tail says
+    zeros = Grads(*(jnp.zeros(x.shape) for x in arrays))
+    dv = attention_gpu.backward(spec, zeros, *arrays, do, lse, jnp.sum(do * o, -1), extras, at).dv
+    assert_close(dv, seen.mT * 32 @ np.asarray(do, np.float64), 2**-6)
 
 
 @pytest.mark.oldest
@@ -182,12 +207,13 @@ FEATURES = {  # band, soft cap, extras
     "segments": (CAUSAL, None, SEGMENTS),
     "positions": (CAUSAL, None, POSITIONS),
     "slopes": (CAUSAL, None, ("slopes",)),
+    "bias": (CAUSAL, None, ("bias",)),
     "masks": (EVERYTHING, None, LENGTHS),
     "any function": (STRIDED, None, ()),
     **{name: (band, None, ()) for name, band in OPERATIONS.items()},
     "all of it": (STRIDED, 30.0, EXTRAS),
 }
-ALONE = "soft cap", "positions", "slopes", "any function"  # what wide heads take one of
+ALONE = "soft cap", "positions", "slopes", "bias", "any function"  # what wide heads take one of
 
 
 @pytest.mark.parametrize(("h", "v", "s", "name"), [
@@ -215,6 +241,7 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
     shapes = dict.fromkeys(LENGTHS, (2,)) | {name: (2, t if name.startswith("query") else s) for name in EXTRAS[2:6]}
     extras: dict[str, Any] = {name: of(*shapes[name], dtype=jnp.int32) for name in given if name in shapes}
     extras |= {"slopes": of(4, dtype=jnp.float32)} if "slopes" in given else {}
+    extras |= {"bias": of(2, 4, t, s)} if "bias" in given else {}
 
     def both(q, k, v, do, lse, delta, place, extras):
         at = Offsets((place,), (0,))
@@ -274,7 +301,8 @@ def test_every_operation_of_a_mask_is_tried():
     ({"spec": {"band": Band(also=lambda q, k: (q > k).all(0))}}, "a mask_fn with reduce_and, supported: what is done"),
     ({"spec": {"pieces": 2}, "t": 320}, "2 pieces of (320, 320) tokens, supported: multiples of 128 each"),
     ({"h": 256, "spec": {"soft_cap": 2.0}, "extras": SEGMENTS}, "segments, soft_cap with head dims 256 and 128, supported"),
-    ({"extras": ("bias", "slopes", "seeds")}, "bias, seeds given, supported: query_lengths, key_lengths, query_segments"),
+    ({"extras": ("mask", "slopes", "seeds")}, "mask, seeds given, supported: query_lengths, key_lengths, query_segments"),
+    ({"extras": ("bias",), "spec": {"bias_gradient": True}}, "the bias's gradient, supported: a bias of which none is asked"),
 ])  # fmt: skip
 def test_says_what_it_lacks(of, why):
     of = dict(of)

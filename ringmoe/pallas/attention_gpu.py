@@ -50,19 +50,20 @@ from ringmoe.pallas.streams_gpu import (
     shared,
 )
 
-TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")  # of Extras
+TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes", "bias")  # of Extras
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("acc", "m", "l"), meta_fields=("length",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("acc", "m", "l"), meta_fields=("length", "log2"))
 @dataclasses.dataclass(frozen=True)
 class State:
     """Float32 acc [B, N, T', V] = sum of 2^(s - m) v, m [B, N, T'] = max of s, l [B, N, T'] = sum of 2^(s - m), where T' is
-    `length`, T, in whole blocks. The logits s are in units of log 2."""
+    `length`, T, in whole blocks. The logits s are in units of log 2; where `log2` is 1, m is not."""
 
     acc: jax.Array
     m: jax.Array
     l: jax.Array
     length: int
+    log2: float = LOG2E
 
 
 def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
@@ -75,6 +76,8 @@ def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
         raise lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
     if more := [name for name in given(extras) if name not in TAKEN]:
         raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
+    if spec.bias_gradient:
+        raise lacks("the bias's gradient, supported: a bias of which none is asked for")
     if len(kinds := kinds_of_logits(spec, extras)) > 1 and max(h, dim) > 128:
         raise lacks(f"{', '.join(kinds)} with head dims {h} and {dim}, supported: one of them above 128, for registers")
 
@@ -85,7 +88,7 @@ def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
     acc, m, l = (x[:, :, : state.length] for x in (state.acc, state.m, state.l))
-    o, lse, tail = softmax.finish(acc, m[..., None] / LOG2E, l[..., None])
+    o, lse, tail = softmax.finish(acc, m[..., None] / state.log2, l[..., None])
     return o, lse[..., 0], tail[..., 0]
 
 
@@ -129,7 +132,7 @@ def forward(
         pairs=blocks.pairs(at),
         width=h + dim,
     )
-    return State(acc, m, l, t)
+    return State(acc, m, l, t, blocks.log2)
 
 
 def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):

@@ -50,6 +50,7 @@ class Blocks(blocks.Blocks):
 
     rows: str = "query"
     heads: int = 1
+    has_bias: bool = False
 
     @classmethod
     def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
@@ -58,13 +59,19 @@ class Blocks(blocks.Blocks):
         whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
         of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
         numbers = blocks.known(extras._replace(**of_tokens, slopes=None), at, ROWS, block_k)
-        made = cls(spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1])
+        made = cls(
+            spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1], has_bias=extras.bias is not None
+        )
         vectors: dict[str, jax.Array] = {name: x for name, x in of_tokens.items() if x is not None}
         if vectors:
             numbers["met"] = made._first_and_last(numbers)
         if extras.slopes is not None:
             slopes = extras.slopes.astype(jnp.float32) / spec.scale
             vectors["slopes"] = slopes if slopes.ndim == 1 else whole(slopes)
+        if extras.bias is not None:
+            more = [(0, -x % TALL if x > 1 else 0) for x in extras.bias.shape[2:]]
+            bias = jnp.pad(extras.bias, ((0, 0), (0, 0), *more)) if any(map(max, more)) else extras.bias
+            vectors["bias"] = bias if rows == "query" else bias.mT
         layout, vector = blocks.packed(numbers)
         return dataclasses.replace(made, layout=layout), Known(vector, vectors)
 
@@ -80,8 +87,19 @@ class Blocks(blocks.Blocks):
 
     @property
     def unit(self) -> float:
-        """Of `logits`, in units of log 2."""
-        return LOG2E * (self.spec.scale if self.spec.soft_cap is None else self.spec.soft_cap)
+        """Of `logits`, in those of maxima and LSEs."""
+        if self.spec.soft_cap is not None:
+            return LOG2E * self.spec.soft_cap
+        return 1.0 if self.has_bias else LOG2E * self.spec.scale
+
+    @property
+    def log2(self) -> float:
+        """Of what maxima and LSEs are in units of: log 2, but beside a bias none, for a low one's product would be rounded."""
+        return 1.0 if self.has_bias and self.spec.soft_cap is None else LOG2E
+
+    def exp(self, x):
+        """Of differences to a maximum or an LSE."""
+        return jnp.exp2(x if self.log2 == LOG2E else x * LOG2E)
 
     def _first_and_last(self, numbers):
         """Of each block of threads the first and the last (exclusive) block that it meets, as segments and positions tell."""
@@ -149,8 +167,8 @@ class Blocks(blocks.Blocks):
         return self.spec.band.is_full and self.num_keys % self.block_k == 0 and not self.has(*LENGTHS, *SEGMENTS)
 
     def logits(self, s, known: Known, n, row, key):
-        """Products `s` of queries from `row` and keys from `key` on as logits, in units of `unit`: -inf where none is seen."""
-        if self.is_plain and "slopes" not in known.vectors and self.spec.soft_cap is None:
+        """Products `s` of queries from `row` and keys from `key` on as logits, of which 1 is `unit`: -inf if not seen."""
+        if self.is_plain and not known.vectors.keys() & {"slopes", "bias"} and self.spec.soft_cap is None:
             return s
         # Anew in every step: what is the same in all would wait in registers, for which there is no room.
         n, row, key = lax.optimization_barrier((n, row, key))
@@ -161,8 +179,11 @@ class Blocks(blocks.Blocks):
             apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
             s = s - self._slope(known, n, row, s.shape) * apart
             s, n, row, key = lax.optimization_barrier((s, n, row, key))
+        if "bias" in known.vectors:
+            s = s * self.spec.scale + self._bias(known, n, (row, key), s.shape)
+            s, n, row, key = lax.optimization_barrier((s, n, row, key))
         if self.spec.soft_cap is not None:
-            s = tanh(s * (self.spec.scale / self.spec.soft_cap))
+            s = tanh(s * ((1 if "bias" in known.vectors else self.spec.scale) / self.spec.soft_cap))
         if self.is_plain:
             return s
         if known.vectors:
@@ -183,15 +204,15 @@ class Blocks(blocks.Blocks):
         return lax.cond(full, lambda s: s, hide, s)
 
     def softened(self, s, m, l):
-        """What `softmax.step` gives of logits `s`, [rows, columns], m and l [rows], m in units of log 2."""
+        """What `softmax.step` gives of logits `s`, [rows, columns], m and l [rows], m in units of `log2`."""
         m_new = jnp.maximum(m, jnp.max(s, 1) * self.unit)
-        alpha = jnp.exp2(m - m_new)
-        p = jnp.exp2(s * self.unit - across(m_new, s.shape))
+        alpha = self.exp(m - m_new)
+        p = self.exp(s * self.unit - across(m_new, s.shape))
         return m_new, l * alpha + jnp.sum(p, 1), alpha, p
 
     def weights(self, s, lse):
         """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
-        p = jnp.exp2(s * self.unit - lse)
+        p = self.exp(s * self.unit - lse)
         # Where P is 0 `s` may be -inf, of which no tanh is.
         return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
 
@@ -200,6 +221,18 @@ class Blocks(blocks.Blocks):
         if len(slopes.shape) == 1:
             return slopes[own]
         return across(plgpu.load(slopes.at[own, pl.ds(row, shape[0])], layout=WGMMA.reduce(1)), shape)
+
+    def _bias(self, known: Known, n, tokens, shape):
+        """Of a pair's rows and columns, queries by keys or the other way round."""
+        bias = known.vectors["bias"]
+        own = [
+            x if size > 1 else 0 for x, size in zip((self._sequence(n), lax.rem(n, jnp.int32(self.heads))), bias.shape)
+        ]
+        tokens, dims = tokens if self.rows == "query" else tokens[::-1], [d for d in range(2) if bias.shape[2 + d] > 1]
+        at = [pl.ds(tokens[d], shape[d]) if d in dims else 0 for d in range(2)]
+        layout = WGMMA if len(dims) == 2 else WGMMA.reduce(1 - dims[0]) if dims else None
+        x = plgpu.load(bias.at[(*own, *at)], layout=layout, optimized=False).astype(jnp.float32)
+        return lax.broadcast_in_dim(x, shape, dims)
 
     def _conditions(self, band: Band) -> list[Callable]:
         """Of which each, of a function that gives rows and columns by name, tells which pairs of a pair of blocks it leaves."""

@@ -27,7 +27,7 @@ BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 class Known(NamedTuple):
     """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
-    positions [B, T]."""
+    positions [B, T], slopes [N] or [N, T], and a bias, which the kernel of gradients of keys has [.., S, T]."""
 
     numbers: Any
     vectors: dict[str, Any]
