@@ -78,7 +78,9 @@ def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
         raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
     if spec.bias_gradient:
         raise lacks("the bias's gradient, supported: a bias of which none is asked for")
-    if len(kinds := kinds_of_logits(spec, extras)) > 1 and max(h, dim) > 128:
+    if "positions" in (kinds := kinds_of_logits(spec, extras)) and max(h, dim) > 192:
+        raise lacks(f"positions with head dims {h} and {dim}, supported: up to 192, for registers")
+    if len(kinds) > 1 and max(h, dim) > 128:
         raise lacks(f"{', '.join(kinds)} with head dims {h} and {dim}, supported: one of them above 128, for registers")
 
 

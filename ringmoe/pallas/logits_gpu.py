@@ -135,11 +135,18 @@ class Blocks(blocks.Blocks):
             if self.has(f"{side}_lengths"):
                 ends[side].append(self.number(numbers, f"{side}_lengths", self._sequence(n)))
         given = {side: [x for x in found if x is not None] for side, found in ends.items()}
-        if given["key"] and not given["query"] and (self.has(*POSITIONS) or band.window.is_full):
+        says = given["key"] or isinstance(band.also, Mask)
+        if says and not given["query"] and (self.has(*POSITIONS) or not self._tells_rows(band)):
             # Else nothing depends on the row, and Mosaic finds no layouts.
             given["query"].append(queries.starts[-1] + queries.length)
         last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given.values())
         return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
+
+    def _tells_rows(self, band: Band) -> bool:
+        """Whether what it says of spans is not the same for all rows."""
+        window = band.window if isinstance(band.also, Mask) else Band(band.left, band.right)
+        seen = window.keys_seen if self.rows == "query" else window.queries_seen
+        return any(x.shape for x in jax.tree.leaves(jax.eval_shape(seen, jax.ShapeDtypeStruct((1,), jnp.int32))))
 
     def _sequence(self, n):
         return lax.div(n, jnp.int32(self.heads))
