@@ -143,9 +143,9 @@ def _body(
         pl.when(step < steps)(lambda: stream.fetch(step, cut))
 
     plgpu.copy_gmem_to_smem(q.at[n, pl.ds(row, ROWS)], queries, q_full.at[0])
-    for step in range(keys.stages):
-        fetch(keys, step)
-        fetch(values, step)
+    for early in range(keys.stages):
+        fetch(keys, early)
+        fetch(values, early)
     plgpu.barrier_wait(q_full.at[0])
 
     # Invariant: O is the sum for the keys before this step's, in units of 2^m.

@@ -56,8 +56,9 @@ class Blocks(blocks.Blocks):
     def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
         """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]."""
         # Whole blocks of threads read them.
-        whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
-        of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
+        whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
+        of_tokens = {name: getattr(extras, name) for name in (*SEGMENTS, *POSITIONS)}
+        of_tokens = {name: None if x is None else whole(x) for name, x in of_tokens.items()}
         numbers = blocks.known(extras._replace(**of_tokens, slopes=None), at, ROWS, block_k)
         made = cls(
             spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1], has_bias=extras.bias is not None
@@ -365,7 +366,7 @@ def _on_registers(closed: ClosedJaxpr, *args) -> list:
         inner = [x for x in eqn.params.values() if isinstance(x, ClosedJaxpr)]
         if inner:
             results = _on_registers(inner[0], *operands)
-        elif eqn.primitive.name in OF_BOOLEANS and eqn.outvars[0].aval.dtype == jnp.bool_:
+        elif eqn.primitive.name in OF_BOOLEANS and getattr(eqn.outvars[0].aval, "dtype", None) == jnp.bool_:
             results = [OF_BOOLEANS[eqn.primitive.name](*operands)]
         else:
             results = [eqn.primitive.bind(*operands, **eqn.params)]
