@@ -172,9 +172,10 @@ def dot_product_attention(
     value and output; a merge twice that of all fp32 output; an all-gather what a ring sends, with memory for all of K and V.
     On a TPU everything runs in the Pallas kernel, head dims above 576 excepted. A bias's gradient costs two more matmuls than
     the five of the backward pass; say `jax.lax.stop_gradient` where it needs none. float16 is multiplied as float32 there.
-    On a Hopper GPU a Pallas kernel runs bfloat16 and float16, head dims 64, 128, 192 and 256, 64 tokens or more. A bias, a
-    mask, dropout, float8, a mask_fn of more than integers, and above head dim 128 more than one of soft cap, segments,
-    positions, slopes and a free mask_fn, take plain XLA operations, with a warning.
+    On a Hopper GPU a Pallas kernel runs bfloat16 and float16, head dims 64, 128, 192 and 256, 64 tokens or more, or
+    fewer than 32 queries against eight times as many keys. A mask, a bias's gradient, dropout, float8, a mask_fn of more than
+    integers, positions above head dim 192, and above 128 more than one of soft cap, segments, positions, slopes, bias and a
+    free mask_fn, take plain XLA operations, with a warning.
     Any order of derivative exists; beyond the first reverse one they are taken of plain XLA operations, slower and with the
     memory that those need. What a rematerialised layer can keep bears names: `ringmoe.RESIDUAL_NAMES`.
 

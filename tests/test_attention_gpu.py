@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import functools
 import itertools
+import operator
 import re
 import warnings
 from typing import Any
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,60 +25,61 @@ from ringmoe.errors import CostWarning, forget_warnings
 from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
-from ringmoe.pallas import attention_gpu, attention_xla, gradients_gpu
+from ringmoe.pallas import attention_gpu, attention_xla
+from ringmoe.pallas.logits_gpu import ON_REGISTERS
 from tests.helpers import assert_close
 from tests.test_attention_tpu_features import POSITIONS, SEGMENTS, Case, oracle, run
 
 CAUSAL, WINDOW = Band(right=0), Band(70, 200)
 EVERYTHING = Band.make(True, None, (Window(80, 5) | Prefix(70)) & Chunks(100))
 STRIDED = Band.make(True, None, lambda query, key: (query - key) % 3 != 1)
+
+
+def of_numbers(dtype):
+    """Each of ON_REGISTERS that takes numbers."""
+
+    def seen(query, key):
+        a, b = (x.astype(dtype) for x in jnp.broadcast_arrays(query - 40, key))
+        numbers = [f(a, b | 1) for f in (lax.add, lax.sub, lax.mul, lax.div, lax.rem, lax.max, lax.min)]
+        numbers += [f(a, b & 3) for f in (lax.shift_left, lax.shift_right_arithmetic, lax.shift_right_logical)]
+        numbers += [f(a, b) for f in (operator.and_, operator.or_, operator.xor)] + [~a, -a, lax.sign(a)]
+        numbers += [] if dtype == jnp.uint32 else [abs(a)]
+        seen = (functools.reduce(operator.xor, numbers) & 1).astype(bool)
+        for number, compare in enumerate(COMPARISONS):
+            seen ^= compare(a & number, b & 3)
+        return seen ^ (lax.select_n(seen, a, b) == lax.broadcast_in_dim(jnp.asarray(60, dtype), a.shape, ()))
+
+    return seen
+
+
+def of_booleans(query, key):
+    """And booleans."""
+    query, key = jnp.broadcast_arrays(query, key)
+    seen, some = ~(query < key), jax.jit(lambda q, k: (q & 2) == (k & 2))(query, key)
+    for combine in (*COMPARISONS, lax.max, lax.min, operator.and_, operator.or_):
+        seen ^= combine(seen, some)
+    return lax.select_n(some, seen, ~seen) & (some.astype(jnp.uint32) + seen.astype(jnp.int32).astype(jnp.uint32) < 2)
+
+
+COMPARISONS = lax.eq, lax.ne, lax.lt, lax.le, lax.gt, lax.ge
+OPERATIONS = {"int32": of_numbers(jnp.int32), "uint32": of_numbers(jnp.uint32), "booleans": of_booleans}
+OPERATIONS = {f"every operation of {name}": Band.make(False, None, seen) for name, seen in OPERATIONS.items()}
 LENGTHS = ("query_lengths", "key_lengths")
 EXTRAS = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
-class Total:
-    """An accumulator that begins with a value."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-@pytest.fixture
-def interpreted(monkeypatch, capfd):
-    """Fails on a data race (newer JAX raises, older prints). What the interpreter lacks is put in other words:
-
-    It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
-    what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
-    fence before TMA may write there again, for which a barrier is enough.
-    """
-
-    def added_to(totals, work, *kept):
-        accumulators = [Total(x) for x in totals]
-        found = work(*accumulators, *kept)
-        return (*(x.value for x in accumulators), *found)
-
-    def wgmma(acc, a, b, of_the_chip=plgpu.wgmma):
-        if not isinstance(acc, Total):
-            return of_the_chip(acc, a, b)
-        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-
-    def arrive(barrier, of_the_chip=plgpu.barrier_arrive):
-        plgpu.commit_smem()
-        of_the_chip(barrier)
-
-    for module in (attention_gpu, gradients_gpu):
-        monkeypatch.setattr(module, "added_to", added_to)
-        monkeypatch.setattr(module, "MOST_STAGES", 2)  # so that few steps take a slot again
-    monkeypatch.setattr(plgpu, "wgmma", wgmma)
-    monkeypatch.setattr(plgpu, "barrier_arrive", arrive)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
 def case(h=64, v=None, t=128, s=256, **kind):
     return Case(h=h, v=v or h, t=t, s=s, **{"dtype": "bfloat16", "hops": 1} | kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rising(Case):
+    """Positions that rise, so that they empty whole blocks."""
+
+    def arrays(self):
+        arrays, found = super().arrays()
+        return arrays, {name: np.sort(x, 1) if name in POSITIONS else x for name, x in found.items()}
 
 
 CASES = {
@@ -87,6 +90,7 @@ CASES = {
     "a window's queries without keys": case(band=Band(20, 0), t=256, s=64, n=1),
     "lengths": case(extras=("query_lengths", "key_lengths"), b=3, n=1, t=64, s=128, band=CAUSAL),
     "prefix": case(band=Band.make(False, None, Causal() | Prefix(70)), n=1, s=128),
+    "nothing but a prefix": case(band=Band.make(False, None, Prefix(70)), n=1, s=128),
     "chunks": case(band=Band.make(True, None, Chunks(100)), n=1, s=128),
     "everything of masks": case(band=EVERYTHING, extras=("query_lengths", "key_lengths"), b=2, n=1, t=201, s=203),
     "soft cap": case(band=CAUSAL, cap=1.5, n=1, s=128),
@@ -95,8 +99,14 @@ CASES = {
     "segments, lengths that no block divides": case(extras=SEGMENTS, n=1, t=201, s=203),
     "positions of queries": case(extras=POSITIONS[:1], n=1, t=128, s=128, band=CAUSAL),
     "positions of both": case(extras=POSITIONS, n=1, t=201, s=203, band=Band(60, 20)),
+    "positions that rise": Rising(h=64, v=64, n=1, dtype="bfloat16", extras=POSITIONS, band=Band(20, 0), hops=1),
     "slopes": case(extras=("slopes",), n=4, k=2, t=64, s=64, band=CAUSAL),
     "any function": case(band=STRIDED, n=1, s=128),
+    **{name: case(band=band, n=1, t=64, s=128) for name, band in OPERATIONS.items()},
+    "bias": case(band=CAUSAL, extras=("bias",), b=2, n=4, k=2, t=64, s=64),
+    "bias, lengths that no block divides": case(band=WINDOW, extras=("bias",), n=1, t=201, s=203, cap=3.0),
+    "bias of keys, over hops": case(extras=("bias",), ones=(False, True, True, False), b=2, t=64, s=128, hops=2),
+    "bias of queries": case(band=CAUSAL, extras=("bias",), ones=(True, False, False, True), n=2, t=64, s=64),
     "all of it": case(band=STRIDED, cap=2.0, b=2, n=2, k=1, t=72, s=72, extras=EXTRAS),
     "head dims 128": case(128, band=CAUSAL, n=1, s=128),
     "head dims 192 and 128": case(192, 128, n=1, t=64, s=64),
@@ -109,7 +119,8 @@ def assert_is_the_oracles(case: Case):
     # Numbers are rounded to these types where they are multiplied, and to nothing else: a logarithm of a sum is exact.
     rounded = {"bfloat16": 2**-7, "float16": 2**-10}[case.dtype]
     tolerance = {"output": rounded, "LSE": 2e-6, "dq": 2 * rounded, "dk": 2 * rounded, "dv": 2 * rounded}
-    for (what, most), a, e in zip(tolerance.items(), run(case, attention_gpu), oracle(case), strict=True):
+    actual = run(case, attention_gpu, bias_gradient=False)
+    for (what, most), a, e in zip(tolerance.items(), actual, oracle(case)[:5], strict=True):
         assert_close(a, e, most, what)
 
 
@@ -135,6 +146,26 @@ def test_what_is_past_a_length_changes_nothing(interpreted):
 
     for zeros, nans in zip(of(0), of(np.nan), strict=True):
         np.testing.assert_array_equal(zeros, nans)
+
+
+@pytest.mark.parametrize("low", [float(np.finfo(np.float32).min), -1e9])
+def test_a_bias_however_low_is_a_number(interpreted, low):
+    """The lowest one leaves a row's weights alike, as -inf does not; and the LSE is it."""
+    (q, k, v, do), _ = case(t=64, s=64, n=1).arrays()
+    bias = np.full((1, 1, 64, 64), low, np.float32)
+    bias[..., 32:] = -np.inf
+    arrays, extras = [jnp.asarray(x) for x in (q, k, v)], Extras(bias=jnp.asarray(bias))
+    spec, at = AttentionSpec(0.125), Offsets((0,), (0,))
+    o, lse, tail = attention_gpu.finish(spec, attention_gpu.forward(spec, None, *arrays, extras, at))
+    seen = np.where(np.isneginf(bias), 0, 1 / 32).astype(np.float64)
+    expected = np.broadcast_to(seen @ v.astype(np.float64), v.shape)
+    assert_close(o, expected, 2**-7)
+    np.testing.assert_array_equal(lse, np.full(lse.shape, low, np.float32))
+    assert_close(tail, np.full(tail.shape, np.log(32)), 2e-6)
+    do = jnp.asarray(do) / 32  # as the tail says
+    zeros = Grads(*(jnp.zeros(x.shape) for x in arrays))
+    dv = attention_gpu.backward(spec, zeros, *arrays, do, lse, jnp.sum(do * o, -1), extras, at).dv
+    assert_close(dv, seen.mT * 32 @ np.asarray(do, np.float64), 2**-6)
 
 
 @pytest.mark.oldest
@@ -181,9 +212,15 @@ FEATURES = {  # band, soft cap, extras
     "segments": (CAUSAL, None, SEGMENTS),
     "positions": (CAUSAL, None, POSITIONS),
     "slopes": (CAUSAL, None, ("slopes",)),
+    "bias": (CAUSAL, None, ("bias",)),
+    "bias of keys": (CAUSAL, None, ("bias",)),
     "masks": (EVERYTHING, None, LENGTHS),
-    "all of it": (STRIDED, 30.0, EXTRAS),
+    "prefix": (Band.make(False, None, Prefix(70)), None, ()),
+    "any function": (STRIDED, None, ()),
+    **{name: (band, None, ()) for name, band in OPERATIONS.items()},
+    "all of it": (STRIDED, 30.0, (*EXTRAS, "bias")),
 }
+ALONE = "soft cap", "positions", "slopes", "bias", "any function"  # what wide heads take one of
 
 
 @pytest.mark.parametrize(("h", "v", "s", "name"), [
@@ -191,6 +228,7 @@ FEATURES = {  # band, soft cap, extras
     *((*dims, 900, "masks") for dims in HEAD_DIMS),
     *((*dims, 900, "all of it") for dims in HEAD_DIMS[:2]),
     (256, 256, 900, "segments"),
+    *((*dims, 900, name) for dims in HEAD_DIMS[2:] for name in ALONE if dims[0] == 192 or name != "positions"),
     *((128, 128, 900, name) for name in FEATURES if name not in ("masks", "all of it", "causal")),
 ])  # fmt: skip
 def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
@@ -210,6 +248,7 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
     shapes = dict.fromkeys(LENGTHS, (2,)) | {name: (2, t if name.startswith("query") else s) for name in EXTRAS[2:6]}
     extras: dict[str, Any] = {name: of(*shapes[name], dtype=jnp.int32) for name in given if name in shapes}
     extras |= {"slopes": of(4, dtype=jnp.float32)} if "slopes" in given else {}
+    extras |= {"bias": of(2, 1, 1, s) if name == "bias of keys" else of(2, 4, t, s)} if "bias" in given else {}
 
     def both(q, k, v, do, lse, delta, place, extras):
         at = Offsets((place,), (0,))
@@ -223,7 +262,7 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
         found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
         words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}
-    few = name in ("all keys", "causal", "masks")  # registers that logits take
+    few = name in ("all keys", "causal", "masks", "prefix")  # registers that logits take
     assert len(found) == (4 if h + v <= (256 if few else 128) else 5)
     # Products of 16 deep: those of S, dP, and of the result, by what is summed over; forward asks twice for each.
     for kernel_name, kernel in found.items():
@@ -243,6 +282,19 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
         assert text.count("wgmma.mma_async") == own // 16, kernel_name
 
 
+def test_every_operation_of_a_mask_is_tried():
+    def names(closed):
+        for eqn in closed.eqns:
+            yield eqn.primitive.name
+            for inner in eqn.params.values():
+                if hasattr(inner, "eqns"):
+                    yield from names(inner)
+
+    places = jnp.zeros((8, 8), jnp.int32)
+    tried = {x for band in OPERATIONS.values() for x in names(jax.make_jaxpr(band.also)(places, places))}
+    assert tried | {"jit", "pjit"} == ON_REGISTERS | {"jit", "pjit"}
+
+
 @pytest.mark.parametrize(("of", "why"), [
     ({"dtype": jnp.float32}, "q.dtype=dtype('float32')"),
     ({"h": 80, "v": 80}, "head dims 80 and 80, supported: multiples of 64 up to 256"),
@@ -255,8 +307,10 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
     ({"spec": {"band": Band(also=lambda q, k: jnp.sqrt(q) > k)}}, "a mask_fn with float32, supported: int32, uint32 and bool"),
     ({"spec": {"band": Band(also=lambda q, k: (q > k).all(0))}}, "a mask_fn with reduce_and, supported: what is done"),
     ({"spec": {"pieces": 2}, "t": 320}, "2 pieces of (320, 320) tokens, supported: multiples of 128 each"),
+    ({"h": 256, "extras": POSITIONS}, "positions with head dims 256 and 128, supported: up to 192, for registers"),
     ({"h": 256, "spec": {"soft_cap": 2.0}, "extras": SEGMENTS}, "segments, soft_cap with head dims 256 and 128, supported"),
-    ({"extras": ("bias", "slopes", "seeds")}, "bias, seeds given, supported: query_lengths, key_lengths, query_segments"),
+    ({"extras": ("mask", "slopes", "seeds")}, "mask, seeds given, supported: query_lengths, key_lengths, query_segments"),
+    ({"extras": ("bias",), "spec": {"bias_gradient": True}}, "the bias's gradient, supported: a bias of which none is asked"),
 ])  # fmt: skip
 def test_says_what_it_lacks(of, why):
     of = dict(of)

@@ -113,11 +113,16 @@ def oracle(case: Case):
         return [*(np.asarray(x.swapaxes(1, 2)) for x in (o, lse, *grads)), np.asarray(dbias)]
 
 
-def run(case: Case, kernel=attention_tpu, plainly: bool = False):
+def run(case: Case, kernel=attention_tpu, plainly: bool = False, bias_gradient: bool = True):
     """By Pallas's plain interpreter, which is quick, or the one that is set."""
     (q, k, v, do), found = case.arrays()
     spec = AttentionSpec(
-        1 / math.sqrt(case.h), case.band, case.cap, case.rate, "bias" in found, interpret=case.ragged or plainly
+        1 / math.sqrt(case.h),
+        case.band,
+        case.cap,
+        case.rate,
+        bias_gradient and "bias" in found,
+        interpret=case.ragged or plainly,
     )
     options = {"config": dataclasses.replace(TILES, block_k=case.block_k)} if kernel is attention_tpu else {}
     size = case.s // case.hops
@@ -142,7 +147,7 @@ def run(case: Case, kernel=attention_tpu, plainly: bool = False):
             state = kernel.forward(spec, state, q, k_, v_, own, at, **options)
         o, lse, _ = kernel.finish(spec, state)
         delta, zeros = jnp.sum(o * do.astype(o.dtype), -1), lambda x: jnp.zeros(x.shape, jnp.float32)
-        dq, dkv, dbias = zeros(q), [], None if extras.bias is None else zeros(extras.bias)
+        dq, dkv, dbias = zeros(q), [], zeros(extras.bias) if spec.bias_gradient else None
         for k_, v_, (at, own) in zip(hops(k, 2), hops(v, 2), offsets):
             whole = dbias is None or dbias.shape[-1] == 1
             start = Grads(dq, zeros(k_), zeros(v_), dbias if whole else zeros(own.bias))

@@ -72,19 +72,20 @@ CASES = {
 }  # fmt: skip
 
 
-def run(case: Case, config=CHUNKED):
+def run(case: Case, kernel=decode_tpu):
     """Over hops, the later keys first: output and LSE."""
     (q, k, v, _), found = case.arrays()
+    options = {"config": CHUNKED} if kernel is decode_tpu else {}
     spec, size = AttentionSpec(1 / math.sqrt(case.h), case.band, case.cap), case.s // case.hops
 
     @jax.jit
     def forward(q, k, v, extras):
-        state = decode_tpu.init(spec, q, v)
+        state = kernel.init(spec, q, v)
         for first in range(case.s - size, -1, -size):
             cut = lambda x, axis=-1, first=first: jax.lax.slice_in_dim(x, first, first + size, axis=axis)
             here = extras._replace(**{n: cut(getattr(extras, n)) for n in ALONG_KEYS if getattr(extras, n) is not None})
-            state = decode_tpu.forward(spec, state, q, cut(k, 2), cut(v, 2), here, Offsets((0,), (first,)), config)
-        return decode_tpu.finish(spec, state)[:2]
+            state = kernel.forward(spec, state, q, cut(k, 2), cut(v, 2), here, Offsets((0,), (first,)), **options)
+        return kernel.finish(spec, state)[:2]
 
     return forward(*map(jnp.asarray, (q, k, v)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))
 

@@ -4,14 +4,16 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ringmoe.errors import Unsuited, check, warn_once
-from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, decode_tpu, experts_xla
+from ringmoe.pallas import attention_gpu, attention_tpu, attention_xla, decode_gpu, decode_tpu, experts_xla
 from ringmoe.pallas.hopper import is_hopper
 
 KERNELS: dict[str, dict[str, ModuleType]] = {
     "attention": {"tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
     "experts": {"xla": experts_xla},
 }
-FOR_FEW = {"attention": {"tpu": decode_tpu}}  # queries against many keys: tried before the kernel of the name
+FOR_FEW = {
+    "attention": {"tpu": decode_tpu, "gpu": decode_gpu}
+}  # queries against many keys: tried before the kernel of the name
 PREFERRED = {"tpu": ("tpu", "xla"), "hopper": ("gpu", "xla")}  # any other platform: the XLA kernel
 ONLY_ON = {"gpu": "hopper"}  # what no interpreter runs elsewhere
 

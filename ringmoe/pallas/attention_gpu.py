@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
-from ringmoe.masks import Mask
 from ringmoe.pallas import gradients_gpu
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.hopper import added_to
@@ -26,7 +25,7 @@ from ringmoe.pallas.logits_gpu import (
     Blocks,
     across,
     are_few,
-    check_mask,
+    check_products,
     cleared,
     filled,
     given,
@@ -51,44 +50,37 @@ from ringmoe.pallas.streams_gpu import (
     shared,
 )
 
-TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes")  # of Extras
-DTYPES = (jnp.bfloat16, jnp.float16)
-WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
+TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes", "bias")  # of Extras
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("acc", "m", "l"), meta_fields=("length",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("acc", "m", "l"), meta_fields=("length", "log2"))
 @dataclasses.dataclass(frozen=True)
 class State:
     """Float32 acc [B, N, T', V] = sum of 2^(s - m) v, m [B, N, T'] = max of s, l [B, N, T'] = sum of 2^(s - m), where T' is
-    `length`, T, in whole blocks. The logits s are in units of log 2."""
+    `length`, T, in whole blocks. The logits s are in units of log 2; where `log2` is 1, m is not."""
 
     acc: jax.Array
     m: jax.Array
     l: jax.Array
     length: int
+    log2: float = LOG2E
 
 
 def check(spec: AttentionSpec, q, k, v, extras: Extras) -> None:
     """Raises NotImplementedError, naming what this kernel lacks; arguments are arrays or their types."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
-    h, dim = q.shape[3], v.shape[3]
-    if h % WIDTH or dim % WIDTH or max(h, dim) > WIDEST:
-        raise lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
-    lengths = q.shape[2], k.shape[2]
+    check_products(spec, q, k, v)
+    (lengths, (h, dim)) = ((a.shape[d], b.shape[d]) for d, a, b in ((2, q, k), (3, q, v)))
     if min(lengths) < ROWS:
         raise lacks(f"{lengths[0]} queries, {lengths[1]} keys, supported: {ROWS} or more")
     if spec.pieces > 1 and any(length // spec.pieces % TALL for length in lengths):
         raise lacks(f"{spec.pieces} pieces of {lengths} tokens, supported: multiples of {TALL} each")
-    if spec.uniform:
-        raise lacks("XLA may have to partition the call further, which it can't a kernel")
-    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
-        check_mask(spec.band.also)
-    if spec.scale <= 0:
-        raise lacks(f"{spec.scale=}, supported: above 0")
     if more := [name for name in given(extras) if name not in TAKEN]:
         raise lacks(f"{', '.join(more)} given, supported: {', '.join(TAKEN)}")
-    if len(kinds := kinds_of_logits(spec, extras)) > 1 and max(h, dim) > 128:
+    if spec.bias_gradient:
+        raise lacks("the bias's gradient, supported: a bias of which none is asked for")
+    if "positions" in (kinds := kinds_of_logits(spec, extras)) and max(h, dim) > 192:
+        raise lacks(f"positions with head dims {h} and {dim}, supported: up to 192, for registers")
+    if len(kinds) > 1 and max(h, dim) > 128:
         raise lacks(f"{', '.join(kinds)} with head dims {h} and {dim}, supported: one of them above 128, for registers")
 
 
@@ -98,7 +90,7 @@ def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
     acc, m, l = (x[:, :, : state.length] for x in (state.acc, state.m, state.l))
-    o, lse, tail = softmax.finish(acc, m[..., None] / LOG2E, l[..., None])
+    o, lse, tail = softmax.finish(acc, m[..., None] / state.log2, l[..., None])
     return o, lse[..., 0], tail[..., 0]
 
 
@@ -142,7 +134,7 @@ def forward(
         pairs=blocks.pairs(at),
         width=h + dim,
     )
-    return State(acc, m, l, t)
+    return State(acc, m, l, t, blocks.log2)
 
 
 def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
@@ -166,7 +158,7 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
-        mine, unit = (n, pl.ds(row, ROWS)), blocks.unit
+        mine = n, pl.ds(row, ROWS)
 
         def ask(step, s_acc, *more):
             """For Q K^T of a step, and another product, once it is this warpgroup's turn."""
@@ -180,11 +172,8 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
         def soften(step, key, s, m, l):
             keys.done(step)
             s = blocks.logits(s, known, n, row, key)
-            m_new = jnp.maximum(m, jnp.max(s, 1) * unit)
-            alpha = jnp.exp2(m - m_new)
-            p = jnp.exp2(s * unit - across(m_new, s.shape))
             # ptxas would move this behind the wait for the last step's P V, if no wait of another kind stood between.
-            found = lax.optimization_barrier((m_new, l * alpha + jnp.sum(p, 1), alpha, p))
+            found = lax.optimization_barrier(blocks.softened(s, m, l))
             values.wait(step)
             return found
 

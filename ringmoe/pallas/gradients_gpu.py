@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
-from ringmoe.pallas.blocks import LOG2E
 from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given
 from ringmoe.pallas.streams_gpu import (
@@ -49,7 +48,8 @@ def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras:
     k, v = (cleared(x, keys, extras.key_lengths) for x in (k, v))
     q, do, delta = (cleared(x, queries, extras.query_lengths) for x in (q, do, delta))
     # Of queries past the end every P is 0, whatever slopes make of their places.
-    lse, delta = padded(softmax.finite_lse(lse) * LOG2E, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
+    log2 = Blocks(spec, t, s, ROWS, ROWS, has_bias=extras.bias is not None).log2
+    lse, delta = padded(softmax.finite_lse(lse) * log2, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
     dq = _queries(spec, extras, at, arrays, padded(grads.dq, TALL))[:, :, :t]
     most = BESIDE if are_few(spec, extras) else BESIDE // 2

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Literal
 
 from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Offsets
@@ -23,12 +23,22 @@ from ringmoe.pallas import blocks
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
 from ringmoe.pallas.streams_gpu import GROUPS, ROWS, TALL, WGMMA, Known
 
+DTYPES = (jnp.bfloat16, jnp.float16)
+WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
+
 # What a mask_fn may do, in TYPES, with numbers that each pair of a query and a key has its own of.
 ON_REGISTERS = frozenset(
     "abs add and broadcast_in_dim convert_element_type div eq ge gt jit le lt max min mul ne neg not or pjit rem select_n "
     "shift_left shift_right_arithmetic shift_right_logical sign sub xor".split()
 )
 TYPES = (jnp.int32, jnp.uint32, jnp.bool_)
+# What Mosaic has for numbers only (jax 0.12.0.1), in other words for booleans; the conversion is one to them.
+OF_BOOLEANS = {
+    "not": lambda x: x ^ True,
+    "max": operator.or_,
+    "min": operator.and_,
+    "convert_element_type": lambda x: x != jnp.zeros((), x.dtype),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +50,29 @@ class Blocks(blocks.Blocks):
 
     rows: str = "query"
     heads: int = 1
+    has_bias: bool = False
 
     @classmethod
     def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
-        """Of queries [B, N, T, H] and keys [B, K, S, H]."""
+        """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]."""
         # Whole blocks of threads read them.
-        whole = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
-        of_tokens = {name: whole(getattr(extras, name)) for name in (*SEGMENTS, *POSITIONS)}
+        whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
+        of_tokens = {name: getattr(extras, name) for name in (*SEGMENTS, *POSITIONS)}
+        of_tokens = {name: None if x is None else whole(x) for name, x in of_tokens.items()}
         numbers = blocks.known(extras._replace(**of_tokens, slopes=None), at, ROWS, block_k)
-        made = cls(spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1])
+        made = cls(
+            spec, q.shape[2], k.shape[2], ROWS, block_k, rows=rows, heads=q.shape[1], has_bias=extras.bias is not None
+        )
         vectors: dict[str, jax.Array] = {name: x for name, x in of_tokens.items() if x is not None}
         if vectors:
             numbers["met"] = made._first_and_last(numbers)
         if extras.slopes is not None:
-            vectors["slopes"] = extras.slopes.astype(jnp.float32) / spec.scale
+            slopes = extras.slopes.astype(jnp.float32) / spec.scale
+            vectors["slopes"] = slopes if slopes.ndim == 1 else whole(slopes)
+        if extras.bias is not None:
+            more = [(0, -x % TALL if x > 1 else 0) for x in extras.bias.shape[2:]]
+            bias = jnp.pad(extras.bias, ((0, 0), (0, 0), *more)) if any(map(max, more)) else extras.bias
+            vectors["bias"] = bias if rows == "query" else bias.mT
         layout, vector = blocks.packed(numbers)
         return dataclasses.replace(made, layout=layout), Known(vector, vectors)
 
@@ -69,8 +88,19 @@ class Blocks(blocks.Blocks):
 
     @property
     def unit(self) -> float:
-        """Of `logits`, in units of log 2."""
-        return LOG2E * (self.spec.scale if self.spec.soft_cap is None else self.spec.soft_cap)
+        """Of `logits`, in those of maxima and LSEs."""
+        if self.spec.soft_cap is not None:
+            return LOG2E * self.spec.soft_cap
+        return 1.0 if self.has_bias else LOG2E * self.spec.scale
+
+    @property
+    def log2(self) -> float:
+        """Of what maxima and LSEs are in units of: log 2, but beside a bias none, for a low one's product would be rounded."""
+        return 1.0 if self.has_bias and self.spec.soft_cap is None else LOG2E
+
+    def exp(self, x):
+        """Of differences to a maximum or an LSE."""
+        return jnp.exp2(x if self.log2 == LOG2E else x * LOG2E)
 
     def _first_and_last(self, numbers):
         """Of each block of threads the first and the last (exclusive) block that it meets, as segments and positions tell."""
@@ -106,11 +136,18 @@ class Blocks(blocks.Blocks):
             if self.has(f"{side}_lengths"):
                 ends[side].append(self.number(numbers, f"{side}_lengths", self._sequence(n)))
         given = {side: [x for x in found if x is not None] for side, found in ends.items()}
-        if given["key"] and not given["query"] and (self.has(*POSITIONS) or band.window.is_full):
+        says = given["key"] or isinstance(band.also, Mask)
+        if says and not given["query"] and (self.has(*POSITIONS) or not self._tells_rows(band)):
             # Else nothing depends on the row, and Mosaic finds no layouts.
             given["query"].append(queries.starts[-1] + queries.length)
         last_query, last_key = (functools.reduce(jnp.minimum, found) if found else None for found in given.values())
         return dataclasses.replace(band, queries=last_query, keys=last_key), queries, keys
+
+    def _tells_rows(self, band: Band) -> bool:
+        """Whether what it says of spans is not the same for all rows."""
+        window = band.window if isinstance(band.also, Mask) else Band(band.left, band.right)
+        seen = window.keys_seen if self.rows == "query" else window.queries_seen
+        return any(x.shape for x in jax.tree.leaves(jax.eval_shape(seen, jax.ShapeDtypeStruct((1,), jnp.int32))))
 
     def _sequence(self, n):
         return lax.div(n, jnp.int32(self.heads))
@@ -138,8 +175,8 @@ class Blocks(blocks.Blocks):
         return self.spec.band.is_full and self.num_keys % self.block_k == 0 and not self.has(*LENGTHS, *SEGMENTS)
 
     def logits(self, s, known: Known, n, row, key):
-        """Products `s` of queries from `row` and keys from `key` on as logits, in units of `unit`: -inf where none is seen."""
-        if self.is_plain and "slopes" not in known.vectors and self.spec.soft_cap is None:
+        """Products `s` of queries from `row` and keys from `key` on as logits, of which 1 is `unit`: -inf if not seen."""
+        if self.is_plain and not known.vectors.keys() & {"slopes", "bias"} and self.spec.soft_cap is None:
             return s
         # Anew in every step: what is the same in all would wait in registers, for which there is no room.
         n, row, key = lax.optimization_barrier((n, row, key))
@@ -148,10 +185,13 @@ class Blocks(blocks.Blocks):
         if "slopes" in known.vectors:
             rows, columns = self._sides(known, n, (row, key), starts, s.shape, "positions")
             apart = jnp.abs(across(rows, s.shape) - columns).astype(jnp.float32)
-            s = s - known.vectors["slopes"][lax.rem(n, jnp.int32(self.heads))] * apart
+            s = s - self._slope(known, n, row, s.shape) * apart
+            s, n, row, key = lax.optimization_barrier((s, n, row, key))
+        if "bias" in known.vectors:
+            s = s * self.spec.scale + self._bias(known, n, (row, key), s.shape)
             s, n, row, key = lax.optimization_barrier((s, n, row, key))
         if self.spec.soft_cap is not None:
-            s = tanh(s * (self.spec.scale / self.spec.soft_cap))
+            s = tanh(s * ((1 if "bias" in known.vectors else self.spec.scale) / self.spec.soft_cap))
         if self.is_plain:
             return s
         if known.vectors:
@@ -171,11 +211,36 @@ class Blocks(blocks.Blocks):
 
         return lax.cond(full, lambda s: s, hide, s)
 
+    def softened(self, s, m, l):
+        """What `softmax.step` gives of logits `s`, [rows, columns], m and l [rows], m in units of `log2`."""
+        m_new = jnp.maximum(m, jnp.max(s, 1) * self.unit)
+        alpha = self.exp(m - m_new)
+        p = self.exp(s * self.unit - across(m_new, s.shape))
+        return m_new, l * alpha + jnp.sum(p, 1), alpha, p
+
     def weights(self, s, lse):
         """P of logits `s`, and what dP less delta is multiplied with for the gradient of the scaled products."""
-        p = jnp.exp2(s * self.unit - lse)
+        p = self.exp(s * self.unit - lse)
         # Where P is 0 `s` may be -inf, of which no tanh is.
         return p, p if self.spec.soft_cap is None else p * (1 - jnp.square(jnp.maximum(s, -1.0)))
+
+    def _slope(self, known: Known, n, row, shape):
+        slopes, own = known.vectors["slopes"], lax.rem(n, jnp.int32(self.heads))
+        if len(slopes.shape) == 1:
+            return slopes[own]
+        return across(plgpu.load(slopes.at[own, pl.ds(row, shape[0])], layout=WGMMA.reduce(1)), shape)
+
+    def _bias(self, known: Known, n, tokens, shape):
+        """Of a pair's rows and columns, queries by keys or the other way round."""
+        bias = known.vectors["bias"]
+        own = [
+            x if size > 1 else 0 for x, size in zip((self._sequence(n), lax.rem(n, jnp.int32(self.heads))), bias.shape)
+        ]
+        tokens, dims = tokens if self.rows == "query" else tokens[::-1], [d for d in range(2) if bias.shape[2 + d] > 1]
+        at = [pl.ds(tokens[d], shape[d]) if d in dims else 0 for d in range(2)]
+        layout = WGMMA if len(dims) == 2 else WGMMA.reduce(1 - dims[0]) if dims else None
+        x = plgpu.load(bias.at[(*own, *at)], layout=layout, optimized=False).astype(jnp.float32)
+        return lax.broadcast_in_dim(x, shape, dims)
 
     def _conditions(self, band: Band) -> list[Callable]:
         """Of which each, of a function that gives rows and columns by name, tells which pairs of a pair of blocks it leaves."""
@@ -193,8 +258,10 @@ class Blocks(blocks.Blocks):
 
         def free(also: Callable, sides):
             rows, columns = sides("positions")
-            pair = across(rows, columns.shape), columns
-            return also(*(pair if self.rows == "query" else pair[::-1]))
+            # Said here, for Mosaic finds no layouts of a longer function's numbers.
+            pair = [plgpu.layout_cast(x, WGMMA) for x in (across(rows, columns.shape), columns)]
+            pair = pair if self.rows == "query" else pair[::-1]
+            return _on_registers(jax.make_jaxpr(also)(*pair), *pair)[0]
 
         parts = [(band.ends, "places"), (band.window, "positions")] if self.has(*POSITIONS) else [(band, "places")]
         says = lambda part: any(getattr(part, field.name) is not None for field in dataclasses.fields(Band))
@@ -254,6 +321,21 @@ def are_few(spec: AttentionSpec, extras: Extras) -> bool:
     return not kinds_of_logits(spec, extras)
 
 
+def check_products(spec: AttentionSpec, q, k, v) -> None:
+    """Raises NotImplementedError for operands, or logits, that no kernel here multiplies."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise lacks(f"{q.dtype=}, {k.dtype=}, {v.dtype=}, supported: all bfloat16 or all float16")
+    h, dim = q.shape[3], v.shape[3]
+    if h % WIDTH or dim % WIDTH or max(h, dim) > WIDEST:
+        raise lacks(f"head dims {h} and {dim}, supported: multiples of {WIDTH} up to {WIDEST}")
+    if spec.uniform:
+        raise lacks("XLA may have to partition the call further, which it can't a kernel")
+    if spec.band.also is not None and not isinstance(spec.band.also, Mask):
+        check_mask(spec.band.also)
+    if spec.scale <= 0:
+        raise lacks(f"{spec.scale=}, supported: above 0")
+
+
 def check_mask(mask_fn: Callable) -> None:
     """Raises NotImplementedError for a function of positions that is not evaluated on registers."""
     positions = jax.ShapeDtypeStruct((ROWS, ROWS), jnp.int32)
@@ -274,6 +356,22 @@ def _check_on_registers(closed) -> None:
         for inner in eqn.params.values():
             if isinstance(inner, ClosedJaxpr):
                 _check_on_registers(inner)
+
+
+def _on_registers(closed: ClosedJaxpr, *args) -> list:
+    """The results of what `check_mask` takes."""
+    found = dict(zip(closed.jaxpr.invars, args, strict=True))
+    for eqn in closed.eqns:
+        operands = [x.val if isinstance(x, Literal) else found[x] for x in eqn.invars]
+        inner = [x for x in eqn.params.values() if isinstance(x, ClosedJaxpr)]
+        if inner:
+            results = _on_registers(inner[0], *operands)
+        elif eqn.primitive.name in OF_BOOLEANS and getattr(eqn.outvars[0].aval, "dtype", None) == jnp.bool_:
+            results = [OF_BOOLEANS[eqn.primitive.name](*operands)]
+        else:
+            results = [eqn.primitive.bind(*operands, **eqn.params)]
+        found |= zip(eqn.outvars, results, strict=True)
+    return [x.val if isinstance(x, Literal) else found[x] for x in closed.jaxpr.outvars]
 
 
 def lacks(what: str) -> NotImplementedError:

@@ -27,7 +27,7 @@ BRINGING, MULTIPLYING = 40, 232  # registers of a thread
 
 class Known(NamedTuple):
     """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
-    positions [B, T]."""
+    positions [B, T], slopes [N] or [N, T], and a bias, which the kernel of gradients of keys has [.., S, T]."""
 
     numbers: Any
     vectors: dict[str, Any]
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
     arrays: Sequence[Any]
     rings: Sequence[Any]
     full: Any  # barriers, one a slot
-    free: Any
+    free: Any  # None, where the warpgroup that multiplies them brings them too
 
     @property
     def stages(self) -> int:
@@ -62,6 +62,10 @@ class Stream(NamedTuple):
 
     def bring(self, step, cut) -> None:
         pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
+        self.fetch(step, cut)
+
+    def fetch(self, step, cut) -> None:
+        """Into a slot that is known to be free."""
         for array, ring in zip(self.arrays, self.rings):
             plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
 
@@ -81,8 +85,10 @@ def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays, pairs: int, width: int):
-    """Runs a kernel with a block of threads for every head and block of rows; results have the head's dims of `arrays[0]`.
+def launch(
+    body, name: str, rows: int, out, scratch_types, known: Known, *arrays, pairs: int, width: int, warpgroups=GROUPS + 1
+):
+    """Runs a kernel with a block of `warpgroups` for every head and block of rows; results have the head's dims of `arrays[0]`.
 
     Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
     A head's products sum over `width` numbers for each of its `pairs`.
@@ -101,10 +107,10 @@ def launch(body, name: str, rows: int, out, scratch_types, known: Known, *arrays
         scratch_types=scratch_types,
         grid=(batch * heads // near, rows, near),
         grid_names=("run", "rows", "head"),
-        num_threads=GROUPS + 1,
+        num_threads=warpgroups,
         thread_name="group",
         kernel_name=f"ringmoe_attention_{name}",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
     arrays = [padded(x, ALIGNED) for x in arrays]
     moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
