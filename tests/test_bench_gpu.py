@@ -29,7 +29,7 @@ DISTINCT = {
         "hop": "(4 heads of 128|64 heads).*causal",
         "rows": "DeepSeek",
         "grouped": "Qwen3",
-        "layer": "Qwen3.*(both|forward|even)$",
+        "layer": "Qwen3.*tokens, both$",  # forward and backward; minutes each
     }.items()
     for one in command.PARTS[part][0]()
     if re.match(kind, one.name)
