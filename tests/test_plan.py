@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from ringmoe import rules
 from ringmoe.masks import Band
 from ringmoe.plan import attention as attention_plan
+from ringmoe.plan import cost
 from ringmoe.plan import experts as expert_plan
 from ringmoe.plan.base import Group, Ring, freeze
 
@@ -507,3 +508,10 @@ def test_plans_are_frozen_hashable_and_made_once():
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.hops = 1
     hash(experts({"e": ("b",)}))
+
+
+def test_the_other_half_of_a_machine_is_at_its_other_side():
+    """Of two groups that swap; other neighbours are as far as rows along the longest dim tell."""
+    v5e, v5p = cost.machine("TPU v5 lite"), cost.machine("TPU v5p")
+    assert [v5e.apart(8, far) for far in (1, 2, 4)] == [1, 2, 2]
+    assert [v5p.apart(8, 4), v5p.apart(64, 8), v5p.apart(64, 32)] == [1, 2, 2]

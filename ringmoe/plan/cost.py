@@ -86,8 +86,11 @@ class Machine:
         return 2 * self.all_gather(devices, sent / devices)
 
     def apart(self, devices: int, far: int) -> int:
-        """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them."""
-        chips = -(-far // self.per_chip)
+        """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them. The one
+        that is half of all on is at the other side, in whatever order: JAX has eight chips of v5e in a circle."""
+        chips, longest = -(-far // self.per_chip), max(self._torus(devices)) if self.dims else 1
+        if 2 * far == devices and longest > 2:
+            return longest // 2
         for length in sorted(self._torus(devices), reverse=True) if self.dims else (chips,):
             if chips % length:
                 return chips
