@@ -33,9 +33,7 @@ class AttentionPlan:
     hops: int  # key blocks that a device meets, its own included
     ways: int  # that blocks travel round the ring
     parts: int  # of a block, each of which goes its own way; 1 where the whole block goes one way, or both
-    own_parts: (
-        int  # of its own block, that a device works on one by one: backward the second while what is owed goes home
-    )
+    own_parts: int  # of its own block, worked on one by one: backward the second while what is owed goes home
     pieces: int  # 2: balanced places, two chunks a device
     query_axes: Axes  # mesh axes that split the queries
     rows: Ring  # whose places are the blocks of queries, during the work
