@@ -56,13 +56,12 @@ def on_cpu() -> None:
     query, new, lengths = normal(1, 1, HEADS, WIDTH), normal(1, 1, KEY_HEADS, WIDTH), jnp.array([TOKENS - 5], jnp.int32)
     update = jax.jit(ringmoe.update_cache, donate_argnums=0)
     ours = {name: (ringmoe.jit(decode(name)), cache) for name in ("merge", "all_gather")}
-    updates = {"update": (update, cache[0])}
+    updates = {"update": (update, jnp.copy(cache[0]))}
     for size in PAGES:
         (keys, table), (values, _) = (in_pages(x, size) for x in cache)
         ours[f"pages of {size}"] = ringmoe.jit(decode(pages=table)), (keys, values)
         by_pages = functools.partial(ringmoe.update_cache, page_indices=table)
         updates[f"update, pages of {size}"] = jax.jit(by_pages, donate_argnums=0), jnp.copy(keys)
-    updates["update"] = update, jnp.copy(cache[0])
     runs = ours | {"plain jax.nn": (jax.jit(plain), cache)}
     taken: dict[str, list[float]] = {name: [] for name in (*runs, *updates)}
     for name, (run, caches) in runs.items():  # one after another: a gathered cache would push the others' out of memory

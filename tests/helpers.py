@@ -52,6 +52,7 @@ MANUAL_VMA = Door("manual, check_vma", AxisType.Auto, jax.jit, True)
 ONE_DEVICE = Door("one device", None)
 SHARDED_DOORS = (TYPES, PARTITIONER, RINGMOE_JIT, MANUAL, MANUAL_VMA)
 DOORS = (*SHARDED_DOORS, ONE_DEVICE)
+FOUND = (TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT)  # that find shardings by themselves
 
 
 def make_mesh(shape: Sequence[int], axis_type: AxisType, names: Sequence[str] = AXES) -> Mesh:

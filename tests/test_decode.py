@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 import ringmoe
 from ringmoe import reference
 from tests.helpers import (
-    EXPLICIT_RINGMOE_JIT,
+    FOUND,
     ONE_DEVICE,
-    PARTITIONER,
     RINGMOE_JIT,
     TOLERANCE,
     TYPES,
@@ -29,7 +28,6 @@ from tests.helpers import (
     value_and_gradients,
 )
 
-FOUND = (TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT)
 SPECS = {"query": P("a"), "key_cache": P("a", "b"), "value_cache": P("a", "b"), "lengths": P("a")}
 
 

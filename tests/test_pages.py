@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import ringmoe
 from ringmoe import reference
 from tests.helpers import (
-    EXPLICIT_RINGMOE_JIT,
+    FOUND,
     ONE_DEVICE,
     PARTITIONER,
     RINGMOE_JIT,
@@ -31,7 +31,6 @@ from tests.helpers import (
     value_and_gradients,
 )
 
-FOUND = (TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT)
 POOL, SEQUENCES = P("b"), P("a")
 SPECS = {"query": SEQUENCES, "key_cache": POOL, "value_cache": POOL, "lengths": SEQUENCES, "page_indices": SEQUENCES}
 SPECS |= {"key_scales": POOL, "value_scales": POOL, "sinks": P(), "alibi_slopes": P()}

@@ -47,7 +47,7 @@ class Cost(NamedTuple):
     exposed_us: float | None
     utilisation: (
         float | None
-    )  # useful FLOPs of all that could be done in that time; None too where they weren't counted
+    )  # useful FLOPs of all that could be done in that time; None where they weren't counted too
     compile_seconds: float
 
     @property

@@ -11,9 +11,8 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
     "attention": {"tpu": attention_tpu, "gpu": attention_gpu, "xla": attention_xla},
     "experts": {"xla": experts_xla},
 }
-FOR_FEW = {
-    "attention": {"tpu": decode_tpu, "gpu": decode_gpu}
-}  # queries against many keys: tried before the kernel of the name
+# Queries against many keys: tried before the kernel of the name.
+FOR_FEW = {"attention": {"tpu": decode_tpu, "gpu": decode_gpu}}
 PREFERRED = {"tpu": ("tpu", "xla"), "hopper": ("gpu", "xla")}  # any other platform: the XLA kernel
 ONLY_ON = {"gpu": "hopper"}  # what no interpreter runs elsewhere
 

@@ -75,13 +75,10 @@ def forward(spec: AttentionSpec, state, q: jax.Array, k: jax.Array, v: jax.Array
     (b, n, t, h), (key_heads, s), dim, size = q.shape, k.shape[1:3], v.shape[3], q.dtype.itemsize
     rows = n // key_heads * t
     packed = lambda x: x.reshape(b, key_heads, rows, *x.shape[3:])
-    positions = extras.query_positions
-    if positions is None:
-        positions = jnp.broadcast_to(at.query[0] + jnp.arange(t, dtype=jnp.int32), (b, t))
     slopes = extras.slopes
     known = Extras(
         key_lengths=extras.key_lengths,
-        query_positions=jnp.tile(positions, (1, rows // t)),
+        query_positions=jnp.tile(decode_tpu.query_positions(extras, at, b, t), (1, rows // t)),
         slopes=None if slopes is None else jnp.repeat(slopes, t).reshape(key_heads, rows),
     )
     queries = padded(packed(q), ROWS)

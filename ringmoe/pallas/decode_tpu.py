@@ -80,6 +80,13 @@ def _lacks(what: str) -> NotImplementedError:
     return NotImplementedError(f"TPU decode kernel: {what}")
 
 
+def query_positions(extras: Extras, at: Offsets, batch: int, tokens: int) -> jax.Array:
+    """[B, T]: as given, or in order."""
+    if extras.query_positions is not None:
+        return extras.query_positions
+    return jnp.broadcast_to(at.query[0] + jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+
+
 init = attention_xla.init
 """The state `(acc, m, l)` [B, N, T, V or 1], in float32; logits, and so m, are in units of log 2."""
 
@@ -106,9 +113,7 @@ def forward(
         return _by_sequences(spec, state, q, k, v, extras, at, config)
     (b, n, t, _), key_heads = q.shape, k.shape[1]
     config = config or _config(n * t, k, v)
-    positions = extras.query_positions
-    if positions is None:
-        positions = jnp.broadcast_to(at.query[0] + jnp.arange(t, dtype=jnp.int32), (b, t))
+    positions = query_positions(extras, at, b, t)
     blocks, scalars = KeyBlocks.of(spec, q, k, extras._replace(query_positions=positions), at, config.block_k)
     columns = blocks.part * key_heads
 

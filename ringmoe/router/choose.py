@@ -187,21 +187,30 @@ def _batch(primitive, arrays, dims, **params):
     return primitive.bind(*(batching.bdim_at_front(x, dim, length) for x, dim in zip(arrays, dims)), **params), 0
 
 
-TOP_K = Primitive("ringmoe_top_k")
-TOP_K.def_impl(jax.jit(TOP_K.bind, static_argnames="k"))
-TOP_K.def_abstract_eval(
-    lambda values, k: values.update(shape=(*values.shape[:-1], k), dtype=jnp.int32, weak_type=False)
-)
-mlir.register_lowering(TOP_K, mlir.lower_fun(_by_insertion, multiple_results=False))
-mlir.register_lowering(TOP_K, mlir.lower_fun(_in_rounds, multiple_results=False), platform="cuda")
-batching.primitive_batchers[TOP_K] = functools.partial(_batch, TOP_K)
+def _by_platform(name: str, result: Callable, function: Callable, **others: Callable) -> Primitive:
+    """A primitive that is `function`, but on platforms that `others` name; `result` gives its type. In place of
+    lax.platform_dependent, which fails in an eager gradient over an Explicit mesh."""
+    made = Primitive(name)
+    made.def_impl(jax.jit(made.bind, static_argnames=("k",)))
+    made.def_abstract_eval(result)
+    batching.primitive_batchers[made] = functools.partial(_batch, made)
+    for platform, run in {None: function, **others}.items():
+        mlir.register_lowering(made, mlir.lower_fun(run, multiple_results=False), platform=platform)
+    return made
 
-AT_EXPERTS = Primitive("ringmoe_at_experts")  # lax.platform_dependent fails in an eager gradient over an Explicit mesh
-AT_EXPERTS.def_impl(jax.jit(AT_EXPERTS.bind))
-AT_EXPERTS.def_abstract_eval(lambda values, expert: expert.update(dtype=values.dtype, weak_type=False))
-mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_select, multiple_results=False))
-mlir.register_lowering(AT_EXPERTS, mlir.lower_fun(_gather, multiple_results=False), platform="cpu")
-batching.primitive_batchers[AT_EXPERTS] = functools.partial(_batch, AT_EXPERTS)
+
+TOP_K = _by_platform(
+    "ringmoe_top_k",
+    lambda values, k: values.update(shape=(*values.shape[:-1], k), dtype=jnp.int32, weak_type=False),
+    _by_insertion,
+    cuda=_in_rounds,
+)
+AT_EXPERTS = _by_platform(
+    "ringmoe_at_experts",
+    lambda values, expert: expert.update(dtype=values.dtype, weak_type=False),
+    _select,
+    cpu=_gather,
+)
 
 
 def without_poor_groups(values: jax.Array, config: RouterConfig) -> jax.Array:

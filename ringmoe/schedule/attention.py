@@ -8,7 +8,6 @@ plan has them worked on, and results back: kernels are told where pieces stand, 
 import dataclasses
 import functools
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,7 @@ def forward(
 
     def step(state, part, owner, back):
         k, v, scales = part.arrays
-        here, at, _ = blocks.here(owner, part, back)
+        here, at = blocks.here(owner, part, back)
         return kernel.forward(spec, state, q, k, v, here._replace(**scales), at), ()
 
     parts = blocks.travelling(blocks.gather((k, v, moves.scales(extras))))
@@ -85,14 +84,14 @@ def backward(
     def step(state, part, owner, back):
         dq, dbias = state
         k, v, scales = part.arrays
-        here, at, keys = blocks.here(owner, part, back)
+        here, at = blocks.here(owner, part, back)
         here = here._replace(**scales)
         zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
         grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, at)
         # Of two hops a neighbour's share is all that goes home, and rounded once, as the sum of both is there.
         sent = query.dtype if plan.hops == 2 and back else grads.dk.dtype
         share = dataclasses.replace(part, arrays=(grads.dk.astype(sent), grads.dv.astype(sent)))
-        return (grads.dq, blocks.add_columns(dbias, grads.dbias, keys)), share
+        return (grads.dq, blocks.add_columns(dbias, grads.dbias, at.key)), share
 
     dbias = acc(blocks.whole.bias) if spec.bias_gradient else None
     owed = [dataclasses.replace(part, arrays=jax.tree.map(acc, part.arrays[:2])) for part in parts]
@@ -148,13 +147,6 @@ class _Moves:
         return balance.there(plan.ring, x, 1) if plan.pieces > 1 else x
 
 
-class _Keys(NamedTuple):
-    """So many consecutive ones from each of these places on."""
-
-    first: tuple
-    piece: int
-
-
 class _Blocks:
     """Where the local queries and each block of keys stand in the sequence, and the extras that belong to them."""
 
@@ -184,18 +176,18 @@ class _Blocks:
         """Where the pieces of a device's block begin."""
         return balance.starts(self.plan.ring, device, length) if self.plan.pieces > 1 else (device * length,)
 
-    def here(self, owner, part: Part, back: int | None) -> tuple[Extras, Offsets, "_Keys"]:
+    def here(self, owner, part: Part, back: int | None) -> tuple[Extras, Offsets]:
         """What belongs to a part of the block of `owner`, so many places back, and where it stands; or of a pool of pages
         [pages, K, s, H]."""
         if self.whole.pages is not None:
             count, _, size, _ = part.arrays[0].shape
             table = pages.table(self.plan.band, self.whole, owner * count, count, size)
-            return table, Offsets(self.first_queries, (0,)), _Keys((0,), 0)
+            return table, Offsets(self.first_queries, (0,))
         piece = self.keys // part.of // self.plan.pieces
-        keys = _Keys(tuple(start + part.n * piece for start in self._starts(owner, self.keys)), piece)
+        first = tuple(start + part.n * piece for start in self._starts(owner, self.keys))
         known = back is not None and self.plan.rows == self.plan.ring and self.plan.pieces == 1
-        at = Offsets(self.first_queries, keys.first, back * self.keys - part.n * piece if known else None)
-        return _along_keys(functools.partial(self._columns, keys), self.whole), at, keys
+        at = Offsets(self.first_queries, first, back * self.keys - part.n * piece if known else None)
+        return _along_keys(functools.partial(self._columns, first, piece), self.whole), at
 
     def travelling(self, kv) -> list[Part]:
         """What goes each way of one block: the whole, or parts of it."""
@@ -221,7 +213,6 @@ class _Blocks:
 
     def join(self, parts: list[Part]):
         """The sum of all, each at its own place in the block."""
-
         cut = max(part.of for part in parts)
 
         def one(*xs):
@@ -260,18 +251,19 @@ class _Blocks:
             return x
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.columns - x.shape[-1])])
 
-    def _columns(self, keys: "_Keys", x):
-        if x.shape[-1] == 1 or (len(keys.first) == 1 and x.shape[-1] == keys.piece):
+    def _columns(self, first: tuple, piece: int, x):
+        """`x` at the columns of so many keys from each place of `first` on."""
+        if x.shape[-1] == 1 or (len(first) == 1 and x.shape[-1] == piece):
             return x
-        cut = [jax.lax.dynamic_slice_in_dim(x, start, keys.piece, axis=-1) for start in keys.first]
+        cut = [jax.lax.dynamic_slice_in_dim(x, start, piece, axis=-1) for start in first]
         return jnp.concatenate(cut, axis=-1)
 
-    def add_columns(self, total, part, keys: "_Keys"):
-        """`total` plus `part` at the columns of `keys`: the transpose of cutting them."""
+    def add_columns(self, total, part, first: tuple):
+        """`total` plus `part` at the columns of the keys that begin at `first`: the transpose of cutting them."""
         if total is None or total.shape == part.shape:
             return None if total is None else total + part
-        for start, x in zip(keys.first, jnp.split(part, len(keys.first), -1)):
-            here = jax.lax.dynamic_slice_in_dim(total, start, keys.piece, axis=-1)
+        for start, x in zip(first, jnp.split(part, len(first), -1)):
+            here = jax.lax.dynamic_slice_in_dim(total, start, x.shape[-1], axis=-1)
             total = jax.lax.dynamic_update_slice_in_dim(total, here + x, start, axis=-1)
         return total
 
