@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from ringmoe.inspector import kernels
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_tpu, tiles_tpu
 from ringmoe.pallas.logits_tpu import Pair
@@ -77,8 +77,7 @@ def ours(
         extras = Extras(query_segments=ids[0], key_segments=ids[1]) if ids else Extras()
         if direction == "forward":
             return attention_tpu.forward(spec, attention_tpu.init(spec, q, v), q, k, v, extras, at, config)
-        zero = Grads(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-        return attention_tpu.backward(spec, zero, q, k, v, do, lse, delta, extras, at, config)
+        return attention_tpu.backward(spec, None, q, k, v, do, lse, delta, extras, at, config)
 
     def run(self, block):
         self._seen_and_full()

@@ -10,7 +10,7 @@ it where in the sequence the local rows and keys stand.
     init(spec, q, v) -> state                       no key seen yet; an opaque pytree, perhaps of no arrays
     forward(spec, state, q, k, v, extras, at) -> state              the state after also seeing these keys
     finish(spec, state) -> (o [B, N, T, V], lse, tail [B, N, T])    in acc's dtype, see softmax.finish
-    backward(spec, grads, q, k, v, do, lse, delta, extras, at) -> Grads     grads plus this block pair's share
+    backward(spec, dq, q, k, v, do, lse, delta, extras, at) -> Grads     this block pair's; with dq, unless that is None, added
 """
 
 import dataclasses
@@ -110,7 +110,8 @@ def widened(x: jax.Array, scales: jax.Array | None, dtype) -> jax.Array:
 
 
 class Grads(NamedTuple):
-    """Gradients in acc's dtype: dq [B, N, T, H], dk [B, K, S, H], dv [B, K, S, V]; dbias shaped like extras.bias, or None."""
+    """Gradients in acc's dtype: dq [B, N, T, H], dk [B, K, S, H], dv [B, K, S, V]; dbias shaped like extras.bias, or None where
+    `spec.bias_gradient` is not set."""
 
     dq: jax.Array
     dk: jax.Array

@@ -15,7 +15,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe import softmax
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_tpu, tiles_tpu
 
@@ -73,12 +74,10 @@ def forward(spec, q, k, v, at=(0, 0), num_hops=1, config=TILES):
 @functools.partial(jax.jit, static_argnames=("spec", "num_hops", "config"))
 def backward(spec, q, k, v, do, o, lse, at=(0, 0), num_hops=1, config=TILES):
     delta = jnp.sum(jnp.asarray(o, jnp.float32) * do.astype(jnp.float32), -1)
-    lse, zeros = jnp.asarray(lse, jnp.float32), lambda x: jnp.zeros(x.shape, jnp.float32)
-    dq, dk, dv = zeros(q), zeros(k), zeros(v)
+    lse, dq, dk, dv = jnp.asarray(lse, jnp.float32), None, *(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     for k_hop, v_hop, piece, key_offset in hops(k, v, num_hops, at[1]):
-        grads = Grads(dq, dk[:, :, piece], dv[:, :, piece])
         offsets = Offsets((at[0],), (key_offset,))
-        grads = attention_tpu.backward(spec, grads, q, k_hop, v_hop, do, lse, delta, Extras(), offsets, config)
+        grads = attention_tpu.backward(spec, dq, q, k_hop, v_hop, do, lse, delta, Extras(), offsets, config)
         dq, dk, dv = grads.dq, dk.at[:, :, piece].set(grads.dk), dv.at[:, :, piece].set(grads.dv)
     return dq, dk, dv
 
@@ -235,7 +234,9 @@ def ring_forward(spec, n, q, k, v):
         at = Offsets((me * q.shape[2],), ((me - i) % n * k.shape[2],))
         return (attention_tpu.forward(spec, state, q, k, v, Extras(), at), *following), None
 
-    state = jax.lax.scan(hop, (attention_tpu.init(spec, q, v), k, v), jnp.arange(n))[0][0]
+    zeros = jax.lax.pcast(jnp.zeros((*q.shape[:2], q.shape[3], q.shape[2])), "sp", to="varying")
+    state = attention_tpu.State(zeros, *(zeros[:, :, :1] + x for x in (softmax.initial_max(jnp.float32), 0)))
+    state = jax.lax.scan(hop, (state, k, v), jnp.arange(n))[0][0]
     return attention_tpu.finish(spec, state)[:2]
 
 
@@ -253,8 +254,7 @@ def ring_backward(spec, n, q, k, v, do, lse, delta):
         dq, share, sums, k, v = carry
         following, sums = jax.lax.ppermute(((k, v), add(sums, share)), "sp", to_next)
         at = Offsets((me * q.shape[2],), ((me - i) % n * k.shape[2],))
-        grads = Grads(dq, zeros(k), zeros(v))
-        grads = attention_tpu.backward(spec, grads, q, k, v, do, lse, delta, Extras(), at)
+        grads = attention_tpu.backward(spec, dq, q, k, v, do, lse, delta, Extras(), at)
         return (grads.dq, (grads.dk, grads.dv), sums, *following), None
 
     carry = (zeros(q), (zeros(k), zeros(v)), (zeros(k), zeros(v)), k, v)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe import dropout, reference
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Mask, Prefix
 from ringmoe.pallas import attention_tpu, attention_xla
 from tests.helpers import assert_close, double, no_cost_warnings, tpu_devices, tpu_mesh
@@ -146,14 +146,14 @@ def run(case: Case, kernel=attention_tpu, plainly: bool = False, bias_gradient: 
             kernel.check(spec, q, k_, v_, own)
             state = kernel.forward(spec, state, q, k_, v_, own, at, **options)
         o, lse, _ = kernel.finish(spec, state)
-        delta, zeros = jnp.sum(o * do.astype(o.dtype), -1), lambda x: jnp.zeros(x.shape, jnp.float32)
-        dq, dkv, dbias = zeros(q), [], zeros(extras.bias) if spec.bias_gradient else None
+        delta, dq, dkv = jnp.sum(o * do.astype(o.dtype), -1), None, []
+        dbias = jnp.zeros(extras.bias.shape) if spec.bias_gradient else None
         for k_, v_, (at, own) in zip(hops(k, 2), hops(v, 2), offsets):
-            whole = dbias is None or dbias.shape[-1] == 1
-            start = Grads(dq, zeros(k_), zeros(v_), dbias if whole else zeros(own.bias))
-            grads = kernel.backward(spec, start, q, k_, v_, do, lse, delta, own, at, **options)
+            grads = kernel.backward(spec, dq, q, k_, v_, do, lse, delta, own, at, **options)
             dq, dkv = grads.dq, [(grads.dk, grads.dv), *dkv]
-            dbias = grads.dbias if whole else jax.lax.dynamic_update_slice_in_dim(dbias, grads.dbias, at.key[0], -1)
+            if dbias is not None:
+                columns = (..., slice(at.key[0], at.key[0] + size) if dbias.shape[-1] > 1 else slice(None))
+                dbias = dbias.at[columns].add(grads.dbias)
         return o, lse, dq, *(jnp.concatenate(x, 2) for x in zip(*dkv)), *(() if dbias is None else (dbias,))
 
     return both(*map(jnp.asarray, (q, k, v, do)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from ringmoe import reference
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas import attention_xla as kernel
 from tests.helpers import TOLERANCE, assert_close, double
@@ -126,7 +126,7 @@ def run(case: Case, args, do, dlse, dtype):
 
     Around the kernel all is NumPy's: JAX would compile each operation for each shape.
     """
-    spec = AttentionSpec(case.h**-0.5, Band.make(case.is_causal, case.window))
+    spec = AttentionSpec(case.h**-0.5, Band.make(case.is_causal, case.window), bias_gradient="bias" in args)
     config = case.config and kernel.Config(*(next(d for d in range(n, 0, -1) if full % d == 0) for n, full in zip(
         case.config[:2], (case.b, case.k))), *case.config[2:])  # fmt: skip
     rows = slice(case.shard * case.t, (case.shard + 1) * case.t)
@@ -144,12 +144,10 @@ def run(case: Case, args, do, dlse, dtype):
     assert o.dtype == lse.dtype == jnp.promote_types(jnp.float32, dtype)
 
     delta = np.sum(do.astype(o.dtype) * o, -1) - dlse[:, rows].swapaxes(1, 2).astype(o.dtype)
-    zeros = lambda x: np.zeros(x.shape, o.dtype)
-    dq = zeros(q)
+    dq = None
     total = {n: np.zeros(args[n].shape) for n in ("key", "value", "bias") if n in args}
     for k, v, extras, at, keys in hops:
-        start = Grads(dq, zeros(k), zeros(v), None if extras.bias is None else zeros(extras.bias))
-        dq, dk, dv, dbias = backward(start, q, k, v, do, lse, delta, extras, at)
+        dq, dk, dv, dbias = backward(dq, q, k, v, do, lse, delta, extras, at)
         total["key"][:, keys] += np.swapaxes(dk, 1, 2)
         total["value"][:, keys] += np.swapaxes(dv, 1, 2)
         if dbias is not None:
@@ -261,10 +259,8 @@ def test_what_nobody_sees_is_skipped(monkeypatch, extras, visited, masked):
 
     computed.clear()
     o, lse, _ = kernel.finish(spec, state)
-    zeros = jnp.zeros_like(x)
-    grads = Grads(zeros, zeros, zeros)
     out = jax.jit(
-        lambda: kernel.backward(spec, grads, x, x, x, x, lse, jnp.sum(o, -1), extras, Offsets((0,), (0,)), config)
+        lambda: kernel.backward(spec, None, x, x, x, x, lse, jnp.sum(o, -1), extras, Offsets((0,), (0,)), config)
     )()
     jax.block_until_ready(out)
     jax.effects_barrier()
@@ -304,13 +300,11 @@ def plain(q, k, v, *, band=CAUSAL, config=None, axis=None, num_hops=1):
     def attend_backward(residual, do):
         q, k, v, o, lse = residual
         do = swap(do)
-        dq, rest = jnp.zeros_like(q), (k, v, jnp.zeros_like(k), jnp.zeros_like(v))
+        dq, rest = None, (k, v, jnp.zeros_like(k), jnp.zeros_like(v))
         for hop in range(num_hops):
             k, v, dk, dv = rest
-            grads = kernel.backward(
-                spec, Grads(dq, dk, dv), q, k, v, do, lse, jnp.sum(do * o, -1), Extras(), at(hop), config
-            )
-            dq, rest = grads.dq, jax.tree.map(shift, (k, v, grads.dk, grads.dv))
+            grads = kernel.backward(spec, dq, q, k, v, do, lse, jnp.sum(do * o, -1), Extras(), at(hop), config)
+            dq, rest = grads.dq, jax.tree.map(shift, (k, v, dk + grads.dk, dv + grads.dv))
         return swap(dq), swap(rest[2]), swap(rest[3])
 
     attend.defvjp(attend_forward, attend_backward)
@@ -346,8 +340,7 @@ def test_rows_without_keys_are_zero_and_give_no_gradient():
     o, lse, _ = kernel.finish(spec, state)
     assert jnp.all(o[:, :, :5] == 0) and jnp.all(jnp.isneginf(lse[:, :, :5]))
     assert jnp.all(jnp.isfinite(lse[:, :, 5:]))
-    zeros = jnp.zeros_like(q)
-    grads = kernel.backward(spec, Grads(zeros, zeros, zeros), q, k, v, do, lse, jnp.sum(do * o, -1), Extras(), at)
+    grads = kernel.backward(spec, None, q, k, v, do, lse, jnp.sum(do * o, -1), Extras(), at)
     assert jnp.all(jnp.isfinite(jnp.stack(grads[:3]))) and jnp.all(grads.dq[:, :, :5] == 0)
 
 
@@ -358,8 +351,8 @@ def test_bias_of_minus_infinity_masks():
     o, lse, _ = kernel.finish(spec, kernel.forward(spec, kernel.init(spec, q, v), q, k, v, extras, at))
     assert jnp.all(o[0, 0, 1] == 0) and jnp.isneginf(lse[0, 0, 1])
     assert_close(o[0, 0, 2], v[0, 0, 3], 1e-6)
-    zeros = jnp.zeros_like(q)
-    grads = kernel.backward(spec, Grads(zeros, zeros, zeros, zeros), q, k, v, do, lse, jnp.sum(do * o, -1), extras, at)
+    spec = dataclasses.replace(spec, bias_gradient=True)
+    grads = kernel.backward(spec, None, q, k, v, do, lse, jnp.sum(do * o, -1), extras, at)
     assert jnp.all(jnp.isfinite(jnp.stack(grads))) and jnp.all(grads.dq[0, 0, 1] == 0)
 
 
@@ -471,18 +464,16 @@ def test_the_error_does_not_grow_with_the_hops(dtype):
         # A hop is compiled once, not for each place.
         forward = jax.jit(lambda state, x, y, i: kernel.forward(spec, state, q, x, y, Extras(), at(i)))
         backward = jax.jit(
-            lambda grads, x, y, lse, delta, i: kernel.backward(spec, grads, q, x, y, do, lse, delta, Extras(), at(i))
+            lambda dq, x, y, lse, delta, i: kernel.backward(spec, dq, q, x, y, do, lse, delta, Extras(), at(i))
         )
         state = kernel.init(spec, q, v)
         for i, x, y in parts:
             state = forward(state, x, y, i)
         o, lse, _ = kernel.finish(spec, state)
-        o, dq = o.astype(dtype), jnp.zeros(q.shape, jnp.float32)
+        o, dq = o.astype(dtype), jnp.zeros(q.shape, jnp.float32)  # each hop a sum: one program
         delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
         for i, x, y in parts:
-            zero = jnp.zeros(x.shape, jnp.float32)
-            grads = Grads(dq, zero, zero)
-            dq = backward(grads, x, y, lse, delta, i).dq
+            dq = backward(dq, x, y, lse, delta, i).dq
         rms = lambda got, want: float(np.sqrt(np.mean((np.asarray(got, np.float64) - np.asarray(want)) ** 2)))
         return rms(o, want), rms(dq.astype(dtype), want_dq)
 

@@ -2,7 +2,7 @@
 
 Scores are computed transposed, `s = k q^T` [block_k, block_q]: the softmax reduces over sublanes, its statistics are
 row vectors `[1, block_q]` that cost no padding in HBM, and the accumulator is `[H, block_q]`, turned round once, in
-`finish`. State and gradients are read and written in place (aliased), so nothing of XLA's stands between two hops of a
+`finish`. The state and dq are read and written in place (aliased), so nothing of XLA's stands between two hops of a
 ring and its scheduler has only the kernel to hide the exchange behind. Backward is one kernel of five matmuls a block
 pair: dk and dv stay in VMEM while the queries go by, dq (transposed) stays there while the keys do.
 """
@@ -27,8 +27,8 @@ from ringmoe.pallas.tiles_tpu import (
     dot,
     lacks,
     nbytes,
+    new,
     row_bytes,
-    shape_of,
     varying_like,
     walk,
     within,
@@ -39,7 +39,8 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 class State(NamedTuple):
-    """Float32 acc [B, N, V, T] = sum of v^T 2^(s - m), m [B, N, 1, T] = max of s, l [B, N, 1, T] = sum of 2^(s - m).
+    """None before any key. Float32 acc [B, N, V, T] = sum of v^T 2^(s - m), m [B, N, 1, T] = max of s, l [B, N, 1, T] = sum of
+    2^(s - m).
 
     The logits s are in units of log 2.
     """
@@ -64,11 +65,8 @@ def check(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, extras:
             raise lacks(f"pieces of {t // spec.pieces} tokens, supported: multiples of {LANES}")
 
 
-def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> State:
-    b, n, t, _ = q.shape
-    row = jnp.zeros((b, n, 1, t), jnp.float32)
-    acc = jnp.zeros((b, n, v.shape[3], t), jnp.float32)
-    return varying_like(State(acc, row + softmax.initial_max(jnp.float32), row), q, v)
+def init(spec: AttentionSpec, q: jax.Array, v: jax.Array) -> None:
+    return None
 
 
 def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,7 +77,7 @@ def finish(spec: AttentionSpec, state: State) -> tuple[jax.Array, jax.Array, jax
 @jax.named_scope("ringmoe_attention_forward")
 def forward(
     spec: AttentionSpec,
-    state: State,
+    state: State | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -89,9 +87,10 @@ def forward(
 ) -> State:
     check(spec, q, k, v, extras)
     q, k, v = _multipliable(q), *_multipliable_keys(q, k, v, extras)
-    state = varying_like(state, q, k, v)
     config = config or best("forward", spec, q, v)
-    (b, n, _, h), kv_heads = q.shape, k.shape[1]
+    (b, n, t, h), kv_heads = q.shape, k.shape[1]
+    after = [new((b, n, rows, t), q, k, v) for rows in (v.shape[3], 1, 1)]
+    before = [] if state is None else [*varying_like(state, q, k, v)]
     blocks, scalars, vectors = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     block_q, block_k = blocks.block_q, blocks.block_k
     pairs = b * n * blocks.pairs(at)
@@ -109,7 +108,8 @@ def forward(
     acc_spec = pl.BlockSpec((None, None, v.shape[3], block_q), state_block)
     row_spec = pl.BlockSpec((None, None, 1, block_q), state_block)
     pair = lambda *step: (*step[:3], k_block(*step)[2])
-    new = pl.pallas_call(
+    state_specs = [acc_spec, row_spec, row_spec]
+    found = pl.pallas_call(
         functools.partial(_forward_kernel, blocks=blocks, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -119,34 +119,36 @@ def forward(
                 k_spec,
                 v_spec,
                 blocks.specs(vectors, pair),
-                acc_spec,
-                row_spec,
-                row_spec,
+                state_specs[: len(before)],
             ],
-            out_specs=[acc_spec, row_spec, row_spec],
+            out_specs=state_specs,
         ),
-        out_shape=[shape_of(x) for x in state],
-        input_output_aliases={4 + len(vectors) + n: n for n in range(3)},
+        out_shape=after,
+        input_output_aliases={4 + len(vectors) + n: n for n in range(len(before))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * pairs * (h + v.shape[3]),
             transcendentals=pairs,
-            bytes_accessed=nbytes(q, *state, *state) + pairs // block_q * row_bytes(k, v),
+            bytes_accessed=nbytes(q, *before, *after) + pairs // block_q * row_bytes(k, v),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_forward",
-    )(scalars, q, k, v, vectors, *state)
-    return State(*new)
+    )(scalars, q, k, v, vectors, before)
+    return State(*found)
 
 
-def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, acc, m, l, *, blocks: Blocks, config):
+def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, before, acc, m, l, *, blocks: Blocks, config):
     b, n, i, j = map(pl.program_id, range(4))
     pair, rate = Pair(blocks, scalars, vectors, b, n, i, j), blocks.spec.dropout_rate
 
     # Invariant: after step j, (acc, m, l) is the state after the keys that came in with it and those of blocks 0 .. j.
     @pl.when(j == 0)
     def load():
-        acc[...], m[...], l[...] = acc_in[...], m_in[...], l_in[...]
+        if before:
+            acc[...], m[...], l[...] = (ref[...] for ref in before)
+        else:
+            acc[...], l[...] = jnp.zeros_like(acc), jnp.zeros_like(l)
+            m[...] = jnp.full_like(m, softmax.initial_max(m.dtype))
 
     def block(masked: bool, first, keys: int, diagonal: int | None = None):
         def scores(c):
@@ -166,7 +168,7 @@ def _forward_kernel(scalars, q_ref, k_ref, v_ref, vectors, acc_in, m_in, l_in, a
 @jax.named_scope("ringmoe_attention_backward")
 def backward(
     spec: AttentionSpec,
-    grads: Grads,
+    dq: jax.Array | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -179,14 +181,11 @@ def backward(
 ) -> Grads:
     check(spec, q, k, v, extras)
     q, k, v, do = _multipliable(q), *_multipliable_keys(q, k, v, extras), _multipliable(do)
-    grads = varying_like(grads, q, k, v, do)
     config = config or best("backward", spec, q, v)
     call = Blocks.make(spec, q, k, extras, at, *config.blocks(spec, q, k, v))
     arrays = q, k, v, do, lse[:, :, None], delta[:, :, None]
-    new = backward_tpu.of_operands(call, config, grads, arrays, apart(at))
-    if grads.dbias is None:
-        return new
-    return new._replace(dbias=backward_tpu.of_bias(call, config, grads.dbias, arrays))
+    grads = backward_tpu.of_operands(call, config, dq, arrays, apart(at))
+    return grads._replace(dbias=backward_tpu.of_bias(call, config, arrays)) if spec.bias_gradient else grads
 
 
 def _multipliable(x: jax.Array) -> jax.Array:

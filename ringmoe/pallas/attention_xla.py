@@ -114,7 +114,7 @@ def forward(spec: AttentionSpec, state, q, k, v, extras: Extras, at: Offsets, co
 
 def backward(
     spec: AttentionSpec,
-    grads: Grads,
+    dq,
     q,
     k,
     v,
@@ -125,11 +125,14 @@ def backward(
     at: Offsets,
     config: Config | None = None,
 ) -> Grads:
-    grads, q, k, v, do, lse, delta, extras, at = _same_varying(grads, q, k, v, do, lse, delta, extras, at)
+    zeros = lambda x: jnp.zeros(x.shape, _acc_dtype(q))
+    bias = extras.bias if spec.bias_gradient else None
+    start = Grads(zeros(q) if dq is None else dq, zeros(k), zeros(v), None if bias is None else zeros(bias))
+    start, q, k, v, do, lse, delta, extras, at = _same_varying(start, q, k, v, do, lse, delta, extras, at)
     walk = _Walk.make(spec, config, q, k, extras, at)
-    dq, q, do = map(walk.group, (grads.dq, q, do))
+    q, do = map(walk.group, (q, do))
     lse, delta = (walk.group(x[..., None]) for x in (softmax.finite_lse(lse), delta))
-    dbias = None if grads.dbias is None else walk.group_pairs(grads.dbias)
+    dbias = None if start.dbias is None else walk.group_pairs(start.dbias)
 
     def share(tile, masked):
         q_tile, do_tile, lse_tile, delta_tile = (_cut(x, "bkgth", tile) for x in (q, do, lse, delta))
@@ -173,9 +176,9 @@ def backward(
         own = lax.optimization_barrier(_for(walk.bounds(tile, "t"), rows, own))
         return own._replace(dk=_put(grads.dk, own.dk.mT, "bksh", tile), dv=_put(grads.dv, own.dv.mT, "bksh", tile))
 
-    out = _for((0, walk.num_tiles("s")), keys, Grads(dq, grads.dk, grads.dv, dbias))
-    if grads.dbias is not None and out.dbias is not None:
-        out = out._replace(dbias=out.dbias.reshape(grads.dbias.shape))
+    out = _for((0, walk.num_tiles("s")), keys, start._replace(dq=walk.group(start.dq), dbias=dbias))
+    if bias is not None and out.dbias is not None:
+        out = out._replace(dbias=out.dbias.reshape(bias.shape))
     return out._replace(dq=_ungroup(out.dq))
 
 

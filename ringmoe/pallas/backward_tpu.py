@@ -10,25 +10,34 @@ from jax.experimental.pallas import tpu as pltpu
 from ringmoe import dropout, softmax
 from ringmoe.interface import Grads
 from ringmoe.pallas.logits_tpu import LANES, LOG2E, Blocks, Pair
-from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, row_bytes, shape_of, walk, within
+from ringmoe.pallas.tiles_tpu import Config, dot, nbytes, new, row_bytes, varying_like, walk, within
 
 
-def of_operands(call, config: Config, grads: Grads, arrays, apart: int | None) -> Grads:
-    """`grads` plus a block pair's dq, dk and dv: one kernel of five matmuls. `call` is what `Blocks.make` gave; `arrays` are q,
-    k, v, do, and lse and delta [B, N, 1, T]."""
-    (blocks, scalars, vectors), (q, k) = call, arrays[:2]
+def of_operands(call, config: Config, dq, arrays, apart: int | None) -> Grads:
+    """A block pair's dq, with the given one's sum if that is not None, dk and dv: one kernel of five matmuls. `call` is what
+    `Blocks.make` gave; `arrays` are q, k, v, do, and lse and delta [B, N, 1, T]."""
+    (blocks, scalars, vectors), (q, k, v) = call, arrays[:3]
+    before = {} if dq is None else {"dq": varying_like(dq, *arrays)}
     # A kv head's query blocks, those of its first query head first, are cut into as few runs as VMEM allows.
     rows = q.shape[1] // k.shape[1] * blocks.num_q
     fitting = max(1, config.resident_bytes // (blocks.block_q * q.shape[3] * 4))
     run = max(d for d in range(1, min(rows, fitting) + 1) if rows % d == 0)
-    add = lambda first, grads: _run(config, blocks, blocks.starting(scalars, first), vectors, run, arrays, grads, apart)
+    add = lambda first, before: _run(
+        config, blocks, blocks.starting(scalars, first), vectors, run, arrays, before, apart
+    )
     if run == rows:
-        return add(0, grads)
-    return lax.fori_loop(0, rows // run, lambda i, grads: add(i * run, grads), grads)
+        return add(0, before)
+    # A run writes its own rows of dq alone, and adds to dk and dv.
+    zeros = varying_like(
+        {name: jnp.zeros(x.shape, jnp.float32) for name, x in (("dq", q), ("dk", k), ("dv", v))}, *arrays
+    )
+    add_to = lambda i, grads: add(i * run, {name: getattr(grads, name) for name in zeros})
+    return lax.fori_loop(0, rows // run, add_to, Grads(**zeros | before))
 
 
-def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, grads: Grads, apart) -> Grads:
-    """Adds to `grads` what so many query blocks of every kv head give, from the one on that `scalars` say."""
+def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, before: dict, apart) -> Grads:
+    """What so many query blocks of every kv head give, from the one on that `scalars` say, and the sums with what was `before`,
+    by name."""
     q, k, v, do = arrays[:4]
     (b, n, t, h), (kv_heads, s), spec = q.shape, k.shape[1:3], blocks.spec
     block_q, block_k, num_q, num_k, group = blocks.block_q, blocks.block_k, blocks.num_q, blocks.num_k, n // kv_heads
@@ -57,9 +66,10 @@ def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, gra
     k_spec, v_spec = (pl.BlockSpec((None, None, block_k, x.shape[3]), k_block) for x in (k, v))
     row_spec, dq_spec = pl.BlockSpec((None, None, 1, block_q), lse_block), of_rows(q, dq_block)
     pair = lambda *step: (*q_block(*step)[:3], step[2])
-    dq, dk, dv = grads.dq, grads.dk, grads.dv
+    grads = {"dq": dq_spec, "dk": k_spec, "dv": v_spec}
+    dq, dk, dv = after = [new(x.shape, *arrays) for x in (q, k, v)]
     pairs = b * kv_heads * run * block_q * spec.band.met(t, s, block_q, block_k, apart, spec.pieces) // t
-    new = pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, group=group, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -72,15 +82,14 @@ def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, gra
                 row_spec,
                 row_spec,
                 blocks.specs(vectors, pair),
-                dq_spec,
-                k_spec,
-                v_spec,
+                {name: grads[name] for name in before},
             ],
-            out_specs=[dq_spec, k_spec, v_spec],
+            out_specs=[*grads.values()],
             scratch_shapes=[pltpu.VMEM((run, h, block_q), jnp.float32), pltpu.VMEM((block_k, h), jnp.float32)],
         ),
-        out_shape=[shape_of(x) for x in (dq, dk, dv)],
-        input_output_aliases={7 + len(vectors) + n: n for n in range(3)},
+        out_shape=after,
+        # Of a dict operands come in the order of their names, which is that of the results.
+        input_output_aliases={7 + len(vectors) + n: [*grads].index(name) for n, name in enumerate(sorted(before))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_vmem_bytes(q, v) + run * block_q * h * 4,
@@ -88,14 +97,14 @@ def _run(config: Config, blocks: Blocks, scalars, vectors, run: int, arrays, gra
         cost_estimate=pl.CostEstimate(
             flops=pairs * (6 * h + 4 * v.shape[3]),
             transcendentals=pairs,
-            bytes_accessed=nbytes(k, v, dk, dk, dv, dv)
+            bytes_accessed=nbytes(k, v, dk, dv, *(before[name] for name in before if name != "dq"))
             + pairs // block_k * row_bytes(q, do)
-            + 2 * nbytes(dq) * run // (group * num_q),
+            + (1 + ("dq" in before)) * nbytes(dq) * run // (group * num_q),
         ),
         interpret=spec.interpret,
         name="ringmoe_attention_backward",
-    )(scalars, *arrays, vectors, dq, dk, dv)
-    return Grads(*new)
+    )(scalars, *arrays, vectors, before)
+    return Grads(*found)
 
 
 def _vmem_bytes(q, v) -> int:
@@ -137,13 +146,14 @@ class _Weights:
 
 
 def _kernel(
-    scalars, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, vectors, dq_in, dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk,
+    scalars, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, vectors, before, dq_ref, dk_ref, dv_ref, dq, dk,
     *, blocks: Blocks, group: int, config: Config,
 ):  # fmt: skip
     b, kv, j, r = map(pl.program_id, range(4))
     row = blocks.number(scalars, "first") + r
     n, i = kv * group + lax.div(row, blocks.num_q), lax.rem(row, blocks.num_q)
     pair, scale = Pair(blocks, scalars, vectors, b, n, i, j), blocks.spec.scale
+    total = lambda name, share: before[name][...] + share if name in before else share
 
     # Invariant: after step (j, r), dq[r] is the unscaled transposed sum over key blocks 0 .. j, and dk and dv_ref are
     # the sums over rows 0 .. r for key block j; dv_ref began with what came in.
@@ -154,7 +164,7 @@ def _kernel(
     @pl.when(r == 0)
     def clear_dk():
         dk[...] = jnp.zeros_like(dk)
-        dv_ref[...] = dv_in[...]
+        dv_ref[...] = before["dv"][...] if "dv" in before else jnp.zeros_like(dv_ref)
 
     def block(masked: bool, first, keys: int, diagonal: int | None = None):
         weights = _Weights(pair, masked, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
@@ -171,20 +181,21 @@ def _kernel(
 
     @pl.when(r == pl.num_programs(3) - 1)
     def store_dk():
-        dk_ref[...] = dk_in[...] + dk[...] * scale
+        dk_ref[...] = total("dk", dk[...] * scale)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def store_dq():
-        dq_ref[...] = dq_in[...] + dq[r].T * scale
+        dq_ref[...] = total("dq", dq[r].T * scale)
 
 
-def of_bias(call, config: Config, dbias, arrays):
-    """`dbias` [B|1, N|1, T|1, S|1] plus a block pair's share: the gradient of the logits, summed over dims that the bias lacks.
+def of_bias(call, config: Config, arrays):
+    """A block pair's dbias [B|1, N|1, T|1, S|1]: the gradient of the logits, summed over dims that the bias lacks.
 
     A kernel of its own, whose steps go first over the dims that the bias has and last over those it lacks: so what a block of
     dbias sums over comes at a stretch, in any case, for two of the five matmuls once more.
     """
     (blocks, scalars, vectors), (q, k, v, do) = call, arrays[:4]
+    dbias = new(vectors["bias"].shape, *arrays)
     sizes = *q.shape[:2], blocks.num_q, blocks.num_k
     lacking = [d for d in range(4) if dbias.shape[d] == 1]
     order = [d for d in range(4) if d not in lacking] + lacking
@@ -215,30 +226,29 @@ def of_bias(call, config: Config, dbias, arrays):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=tuple(sizes[d] for d in order),
-            in_specs=[rows[0], *keys, rows[1], row, row, blocks.specs(vectors, pair), own],
+            in_specs=[rows[0], *keys, rows[1], row, row, blocks.specs(vectors, pair)],
             out_specs=own,
         ),
-        out_shape=shape_of(dbias),
-        input_output_aliases={7 + len(vectors): 0},
+        out_shape=dbias,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * (4 - len(lacking)) + ("arbitrary",) * len(lacking),
             vmem_limit_bytes=2 * _vmem_bytes(q, v),
         ),
         interpret=blocks.spec.interpret,
         name="ringmoe_attention_bias_gradient",
-    )(scalars, *arrays, vectors, dbias)
+    )(scalars, *arrays, vectors)
 
 
 def _bias_kernel(
-    scalars, q, k, v, do, lse, delta, vectors, dbias_in, dbias, *, blocks: Blocks, config: Config, order, lacking: int
+    scalars, q, k, v, do, lse, delta, vectors, dbias, *, blocks: Blocks, config: Config, order, lacking: int
 ):
     step = [pl.program_id(order.index(d)) for d in range(4)]
     pair = Pair(blocks, scalars, vectors, *step)
 
-    # Invariant: dbias is what came in and the sum over the steps so far of the dims that it lacks.
+    # Invariant: dbias is the sum over the steps so far of the dims that it lacks.
     @pl.when(sum((pl.program_id(4 - 1 - d) for d in range(lacking)), jnp.int32(0)) == 0)
-    def load():
-        dbias[...] = dbias_in[...]
+    def clear():
+        dbias[...] = jnp.zeros_like(dbias)
 
     def block(masked: bool, first, keys: int, diagonal: int | None = None):
         weights = _Weights(pair, masked, q, k, v, do, lse, delta)

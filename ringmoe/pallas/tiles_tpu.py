@@ -149,7 +149,13 @@ def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat)
 
 
-def nbytes(*arrays: jax.Array) -> int:
+def new(shape: tuple[int, ...], *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """A float32 result that varies over the manual mesh axes that any operand varies over."""
+    like = jax.typeof(varying_like(jnp.float32(0), *operands))
+    return jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=like.mat)
+
+
+def nbytes(*arrays) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ringmoe import softmax
-from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
+from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.plan.attention import AttentionPlan
 from ringmoe.schedule import balance, heads, merge, pages
 from ringmoe.schedule.ring import BY_XLA, Part, Travel, place, walk
@@ -86,8 +86,7 @@ def backward(
         k, v, scales = part.arrays
         here, at = blocks.here(owner, part, back)
         here = here._replace(**scales)
-        zero = Grads(dq, acc(k), acc(v), acc(here.bias) if spec.bias_gradient else None)
-        grads = kernel.backward(spec, zero, q, k, v, do_, lse_, delta_, here, at)
+        grads = kernel.backward(spec, dq, q, k, v, do_, lse_, delta_, here, at)
         # Of two hops a neighbour's share is all that goes home, and rounded once, as the sum of both is there.
         sent = query.dtype if plan.hops == 2 and back else grads.dk.dtype
         share = dataclasses.replace(part, arrays=(grads.dk.astype(sent), grads.dv.astype(sent)))
@@ -95,7 +94,7 @@ def backward(
 
     dbias = acc(blocks.whole.bias) if spec.bias_gradient else None
     owed = [dataclasses.replace(part, arrays=jax.tree.map(acc, part.arrays[:2])) for part in parts]
-    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (acc(q), dbias), parts, blocks.own, owed, travel)
+    (dq, dbias), dkv = walk(step, plan.ring, plan.hops, (None, dbias), parts, blocks.own, owed, travel)
     dq = merge.total(plan.axes, plan.joint_axes, dq) if plan.exchange == "merge" else dq
     dbias = None if dbias is None else blocks.bias_gradient(dbias, extras.bias)
     like = (query, key, value)
