@@ -35,7 +35,7 @@ def inspected(
 ):
     """The inspector's report of one op, `tokens` a device."""
     machine = ringmoe.target(target)
-    mesh = machine.mesh({"x": machine.num_devices})
+    mesh = ringmoe.ring_mesh(machine.mesh({"x": machine.num_devices}), "x")
     of = lambda n: jax.ShapeDtypeStruct(
         (1, tokens * machine.num_devices, n, HEAD_DIM), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x"))
     )

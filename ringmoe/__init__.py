@@ -6,6 +6,7 @@ from jax.extend import source_info_util
 
 from ringmoe import masks as masks
 from ringmoe.attention import dot_product_attention as dot_product_attention
+from ringmoe.circles import ring_mesh as ring_mesh
 from ringmoe.decode import decode_attention as decode_attention
 from ringmoe.decode import update_cache as update_cache
 from ringmoe.dense import SharedExpert as SharedExpert

@@ -15,7 +15,7 @@ import jax.core
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 
-from ringmoe import compat
+from ringmoe import compat, meshes
 from ringmoe.errors import check
 from ringmoe.lowering import propagate, rows, walk
 from ringmoe.plan import cost
@@ -28,7 +28,12 @@ CONTEXT = (
 )  # fmt: skip
 
 
-HIDING = {"xla_tpu_enable_async_all_to_all": "true"}
+# By what a machine is, for programs with which ops, the options that let its compiler hide their exchanges. XLA:GPU has one
+# permute under way at a time, and so hid one of the four arrays that leave together in a ring's gradient.
+HIDING = {
+    "tpu": ("experts", {"xla_tpu_enable_async_all_to_all": "true"}),
+    "gpu": ("attention", {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}),
+}
 
 
 class Jitted[**P, R]:
@@ -146,8 +151,9 @@ def jit(fun: Callable | None = None, **options) -> Any:
     is a plain nested jit, unless it was given `in_shardings`: the arguments' shardings are hidden there. So it should be
     the outermost transformation: `ringmoe.jit(jax.vmap(f))`, `ringmoe.jit(train_step)`.
 
-    On TPUs that can hide an all-to-all, a program with experts is compiled with `xla_tpu_enable_async_all_to_all`, unless
-    `compiler_options` says otherwise.
+    On TPUs that can hide an all-to-all, a program with experts is compiled with `xla_tpu_enable_async_all_to_all`; on GPUs one
+    with attention with `xla_gpu_experimental_parallel_collective_overlap_limit` 4, so that all that leaves a ring's device
+    together is under way at once. `compiler_options` go first.
 
     Cost: one more lowering and one run of Shardy's propagation for each new set of shapes and shardings.
     Source: Shardy, https://github.com/openxla/shardy.
@@ -158,13 +164,12 @@ def jit(fun: Callable | None = None, **options) -> Any:
 
 
 def _overlap(mesh: AbstractMesh, jaxpr, options) -> dict[str, Any]:
-    """The option that lets a TPU's compiler hide an all-to-all, where it can and there may be one; the caller's go first."""
-    device = mesh.abstract_device
-    if device is None or device.platform != "tpu" or cost.machine(device.device_kind).is_limited(mesh.size):
+    """The options of HIDING, where the machine can and there may be something to hide; the caller's go first."""
+    kind = meshes.device_kind(mesh)
+    family, hiding = HIDING.get(cost.family(kind), ("", {}))
+    if cost.machine(kind).is_limited(mesh.size) or all(OPS[eqn.primitive].family != family for eqn in walk.ops(jaxpr)):
         return {}
-    if not any(OPS[eqn.primitive].family == "experts" for eqn in walk.ops(jaxpr)):
-        return {}
-    return {"compiler_options": HIDING | (options.get("compiler_options") or {})}
+    return {"compiler_options": hiding | (options.get("compiler_options") or {})}
 
 
 def _refusing_lost_changes(fun: Callable) -> Callable:

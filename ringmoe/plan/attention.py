@@ -16,6 +16,7 @@ from ringmoe.plan.load import Load
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all", "merge")
+ALIKE = 0.1  # of its time
 MOST_GATHERED = 1 / 32  # of a device's memory, for keys and values that "auto" gathers
 LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a Pallas kernel's block
 
@@ -94,8 +95,9 @@ def make(
         return call.plan("local", "keys are whole on every device: nothing to exchange")
     able, unable = call.exchanges()
     if exchange == "auto":
-        plans = [call.plan(*way) for way in able]
-        return _fastest(plans, cost.machine(device_kind, itemsize))
+        machine, plans = cost.machine(device_kind, itemsize), lambda call: [call.plan(*way) for way in able]
+        forward = _fastest(plans(dataclasses.replace(call, owed_itemsize=0)), machine) if owed_itemsize else None
+        return _fastest(plans(call), machine, forward)
     found = [way for way in able if way[0] == exchange]
     check(len(found) > 0, f"{exchange=} was asked for, but {unable.get(exchange)}, or use exchange='auto'")
     return call.plan(*found[0])
@@ -120,12 +122,16 @@ def _joint_axes(split: Mapping[str, Axes]) -> Axes | None:
     return tuple(shared) if shared == [*queries[len(queries) - len(shared) :]] else None
 
 
-def _fastest(plans: list[AttentionPlan], machine: cost.Machine) -> AttentionPlan:
+def _fastest(plans: list[AttentionPlan], machine: cost.Machine, forward: AttentionPlan | None = None) -> AttentionPlan:
     """The one that takes the least time by the model, and for a reason what the others would take; none that gathers
-    queries, or more keys than a device has memory for, while there are others."""
+    queries, or more keys than a device has memory for, while there are others.
+
+    Backward what `forward` does counts ALIKE less: in one program XLA sends once what both need.
+    """
     most = machine.capacity * MOST_GATHERED
     fitting = [plan for plan in plans if plan.gathered_bytes <= most and not plan.joint_axes] or plans
-    best, *others = sorted(fitting, key=lambda plan: plan.us)
+    alike = lambda plan: forward is not None and (plan.exchange, plan.heads) == (forward.exchange, forward.heads)
+    best, *others = sorted(fitting, key=lambda plan: plan.us * (1 - ALIKE * alike(plan)))
     told = f"{best.us:.0f} us on {machine.kind} by the model" + "".join(f", {p.exchange} {p.us:.0f}" for p in others)
     return dataclasses.replace(best, reason=f"{best.reason}; {told}")
 

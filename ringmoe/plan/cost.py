@@ -5,7 +5,7 @@
     all-gather      = B (n - 1) / (rate of all links that the devices span)
     reduce-scatter  = B (n - 1) / n / that;  all-reduce twice as much
     to a neighbour  = B / a link's rate
-    to the mirror   = B L / (2 * link's rate),  half of it where the dim is a ring
+    to the mirror   = B D L / (2 * link's rate),  half of it where the dim is a ring, for D devices of a chip
 
 for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
 cross the cut through its middle. It is made to tell which of two is faster: a mesh axis may lie along one dim of the torus,
@@ -47,6 +47,11 @@ class Machine:
     slice: int
     protocols: tuple[Protocol, ...]
 
+    @property
+    def products(self) -> tuple[int, int]:
+        """Of a pair of blocks in attention's kernels, forward and backward."""
+        return 2, 5 if self.dims else 7
+
     def is_limited(self, devices: int) -> bool:
         """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""
         return self.dims > 0 and devices > self.asynchronous
@@ -59,13 +64,13 @@ class Machine:
         if not self.dims:
             return sent * (devices - 1) / devices / self.link
         longest = max(self._torus(devices))
-        return sent * self.per_chip * longest / (8 if self._is_ring(longest) else 4) / self.link
+        return sent * self.per_chip * longest / (8 if self.is_ring(longest) else 4) / self.link
 
     def steps(self, devices: int) -> int:
         """Links from end to end."""
         if not self.dims:
             return devices - 1
-        return sum(n // 2 if self._is_ring(n) else n - 1 for n in self._torus(devices))
+        return sum(n // 2 if self.is_ring(n) else n - 1 for n in self._torus(devices))
 
     def alone(self, us: float, steps: int) -> float:
         """How long what takes so long at the full rate takes with all that comes with it, over so many links."""
@@ -73,7 +78,7 @@ class Machine:
 
     def all_gather(self, devices: int, sent: float) -> float:
         """Of `sent` bytes of each device, to all."""
-        rings = [2 if self._is_ring(n) else 1 for n in self._torus(devices) if n > 1] if self.dims else []
+        rings = [2 if self.is_ring(n) else 1 for n in self._torus(devices) if n > 1] if self.dims else []
         return sent * (devices - 1) / (self.link * max(1, sum(rings)))
 
     def reduce_scatter(self, devices: int, sent: float) -> float:
@@ -86,26 +91,27 @@ class Machine:
         return 2 * self.all_gather(devices, sent / devices)
 
     def apart(self, devices: int, far: int) -> int:
-        """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them. The one
-        that is half of all on is at the other side, in whatever order: JAX has eight chips of v5e in a circle."""
+        """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them, and all
+        devices of a chip. The one that is half of all on is at the other side, in whatever order."""
         chips, longest = -(-far // self.per_chip), max(self._torus(devices)) if self.dims else 1
+        sharing = self.per_chip if self.dims and far >= self.per_chip else 1
         if 2 * far == devices and longest > 2:
-            return longest // 2
+            return longest // 2 * sharing
         for length in sorted(self._torus(devices), reverse=True) if self.dims else (chips,):
             if chips % length:
-                return chips
+                return chips * sharing
             chips //= length
-        return 1
+        return sharing
 
     def mirror(self, devices: int, sent: float) -> float:
         """Of `sent` bytes to the device at the other end."""
-        longest = max(self._torus(devices)) if self.dims else 1
-        return sent * max(1, longest / (4 if self._is_ring(longest) else 2)) / self.link
+        longest, sharing = (max(self._torus(devices)), self.per_chip) if self.dims else (1, 1)
+        return sent * sharing * max(1, longest / (4 if self.is_ring(longest) else 2)) / self.link
 
     def _torus(self, devices: int) -> tuple[int, ...]:
         return _compact(-(-devices // self.per_chip), self.dims)
 
-    def _is_ring(self, length: int) -> bool:
+    def is_ring(self, length: int) -> bool:
         return length % 4 == 0 if self.dims == 3 else length == 16
 
 

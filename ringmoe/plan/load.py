@@ -2,11 +2,11 @@
 
     a kernel's call  = max(pairs F / (matmul rate SHARE), pairs VECTOR / vector rate, (B + C) / memory's rate)
                        + EDGE C / memory's rate + LAUNCH
-    a hop            = max(its calls, the next block's way here);  their sum where permutes are not asynchronous, or
-                       share links
+    a hop            = max(its calls, the next block's way here);  their sum where permutes are not asynchronous, and of
+                       one that shares links the first, and the way's part that is for the others
     all              = hops, and what moves before and after them, each by itself
 
-for B bytes that the call's tiles fetch and C of its state, F = 4 H FLOPs a pair forward and 10 H backward. The kernels'
+for B bytes that the call's tiles fetch and C of its state, F = 2 H FLOPs a pair and product (`Machine.products`). The kernels'
 constants are fitted to the inspector's times of them, see bench/README.md.
 """
 
@@ -140,7 +140,7 @@ class Load:
         if not self.in_tiles:
             return self.ways * (pairs * LOGITS[self.backward] / machine.memory + LAUNCH)
         fetched, kept = self._bytes(rows, keys / self.parts)
-        flops = (10 if self.backward else 4) * self.width * pairs
+        flops = self.machine.products[self.backward] * 2 * self.width * pairs
         work = max(flops / machine.flops / SHARE, pairs * VECTOR[self.backward] / machine.vector)
         return self.ways * (max(work, (fetched + kept) / machine.memory) + EDGE * kept / machine.memory + LAUNCH)
 
@@ -175,9 +175,9 @@ class Load:
             machine.alone(block * size / machine.link * far, far) if size else 0.0
             for size in (self.itemsize, self.owed_itemsize, self._home)
         )
-        # A permute whose links others share takes longer than XLA's scheduler believes, and starts too late to be hidden.
-        under_way = self.remote or (not machine.is_limited(self.mesh_size) and far == 1)
-        hop = lambda wire, work: max(work, wire) if under_way else work + wire
+        # A permute whose links others share takes longer than XLA's scheduler believes, and starts so much too late.
+        late = 0.0 if self.remote else 1.0 if machine.is_limited(self.mesh_size) else 1 - 1 / far
+        hop = lambda wire, work: max(work + late * wire, wire)
         if not self.backward:
             return (self.hops - 1) * hop(way, calls) + calls
         own = calls / self.own_parts  # before the loop; the rest of it after, while the last of what is owed goes home
@@ -188,8 +188,8 @@ class Load:
         """To balanced places and back."""
         if self.pieces == 1:
             return 0.0
-        machine, ring = self.machine, self.size // self.head_parts
-        one = lambda elements: machine.alone(machine.mirror(ring, elements * self.itemsize / 2), machine.steps(ring))
+        machine, size = self.machine, self.size  # rings abreast cross the same middle
+        one = lambda elements: machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
         queries, keys = self.moved
         return queries * one(self.query) + keys * one(self.key)
 
