@@ -389,6 +389,22 @@ def test_a_rings_sends_go_on_during_the_kernels(door, is_causal):
         ]  # fmt: skip
 
 
+def test_all_that_leaves_a_ring_together_is_under_way_at_once():
+    """XLA:GPU itself has one permute under way at a time: `ringmoe.jit` lets it have four."""
+    on("h200")
+    mesh = ringmoe.target("h200x8").mesh({"x": 8})
+    x, *others = types(NamedSharding(mesh, P(None, "x")), t=8 * 4096, n=8, k=8)
+    attend = functools.partial(ringmoe.dot_product_attention, exchange="ring")
+
+    def waits(**options):
+        pulled = ringmoe.jit(lambda do, *qkv: jax.vjp(attend, *qkv)[1](do), **options)
+        found = ringmoe.inspect(pulled, x, x, *others, target="h200x8")
+        return found.exposed_us / found.us
+
+    alone = {"xla_gpu_experimental_parallel_collective_overlap_limit": "1"}
+    assert waits() <= 0.03 < 0.1 < waits(compiler_options=alone)
+
+
 def test_in_the_users_shard_map_that_checks():
     on("h200")
     mesh = ringmoe.target("h200x8").mesh({"x": 8})

@@ -27,7 +27,7 @@ from tests.test_router import BAD_FIELDS
 from tests.test_router_variants import BAD_ARRAYS, LOGITS
 
 CHECKED = (
-    "attention", "decode", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention",
+    "attention", "circles", "decode", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention",
     "compat", "pallas", "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
@@ -122,6 +122,10 @@ def routing(shape=(2, 8, E)):
 
 lengths = lambda *values: jnp.array(values, jnp.int32)
 CASES = {
+    "ring along no axis of the mesh": (
+        lambda: ringmoe.ring_mesh(make_mesh((8,), AxisType.Auto), "seq"),
+        r"axis='seq' is none of the mesh's \('a',\): name the one of the sequence",
+    ),
     # attention: shapes and dtypes
     "query of 2 dims": (lambda: attention(Q[0, 0]), r"query.shape=\(4, 4\), expected \[\.\.\., T, N, H\]"),
     "query of 5 dims": (lambda: attention(Q[None]), r"key has shape .*, expected 5 dims like query's"),

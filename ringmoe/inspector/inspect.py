@@ -276,6 +276,8 @@ def _machine_for(target: str | None, mesh: Any, arguments: Any) -> tuple[machine
             return machine, on
     else:
         machine = machines.target(target)
+        if mesh is None and isinstance(own, Mesh) and set(own.devices.flat) == set(machine.devices()):
+            return machine, own
     if mesh is None and own is not None and own.size == machine.num_devices:
         mesh = dict(own.shape)
     kinds = dict(zip(own.axis_names, own.axis_types, strict=True)) if own is not None else {}

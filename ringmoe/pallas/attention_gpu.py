@@ -238,6 +238,6 @@ def backward(
     at: Offsets,
 ) -> Grads:
     check(spec, q, k, v, extras)
-    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+    zeros = lambda x: jnp.zeros_like(x, jnp.float32)
     grads = Grads(zeros(q) if dq is None else dq, zeros(k), zeros(v))
     return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, extras, at)
