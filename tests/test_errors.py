@@ -27,8 +27,8 @@ from tests.test_router import BAD_FIELDS
 from tests.test_router_variants import BAD_ARRAYS, LOGITS
 
 CHECKED = (
-    "attention", "circles", "decode", "moe", "dense", "router.config", "router.metrics", "router.route", "masks", "plan.attention",
-    "compat", "pallas", "primitives.doors", "lowering.jit",
+    "attention", "circles", "decode", "moe", "dense", "router.config", "router.metrics", "router.route", "masks",
+    "plan.attention", "compat", "pallas", "primitives.doors", "lowering.jit",
 )  # fmt: skip
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 4

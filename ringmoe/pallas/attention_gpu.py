@@ -181,7 +181,7 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
         if fresh:
             m, l = filled((ROWS,), softmax.initial_max(jnp.float32)), filled((ROWS,), 0.0)
         else:
-            m, l = (plgpu.load(ref.at[mine], layout=WGMMA.reduce(1)) for ref in before[1:])
+            m, l = (plgpu.load(ref.at[mine], layout=WGMMA.reduce(1), optimized=False) for ref in before[1:])
         pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         plgpu.barrier_wait(q_full.at[group])
 
@@ -190,7 +190,7 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
             return soften(0, first * block_k, s_acc[...], m, l)
 
         m, l, alpha, p = pl.run_scoped(begin, logits)
-        o = filled((ROWS, v.shape[2]), 0.0) if fresh else plgpu.load(before[0].at[mine], layout=WGMMA)
+        o = filled((ROWS, v.shape[2]), 0.0) if fresh else plgpu.load(before[0].at[mine], layout=WGMMA, optimized=False)
         o, p = o * across(alpha, o.shape), p.astype(q.dtype)
 
         # Invariant: O is the sum for the keys before the last step's, in units of 2^m; P is of the last step's.

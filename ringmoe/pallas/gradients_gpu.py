@@ -117,7 +117,9 @@ def _queries_body(
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         row = pl.multiple_of(i * TALL + group * ROWS, ROWS)
         mine, scale = (n, pl.ds(row, ROWS)), blocks.spec.scale
-        lse_rows, delta_rows = (plgpu.load(ref.at[mine], layout=WGMMA.reduce(1)) for ref in (lse, delta))
+        lse_rows, delta_rows = (
+            plgpu.load(ref.at[mine], layout=WGMMA.reduce(1), optimized=False) for ref in (lse, delta)
+        )
         plgpu.barrier_wait(q_full.at[group])
 
         def step(j, dq):
@@ -153,7 +155,7 @@ def _queries_body(
             return added_to([dq], add)[0]
 
         dq = lax.fori_loop(0, steps, step, filled((ROWS, q.shape[2]), 0.0))
-        dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA) + dq * scale
+        dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA, optimized=False) + dq * scale
 
 
 def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):

@@ -228,7 +228,7 @@ class Blocks(blocks.Blocks):
         slopes, own = known.vectors["slopes"], lax.rem(n, jnp.int32(self.heads))
         if len(slopes.shape) == 1:
             return slopes[own]
-        return across(plgpu.load(slopes.at[own, pl.ds(row, shape[0])], layout=WGMMA.reduce(1)), shape)
+        return across(plgpu.load(slopes.at[own, pl.ds(row, shape[0])], layout=WGMMA.reduce(1), optimized=False), shape)
 
     def _bias(self, known: Known, n, tokens, shape):
         """Of a pair's rows and columns, queries by keys or the other way round."""
@@ -281,7 +281,7 @@ class Blocks(blocks.Blocks):
             vector = known.vectors.get(f"{side}_{of}")
             if vector is not None:
                 at = self._sequence(n), pl.ds(token, shape[dim])
-                x = plgpu.load(vector.at[at], layout=WGMMA.reduce(1 - dim))
+                x = plgpu.load(vector.at[at], layout=WGMMA.reduce(1 - dim), optimized=False)
                 return across(x, shape, 1) if dim else x
             if dim:
                 return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA) + start
