@@ -16,7 +16,6 @@ from ringmoe.plan.load import Load
 from ringmoe.rules import Rule
 
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all", "merge")
-ALIKE = 0.1  # of its time
 MOST_GATHERED = 1 / 32  # of a device's memory, for keys and values that "auto" gathers
 LEAST, TILE = 8, 128  # consecutive tokens that a kernel works on; those of a Pallas kernel's block
 
@@ -47,6 +46,7 @@ class AttentionPlan:
     wire_bytes: int  # sent per device by this op; what is one number a row aside
     remote: bool = False  # blocks travel by remote DMA of our own, where XLA's permutes would hold up the work
     us: float = 0.0  # by the model of `load.py`, waiting included
+    arriving_us: float = 0.0  # of these, what brings query, key and value
     gathered_bytes: float = 0.0  # of memory for keys and values of all devices, and their gradients
 
 
@@ -126,12 +126,12 @@ def _fastest(plans: list[AttentionPlan], machine: cost.Machine, forward: Attenti
     """The one that takes the least time by the model, and for a reason what the others would take; none that gathers
     queries, or more keys than a device has memory for, while there are others.
 
-    Backward what `forward` does counts ALIKE less: in one program XLA sends once what both need.
+    Backward what `forward` does needs nothing brought: in one program XLA sends once what both need.
     """
     most = machine.capacity * MOST_GATHERED
     fitting = [plan for plan in plans if plan.gathered_bytes <= most and not plan.joint_axes] or plans
     alike = lambda plan: forward is not None and (plan.exchange, plan.heads) == (forward.exchange, forward.heads)
-    best, *others = sorted(fitting, key=lambda plan: plan.us * (1 - ALIKE * alike(plan)))
+    best, *others = sorted(fitting, key=lambda plan: plan.us - plan.arriving_us * alike(plan))
     told = f"{best.us:.0f} us on {machine.kind} by the model" + "".join(f", {p.exchange} {p.us:.0f}" for p in others)
     return dataclasses.replace(best, reason=f"{best.reason}; {told}")
 
@@ -267,6 +267,7 @@ class _Call:
             wire_bytes=load.sent(),
             remote=load.remote,
             us=load.us if size > 1 else 0.0,
+            arriving_us=load.arriving if size > 1 else 0.0,
             gathered_bytes=load.gathered_bytes(),
         )
 

@@ -184,34 +184,50 @@ class Load:
         last = hop(owed, calls) if self.hops > 2 else calls
         return hop(way, own) + (self.hops - 2) * hop(way + owed, calls) + last + hop(home, calls - own)
 
+    def _to_mirror(self, elements: int) -> float:
+        machine, size = self.machine, self.size  # rings abreast cross the same middle
+        return machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
+
     def _swapped(self) -> float:
         """To balanced places and back."""
         if self.pieces == 1:
             return 0.0
-        machine, size = self.machine, self.size  # rings abreast cross the same middle
-        one = lambda elements: machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
         queries, keys = self.moved
-        return queries * one(self.query) + keys * one(self.key)
+        return queries * self._to_mirror(self.query) + keys * self._to_mirror(self.key)
+
+    def _to_heads(self, sent: float) -> float:
+        machine, parts = self.machine, self.head_parts
+        return machine.alone(machine.all_to_all(parts, sent), machine.steps(parts) if machine.dims else 1)
 
     def _split(self) -> float:
         """To heads, and back to tokens."""
         if self.head_parts == 1:
             return 0.0
-        machine, parts = self.machine, self.head_parts
-        steps = machine.steps(parts) if machine.dims else 1
-        one = lambda sent: machine.alone(machine.all_to_all(parts, sent), steps)
-        queries, _ = self.moved
+        one, (queries, _) = self._to_heads, self.moved
         back = 2 * one(self.key * self._returned) + 2 * one(0) if self.backward else 0.0  # lse and delta
         return queries * one(self.query * self.itemsize) + 2 * one(self.key * self.itemsize) + back
+
+    def _to_all(self) -> float:
+        machine, size = self.machine, self.size
+        return machine.alone(machine.all_gather(size, self.key * self.itemsize), machine.steps(size))
 
     def _gathered(self) -> float:
         """K and V to all, and their gradients' sums home."""
         if self.kind != "all_gather":
             return 0.0
         machine, size = self.machine, self.size
-        there = machine.alone(machine.all_gather(size, self.key * self.itemsize), machine.steps(size))
         sums = machine.reduce_scatter(size, size * self.key * self.owed_itemsize)
-        return 2 * there + (2 * machine.alone(sums, machine.steps(size)) if self.backward else 0.0)
+        return 2 * self._to_all() + (2 * machine.alone(sums, machine.steps(size)) if self.backward else 0.0)
+
+    @property
+    def arriving(self) -> float:
+        """Microseconds in which query, key and value come to where they are worked on: forward and backward alike."""
+        us = 2 * self._to_all() if self.kind == "all_gather" else 0.0
+        if self.pieces > 1:
+            us += self._to_mirror(self.query) + 2 * self._to_mirror(self.key)
+        if self.head_parts > 1:
+            us += self._to_heads(self.query * self.itemsize) + 2 * self._to_heads(self.key * self.itemsize)
+        return us
 
     def _merged(self) -> float:
         """Queries to all, and the results' sums."""
