@@ -35,7 +35,8 @@ def inspected(
 ):
     """The inspector's report of one op, `tokens` a device."""
     machine = ringmoe.target(target)
-    mesh = ringmoe.ring_mesh(machine.mesh({"x": machine.num_devices}), "x")
+    mesh = machine.mesh({"x": machine.num_devices})
+    mesh = ringmoe.ring_mesh(mesh, "x") if mesh.size <= 16 else mesh  # of longer axes rows serve the exchange of heads
     of = lambda n: jax.ShapeDtypeStruct(
         (1, tokens * machine.num_devices, n, HEAD_DIM), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x"))
     )
