@@ -23,6 +23,9 @@ def ring_mesh(mesh: Mesh, axis: str) -> Mesh:
     2x4 chips instead, one of 32 round 4x8. Of the order there is and these circles the one is taken in which the fullest link
     carries least, the one there is among equals.
 
+    It is made for rings. Heads that are exchanged over a part of a longer axis are better off in rows, and
+    `exchange="auto"`, which knows no places of devices, counts on these: in circles of more than 16 name `exchange="ring"`.
+
         mesh = ringmoe.ring_mesh(jax.make_mesh((8,), ("seq",)), "seq")
 
     Args:

@@ -238,6 +238,5 @@ def backward(
     at: Offsets,
 ) -> Grads:
     check(spec, q, k, v, extras)
-    zeros = lambda x: jnp.zeros_like(x, jnp.float32)
-    grads = Grads(zeros(q) if dq is None else dq, zeros(k), zeros(v))
-    return gradients_gpu.backward(spec, grads, q, k, v, do, lse, delta, extras, at)
+    dq = jnp.zeros_like(q, jnp.float32) if dq is None else dq
+    return gradients_gpu.backward(spec, dq, q, k, v, do, lse, delta, extras, at)

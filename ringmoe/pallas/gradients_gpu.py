@@ -41,7 +41,7 @@ from ringmoe.pallas.streams_gpu import (
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
 
 
-def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras: Extras, at: Offsets) -> Grads:
+def backward(spec: AttentionSpec, dq, q, k, v, do, lse, delta, extras: Extras, at: Offsets) -> Grads:
     """`attention_gpu.backward` of what its check takes."""
     t, s, h, dim = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     queries, keys = at.places(t, s)
@@ -51,11 +51,11 @@ def backward(spec: AttentionSpec, grads: Grads, q, k, v, do, lse, delta, extras:
     log2 = Blocks(spec, t, s, ROWS, ROWS, has_bias=extras.bias is not None).log2
     lse, delta = padded(softmax.finite_lse(lse) * log2, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
-    dq = _queries(spec, extras, at, arrays, padded(grads.dq, TALL))[:, :, :t]
+    dq = _queries(spec, extras, at, arrays, padded(dq, TALL))[:, :, :t]
     most = BESIDE if are_few(spec, extras) else BESIDE // 2
     runs = (("dk", "dv"),) if h + dim <= most else (("dk",), ("dv",))
     found = {name: x for names in runs for name, x in zip(names, _keys(spec, extras, at, arrays, names), strict=True)}
-    return grads._replace(dq=dq, dk=grads.dk + found["dk"][:, :, :s], dv=grads.dv + found["dv"][:, :, :s])
+    return Grads(dq, *(found[name][:, :, :s] for name in ("dk", "dv")))
 
 
 def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
