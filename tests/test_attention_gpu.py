@@ -332,6 +332,7 @@ def lowered(target="h200", change=lambda f: f, of=None, **kind):
 KERNELS = "ringmoe_attention_forward", "ringmoe_attention_backward_queries", "ringmoe_attention_backward_dk_dv"
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("change", [
     gradient,
     lambda attend: gradient(jax.checkpoint(attend)),
