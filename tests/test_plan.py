@@ -179,6 +179,31 @@ def test_auto_takes_the_least_time_and_tells_the_others():
     assert times == sorted(times)
 
 
+def test_devices_of_a_chip_share_its_links():
+    """2x2x2 chips of two devices: where all send, to the mirror or two on, a link carries what two send; to the next, one."""
+    two, one = cost.machine("TPU7x"), cost.machine("TPU v5")
+    assert (two.per_chip, one.per_chip) == (2, 1)
+    assert (two.mirror(16, two.link), one.mirror(8, one.link)) == (2, 1)
+    assert [two.apart(16, far) for far in (1, 2)] == [1, 2] and one.apart(8, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "cut", "middle"), [("TPU7x", 16, 2 * 2 / 4, 2), ("TPU v5 lite", 64, 4 / 4, 4)]
+)
+def test_groups_of_heads_swap_across_the_whole_axis(kind, devices, cut, middle):
+    """Heads over eight devices, and a balanced ring of such groups: query, key and value cross a cut of the group, and half
+    of each then the middle of all."""
+    shapes = [(name, (1, devices * 4096, 8, 128)) for name in ("query", "key", "value")]
+    rule = rules.make("attention", tuple(shapes), ("output", "lse"))
+    factors = freeze({"t": ("x",), "s": ("x",)})
+    got = attention_plan.make(
+        rule, factors, (("x", devices),), Band(right=0), "all_to_all", 2, device_kind=kind, in_tiles=True
+    )
+    assert (got.exchange, got.heads.size, got.pieces) == ("all_to_all + ring", 8, 2)
+    size = 8 * 4096 * 128 * 2 / cost.machine(kind).link
+    assert got.arriving_us == pytest.approx(3 * (size * cut + size / 2 * middle), rel=0.1)
+
+
 def test_backward_takes_what_forward_does_where_that_saves_the_way_of_what_both_need():
     """128 tokens on each of eight v5p: alone a backward pass would exchange heads, which takes 2% less."""
     shapes = ("query", (1, 1024, 16, 128)), *((name, (1, 1024, 2, 128)) for name in ("key", "value"))
