@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ringmoe.errors import check
+from ringmoe.inspector.machines import slice_of
+from ringmoe.inspector.wire import route
 from ringmoe.plan import cost
 
 
@@ -44,14 +46,10 @@ def ring_mesh(mesh: Mesh, axis: str) -> Mesh:
     check(axis in mesh.axis_names, f"{axis=} is none of the mesh's {mesh.axis_names}: name the one of the sequence")
     dim, slices = mesh.axis_names.index(axis), _slices(mesh.devices)
     found = [_placed(rows, mesh.devices.shape, dim) for rows in _circles(slices, mesh.shape[axis])]
-    where = lambda grid: [_slice_of(device) for device in grid.flat]
+    where = lambda grid: [slice_of(device) for device in grid.flat]
     grids = [mesh.devices, *(grid for grid in found if where(grid) == where(mesh.devices))]
     best = min(grids, key=lambda grid: _load(slices, np.moveaxis(grid, dim, -1))) if len(grids) > 1 else mesh.devices
     return mesh if best is mesh.devices else Mesh(best, mesh.axis_names, axis_types=mesh.axis_types)
-
-
-def _slice_of(device) -> int:
-    return getattr(device, "slice_index", 0)
 
 
 class _Slice:
@@ -76,10 +74,10 @@ class _Slice:
 
 def _slices(grid: np.ndarray) -> list[_Slice]:
     """Those of a mesh; none where its devices are in no torus, or not all of one are there."""
-    devices = sorted(grid.flat, key=lambda device: (_slice_of(device), device.id))
+    devices = sorted(grid.flat, key=lambda device: (slice_of(device), device.id))
     if devices[0].platform != "tpu":
         return []
-    slices = [_Slice(list(group)) for _, group in itertools.groupby(devices, _slice_of)]
+    slices = [_Slice(list(group)) for _, group in itertools.groupby(devices, slice_of)]
     return slices if all(x.is_full and x.dims == slices[0].dims for x in slices) else []
 
 
@@ -125,8 +123,7 @@ def _placed(rows: list[list[Any]], shape: tuple[int, ...], axis: int) -> np.ndar
 
 
 def _load(slices: list[_Slice], rows: np.ndarray) -> int:
-    """How many of the ways from each device of a row to the next one and to the one before share the fullest link, routed dim
-    by dim, the shorter way round."""
+    """How many of the ways from each device of a row to the next one and to the one before share the fullest link."""
     places = {device: (n, *place) for n, one in enumerate(slices) for place, chip in one.at.items() for device in chip}
     links: collections.Counter = collections.Counter()
     for row in rows.reshape(-1, rows.shape[-1]):
@@ -134,11 +131,5 @@ def _load(slices: list[_Slice], rows: np.ndarray) -> int:
             for (n, *place), (other, *end) in itertools.permutations((places[near], places[far])):
                 if n != other:
                     return rows.size  # over the network
-                for dim, (length, wraps) in enumerate(zip(slices[0].dims, slices[0].wraps)):
-                    distance = end[dim] - place[dim]
-                    if wraps:
-                        distance = (distance + (length - 1) // 2) % length - (length - 1) // 2
-                    for _ in range(abs(distance)):
-                        links[n, *place, dim, distance > 0] += 1
-                        place[dim] = (place[dim] + (1 if distance > 0 else -1)) % length
+                links.update((n, *link) for link in route(place, end, slices[0].dims, slices[0].wraps))
     return max(links.values(), default=0)

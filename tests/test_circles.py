@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 import ringmoe
 from bench import ring
 from ringmoe import circles
+from ringmoe.inspector.machines import slice_of
 from ringmoe.inspector.wire import Wire
 
 
@@ -65,7 +66,7 @@ def test_a_ring_has_every_link_for_itself(target, axes, closes):
     mesh = ringmoe.ring_mesh(before, "x")
     assert (mesh.axis_names, mesh.devices.shape, mesh.axis_types) == (tuple(axes), tuple(axes.values()), types)
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in before.devices.flat)
-    assert [circles._slice_of(d) for d in mesh.devices.flat] == [circles._slice_of(d) for d in before.devices.flat]
+    assert [slice_of(d) for d in mesh.devices.flat] == [slice_of(d) for d in before.devices.flat]
     if not closes:
         assert mesh is before
     else:

@@ -92,7 +92,7 @@ class Target:
             numbers = range(self.num_devices) if devices is None else [d.id for d in devices]
             return [(number // self.domain,) for number in numbers]
         devices = self.devices() if devices is None else devices
-        return [(_slice(d), *d.coords[: len(self.torus)]) for d in devices]
+        return [(slice_of(d), *d.coords[: len(self.torus)]) for d in devices]
 
     def mesh(self, axes: Mapping[str, int] | None = None, axis_types: tuple[AxisType, ...] | None = None) -> Mesh:
         """A mesh over all its devices, neighbours on the wire being neighbours on the mesh where
@@ -198,12 +198,12 @@ def present(devices: list[Any]) -> Target:
         )
     torus = tuple(int(n) for n in np.max([d.coords for d in devices], axis=0) + 1)
     torus = torus[:2] if CHIPS[chip].num_links == 4 else torus
-    slices = len({_slice(d) for d in devices})
+    slices = len({slice_of(d) for d in devices})
     name = f"{f'{slices}*' if slices > 1 else ''}{chip}:{'x'.join(map(str, torus))}"
     return dataclasses.replace(_make(name, chip, len(devices), len(devices) // slices, torus), present=tuple(devices))
 
 
-def _slice(device: Any) -> int:
+def slice_of(device: Any) -> int:
     """Number of the slice that a TPU device is on; one that stands alone has none."""
     return getattr(device, "slice_index", 0)
 

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +104,21 @@ def _mesh_groups(text: str, num_devices: int) -> list[tuple[int, ...]]:
         axes.append(len(dims) - 2)
     groups = np.moveaxis(grid.reshape(dims), axes, range(-len(axes), 0))
     return [tuple(row) for row in groups.reshape(-1, math.prod(dims[axis] for axis in axes)).tolist()]
+
+
+def route(
+    start: Sequence[int], end: Sequence[int], torus: Sequence[int], wraps: Sequence[bool]
+) -> Iterator[tuple[int, ...]]:
+    """The links from one chip of a torus to another, each its place, dim and direction: dim by dim, the shorter way round."""
+    place = list(start)
+    for dim, length in enumerate(torus):
+        distance = end[dim] - place[dim]
+        if wraps[dim]:
+            distance = (distance + (length - 1) // 2) % length - (length - 1) // 2
+        step = 1 if distance > 0 else -1
+        for _ in range(abs(distance)):
+            yield (*place, dim, step)
+            place[dim] = (place[dim] + step) % length
 
 
 class Wire:
@@ -225,17 +240,9 @@ class Wire:
             if domain != other:
                 crosses = True
                 continue
-            hops = 0
-            for dim, length in enumerate(self.target.torus):
-                distance = end[dim] - place[dim]
-                if self.target.wraps[dim]:
-                    distance = (distance + (length - 1) // 2) % length - (length - 1) // 2
-                step = 1 if distance > 0 else -1
-                for _ in range(abs(distance)):
-                    links[(domain, *place, dim, step)] += 1
-                    place[dim] = (place[dim] + step) % length
-                hops += abs(distance)
-            longest = max(longest, hops)
+            ways = [(domain, *link) for link in route(place, end, self.target.torus, self.target.wraps)]
+            links.update(ways)
+            longest = max(longest, len(ways))
         return _Routes(longest, max(links.values(), default=0), crosses, links)
 
     def _span_uncached(self, groups: str) -> "_Span":
