@@ -116,7 +116,8 @@ def launch(
     moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
     with costing(2 * batch * heads * pairs * width, batch * heads * pairs, moved):
         found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
-    return [x.reshape(batch, heads, *x.shape[1:]) for x in found]
+    # A Mosaic GPU kernel forgets over which axes of a shard_map that checks its results vary, and a loop's carry may not.
+    return compat.vary_alike(([x.reshape(batch, heads, *x.shape[1:]) for x in found], arrays[0]))[0]
 
 
 def anew(group):
