@@ -228,3 +228,15 @@ def test_no_scatter():
     second = jax.jit(jax.hessian(energy, (0, 1))).lower(jnp.ones((16, D)), routing.weight)
     assert "stablehlo.gather" in second.as_text() and "stablehlo.scatter" not in second.as_text()
     assert " sort(" in move.lower(jnp.ones((16, D)), routing).compile().as_text()
+
+
+@pytest.mark.parametrize("one_key", [True, False])
+def test_no_sort_is_stable(one_key, monkeypatch):
+    """XLA:TPU compiles a stable one three times as long: a device's 160,000 choices took it many minutes."""
+    if not one_key:
+        monkeypatch.setattr(movers, "LARGEST", 0)
+    config = RouterConfig(4, group_size=8, priority="batch")
+    routed = jax.jit(lambda logits: slots(route(logits, config))).lower(jnp.ones((16, 4))).as_text()
+    laid = jax.jit(lambda expert: packed(expert, 4, 2, 32)).lower(jnp.ones((16, 2), jnp.int32)).as_text()
+    for text, sorts in ((routed, 3), (laid, 2)):
+        assert text.count("is_stable = false") == sorts and "is_stable = true" not in text

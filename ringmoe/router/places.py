@@ -74,9 +74,9 @@ def places_by_value(
     grouped = _grouped(together, -2, group_size)
     *columns, key = jnp.unstack(grouped, axis=-1)
     here = lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1) + 0 * key  # lies as the key does
-    _, here, *columns = lax.sort((key, here, *columns), num_keys=1, is_stable=True)
+    _, here, *columns = lax.sort((key, here, *columns), num_keys=2, is_stable=False)
     found = places(jnp.stack(columns, -1), num_experts, group_size, by_choice)
-    _, *columns = lax.sort((here, *jnp.unstack(found, axis=-1)), num_keys=1)
+    _, *columns = lax.sort((here, *jnp.unstack(found, axis=-1)), num_keys=1, is_stable=False)
     return put_back(jnp.stack(columns, -1).reshape(*together.shape[:-1], -1))
 
 

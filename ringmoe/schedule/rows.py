@@ -5,6 +5,9 @@ x is [*B, T, D]; expert, slot, weight are [*B, T, k] as in `router.Routing`; slo
     by slot, [E, R, D], R = groups * C: row (e, g * C + c) is slot c of expert e in group g; groups are whole: `slots_of`;
     packed, [P, R, D]: part p has the rows of the p-th share of the experts, by expert and in the order of the assignments,
     from row 0 on and without gaps: `packed`.
+
+What sorts compare differs, or nobody asks in which order it comes out: a stable sort would cost XLA:TPU one more array, and
+three times as long to compile (16,384 numbers, v5p: 3.2 for 0.7 s; twice that for twice as many).
 """
 
 from typing import NamedTuple
@@ -37,7 +40,7 @@ def slots_of(expert: jax.Array, slot: jax.Array, num_experts: int, capacity: int
     expert, slot = expert.reshape(-1, per_group), slot.reshape(-1, per_group)
     num_groups, num_slots = expert.shape[0], num_experts * capacity
     key = jnp.where(slot >= 0, expert * capacity + slot, num_slots)
-    _, order = lax.sort((key, lax.broadcasted_iota(jnp.int32, key.shape, 1)), num_keys=1)
+    _, order = lax.sort((key, lax.broadcasted_iota(jnp.int32, key.shape, 1)), num_keys=1, is_stable=False)
     kept = (slot >= 0)[:, None, :] & (expert[:, None, :] == lax.broadcasted_iota(jnp.int32, (1, num_experts, 1), 1))
     count = jnp.sum(kept, axis=-1, dtype=jnp.int32).T  # [E, G]
     group = lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0)
@@ -67,7 +70,7 @@ def packed(expert: jax.Array, num_experts: int, parts: int, length: int) -> tupl
     rank = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
     gaps = length * lax.broadcasted_iota(jnp.int32, (parts,), 0) - first  # before each part
     lies = jnp.where(rank < ends[-1], rank + staircase(first, gaps, rank), parts * length)
-    _, place = lax.sort((order, lies), num_keys=1)
+    _, place = lax.sort((order, lies), num_keys=1, is_stable=False)
     starts = (ends - counts).reshape(parts, -1) + gaps[:, None]
     return Slots(assignment, place.reshape(expert.shape), starts.reshape(-1)), counts
 
@@ -77,9 +80,9 @@ def _in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
     n, place = keys.size, lax.iota(jnp.int32, keys.size)
     after = lax.iota(jnp.int32, bound) + 1
     if (bound + 1) * n <= LARGEST:  # one array sorts faster than two
-        both = lax.sort(keys * n + place)
+        both = lax.sort(keys * n + place, is_stable=False)
         return lax.rem(both, jnp.int32(n)), count_below(both, after * n)
-    keys, order = lax.sort((keys, place), num_keys=1)
+    keys, order = lax.sort((keys, place), num_keys=2, is_stable=False)
     return order, count_below(keys, after)
 
 
