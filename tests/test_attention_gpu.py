@@ -378,16 +378,18 @@ def ring(change=lambda f: f, door=jax.jit, **kind):
 @pytest.mark.parametrize(("door", "is_causal"), [(jax.jit, False), (ringmoe.jit, True)])
 def test_a_rings_sends_go_on_during_the_kernels(door, is_causal):
     text, parts = ring(gradient, door, is_causal=is_causal)
-    # The first hop, those in a loop, and the last: one kernel each forward, two each backward, and two that hide the way home.
-    assert text.count('custom_call_target="mosaic_gpu') == 11
+    # The first hop, two in a loop, and the last: one kernel each forward, two each backward, and two that hide the way home.
+    assert text.count('custom_call_target="mosaic_gpu') == 14
     loops = [part for part in parts if "mosaic_gpu" in part and not part.startswith("ENTRY")]
     assert len(loops) == 2
     for part in loops:
         order = re.findall(r"collective-permute-(?:start|done)\(|custom_call_target=\"mosaic_gpu", part)
         kinds = [kind for kind, _ in itertools.groupby(order)]
-        assert [kind.split("(")[0] for kind in kinds] == [
+        assert [kind.split("(")[0] for kind in kinds] == 2 * [
             "collective-permute-start", 'custom_call_target="mosaic_gpu', "collective-permute-done"
         ]  # fmt: skip
+        # What one hop adds to is where the next but one writes: in a loop of single hops it would be copied.
+        assert not re.search(r"f32\[2,4,1024,128\]\S* copy\(", part)
 
 
 def test_all_that_leaves_a_ring_together_is_under_way_at_once():
@@ -415,14 +417,18 @@ def test_in_the_users_shard_map_that_checks():
     assert all(name in text for name in KERNELS)
 
 
+@pytest.mark.parametrize("key_heads", [2, 1])
 @pytest.mark.parametrize(("backward", "products"), [(False, 4), (True, 4 + 6 + 8)])
-def test_the_inspector_counts_what_kernels_multiply(backward, products):
-    """Of a Mosaic GPU kernel nothing else tells it: two products forward, three for dQ, four for dK and dV."""
+def test_the_inspector_counts_what_kernels_multiply(backward, products, key_heads):
+    """Of a Mosaic GPU kernel nothing else tells it: two products forward, three for dQ, four for dK and dV, of query heads."""
     on("h200")
     mesh = ringmoe.target("h200x8").mesh({"x": 8})
-    x = jax.ShapeDtypeStruct((8, 1024, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
+    x, key = (
+        jax.ShapeDtypeStruct((8, 1024, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
+        for heads in (2, key_heads)
+    )
     attend = ringmoe.dot_product_attention
     fun = (lambda do, *qkv: jax.vjp(attend, *qkv)[1](do)) if backward else lambda _, *qkv: attend(*qkv)
-    report = ringmoe.inspect(ringmoe.jit(fun), x, x, x, x, target="h200x8")
+    report = ringmoe.inspect(ringmoe.jit(fun), x, x, key, key, target="h200x8")
     assert report.flops == products * 128 * 1024**2 * 2
     assert "no cost estimate" not in str(report)

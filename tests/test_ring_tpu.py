@@ -21,7 +21,7 @@ from ringmoe.plan import attention as plan
 from ringmoe.plan.base import Ring, freeze
 from ringmoe.primitives import attention as primitive
 from ringmoe.schedule import attention as schedule
-from ringmoe.schedule.ring import BY_XLA, BY_XLA_ON_TPU, WAYS, Travel, send
+from ringmoe.schedule.ring import BY_XLA, BY_XLA_IN_PAIRS, WAYS, Travel, send
 from tests.exchanges import interpreted
 from tests.helpers import collectives, make_mesh
 
@@ -202,4 +202,5 @@ def test_what_is_differentiated_or_for_another_platform_travels_by_xla():
     assert primitive._travel(made, "cpu", {}) is BY_XLA
     assert primitive._travel(made, "tpu", {"uniform": True}) is BY_XLA
     assert primitive._travel(made, "tpu", {}) is not BY_XLA
-    assert primitive._travel(dataclasses.replace(made, remote=False), "tpu", {}) is BY_XLA_ON_TPU
+    assert primitive._travel(dataclasses.replace(made, remote=False), "tpu", {}) is BY_XLA_IN_PAIRS
+    assert primitive._travel(made, "cuda", {}) is BY_XLA_IN_PAIRS

@@ -181,7 +181,7 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
         v,
         q,
         *others,
-        pairs=blocks.pairs(at),
+        pairs=q.shape[1] // k.shape[1] * blocks.pairs(at),
         width=h + dim + sum(widths[name] for name in wanted) if "dk" in wanted else h + dim,
     )
 

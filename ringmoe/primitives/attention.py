@@ -20,7 +20,7 @@ from ringmoe.plan.attention import AttentionPlan
 from ringmoe.plan.base import freeze
 from ringmoe.primitives.op import Op
 from ringmoe.schedule import attention as schedule
-from ringmoe.schedule.ring import BY_XLA, BY_XLA_ON_TPU, Travel
+from ringmoe.schedule.ring import BY_XLA, BY_XLA_IN_PAIRS, Travel
 
 INPUTS = ("query", "key", "value")
 FEW = 32  # queries for which a kernel for many, made for 128 and more, takes longer than one for few, or XLA's
@@ -170,10 +170,10 @@ def _kernel(plan: AttentionPlan, platform: str, params, query, key, value, extra
 def _travel(plan: AttentionPlan, platform: str, params) -> Travel:
     """By remote DMA where the plan says so, but not in what JAX differentiates or XLA partitions further, nor where the same
     call is lowered for another platform too."""
-    if platform != "tpu" or params.get("uniform"):
+    if platform == "cpu" or params.get("uniform"):
         return BY_XLA
-    if not plan.remote:
-        return BY_XLA_ON_TPU
+    if platform != "tpu" or not plan.remote:
+        return BY_XLA_IN_PAIRS
     return Travel(
         lambda ring, trees, others, distance=1: ring_tpu.start(ring.axes, trees, others, distance),
         lambda ring, under_way, after: ring_tpu.finish(under_way, after),

@@ -69,8 +69,8 @@ def _finish(ring: Ring, under_way, after):
 
 
 BY_XLA = Travel(_start, _finish)
-BY_XLA_ON_TPU = BY_XLA._replace(unroll=2)
-"""In a loop of single hops XLA:TPU copies what arrived to where that was which left."""
+BY_XLA_IN_PAIRS = BY_XLA._replace(unroll=2)
+"""In a loop of single hops XLA copies what a kernel wrote, and on TPU what arrived, to where that was which was read."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("n", "of"))
