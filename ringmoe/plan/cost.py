@@ -52,6 +52,11 @@ class Machine:
         """Of a pair of blocks in attention's kernels, forward and backward."""
         return 2, 5 if self.dims else 7
 
+    @property
+    def block(self) -> int:
+        """Queries of a pair of blocks there, and keys: of a pair that a mask cuts all is computed."""
+        return 512 if self.dims else 128
+
     def is_limited(self, devices: int) -> bool:
         """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""
         return self.dims > 0 and devices > self.asynchronous

@@ -158,10 +158,10 @@ class Load:
         """Keys that a query meets in all hops, on the device that meets most."""
         total, band = self.blocks * keys, self.band
         if band.right is not None and band.left is not None:
-            return min(total, band.left + band.right + 1 + BLOCK)
+            return min(total, band.left + band.right + 1 + self.machine.block)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            in_part = self.blocks * self.parts * BLOCK  # a block of each call
+            in_part = self.blocks * self.parts * self.machine.block  # a block of each call
             return total / 2 + min(in_part, PARTLY * total)
         return total
 
@@ -189,11 +189,14 @@ class Load:
         return machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
 
     def _swapped(self) -> float:
-        """To balanced places and back."""
+        """To balanced places and back. XLA:GPU makes one permute of all that leave together."""
         if self.pieces == 1:
             return 0.0
         queries, keys = self.moved
-        return queries * self._to_mirror(self.query) + keys * self._to_mirror(self.key)
+        if self.machine.dims:
+            return queries * self._to_mirror(self.query) + keys * self._to_mirror(self.key)
+        there = (queries - 1) * self.query + 2 * self.key
+        return self._to_mirror(there) + self._to_mirror(self.query + (keys - 2) * self.key)
 
     def _to_heads(self, sent: float) -> float:
         machine, parts = self.machine, self.head_parts
@@ -224,7 +227,9 @@ class Load:
         """Microseconds in which query, key and value come to where they are worked on: forward and backward alike."""
         us = 2 * self._to_all() if self.kind == "all_gather" else 0.0
         if self.pieces > 1:
-            us += self._to_mirror(self.query) + 2 * self._to_mirror(self.key)
+            query, key = self.query, self.key
+            one = self._to_mirror
+            us += one(query) + 2 * one(key) if self.machine.dims else one(query + 2 * key)
         if self.head_parts > 1:
             us += self._to_heads(self.query * self.itemsize) + 2 * self._to_heads(self.key * self.itemsize)
         return us
