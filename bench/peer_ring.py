@@ -67,6 +67,8 @@ def tokamax(target: str, backward: bool, tokens: int):
 
 
 def told(report) -> str:
+    if report.peak_bytes > report.hbm_bytes:
+        return f"does not fit: {report.peak_bytes / 2**30:.0f} of {report.hbm_bytes / 2**30:.0f} GiB"
     return f"{report.us / 1e3:.4g} ({report.exposed_us / 1e3:.3g}), {report.memory['temporaries'] / 2**20:,.0f} MiB"
 
 
