@@ -161,7 +161,9 @@ class Load:
             return min(total, band.left + band.right + 1 + self.machine.block)
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
-            in_part = self.blocks * self.parts * self.machine.block  # a block of each call
+            # A block of each call; on a GPU of the own block's alone, of the others a mask leaves whole chunks.
+            calls = self.blocks * self.parts if self.machine.dims else self.parts
+            in_part = calls * self.machine.block
             return total / 2 + min(in_part, PARTLY * total)
         return total
 
