@@ -1,7 +1,9 @@
 # make demo, make test: each works on a fresh clone with nothing installed, and is quick the second time.
+# make test CASES=all: all cases of those tests, too, of which the long ones' are sampled otherwise; CASES=rest: those others.
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+CASES ?= sample
 N ?= 100
 SEED ?= 0
 export JAX_PLATFORMS ?= cpu
@@ -14,7 +16,7 @@ demo: .venv/demo
 	$(BIN)/ringmoe demo
 
 test: .venv/all
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cases $(CASES) tests
 
 lint: .venv/all
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import zlib
 
 # Eight devices on a few busy cores: a collective waits long for its last device, which is no dead lock.
 # A program here runs for milliseconds and LLVM would optimise it for seconds; XLA's own passes are all there.
@@ -27,6 +28,25 @@ gc.set_threshold(50_000, 20, 100)
 
 hypothesis.settings.register_profile("ringmoe", deadline=None, derandomize=True, max_examples=25, print_blob=False)
 hypothesis.settings.load_profile("ringmoe")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", choices=("all", "sample", "rest"), default="all",
+        help="of tests marked `sampled`, which take long for their many cases: all cases, a quarter (and all other tests: "
+        "`make test`), or the rest (alone)",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """By a hash of a case's name: always the same, and no parameter's values come together with another's."""
+    wanted = config.getoption("cases")
+    if wanted == "all":
+        return
+    quarter = lambda item: zlib.crc32(item.nodeid.encode()) % 4 == 0 or not item.get_closest_marker("sampled")
+    chosen = [item for item in items if quarter(item) == (wanted == "sample")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 def pytest_collection_finish():

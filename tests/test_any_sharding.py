@@ -126,6 +126,7 @@ def pairs(cases):
     return [pytest.param(case, door, id=f"{name}, {door}") for name, case in cases.items() for door in case.doors]
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize(("case", "door"), pairs(ATTENTION))
 def test_attention(case, door):
@@ -168,6 +169,7 @@ def test_on_tpu_it_is_a_ring_of_kernels(name):
     assert not collectives(text) & {"all-gather", "all-to-all"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [RINGMOE_JIT, PARTITIONER], ids=str)
 @pytest.mark.parametrize("keys", [15, 11, 3])
 @pytest.mark.parametrize("extra", ["bias", "mask", "segments"])
@@ -276,6 +278,7 @@ SPREAD = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("size", "case", "door"), [
     pytest.param(size, case, door, id=f"{name}, {door}") for name, (size, case) in SPREAD.items() for door in case.doors
 ])  # fmt: skip
@@ -284,6 +287,7 @@ def test_experts(size, case, door):
     assert_case(case, door, ours(config), dense(config))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT, PARTITIONER], ids=str)
 def test_vmap_over_weights_that_are_sharded_along_the_mapped_dim(door):
     config, (x, router, w_in, w_out) = with_groups(4), layer()
@@ -300,6 +304,7 @@ def test_vmap_over_weights_that_are_sharded_along_the_mapped_dim(door):
         assert_close(g, w, 1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("inner", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("jit", [jax.jit, ringmoe.jit], ids=["jax.jit", "ringmoe.jit"])
 @pytest.mark.parametrize("spec", [P("b", "a"), P(None, ("a", "b"))], ids=str)

@@ -113,6 +113,7 @@ def test_minus_infinity_masks_and_gives_zeros():
     assert (np.asarray(out) == 0).all() and np.isneginf(lse).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize("batch", [(), (2, 3), (2, 1, 3)])
 def test_any_number_of_batch_dims(door, batch):
@@ -152,6 +153,7 @@ def scaled_rows(rows, scale):
     return rows * scale[:, None]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, ONE_DEVICE], ids=str)
 def test_ranks_are_never_promoted_in_silence(door):
     """With jax_numpy_rank_promotion="raise" every line of ours says what it broadcasts, or is out of the user's sight."""

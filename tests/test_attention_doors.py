@@ -361,6 +361,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -393,6 +394,7 @@ UNEVEN = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_every_uneven_layout_through_every_door_that_finds_it(layout, door):
@@ -411,6 +413,7 @@ def test_the_tpu_kernel_at_balanced_places_and_both_ways_round(door):
     check(Case(door=door, mesh=(3,), implementation="tpu", is_causal=True, t=512, g=1, h=8))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT, PARTITIONER, MANUAL, ONE_DEVICE], ids=str)
 def test_the_tpu_kernel_with_all_it_takes(door):
     mesh, roles, t = ((), (), 150) if door is ONE_DEVICE else ((3,), ("sequence",), 50)
@@ -468,6 +471,7 @@ def test_mapped_over_sinks_and_slopes(implementation):
         assert_close(g, w, 1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 def test_ring_equals_all_gather_equals_one_device(door):
     case = Case(door=door, is_causal=True, t=4, bias=(True, False, False, False))

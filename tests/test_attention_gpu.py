@@ -124,6 +124,7 @@ def assert_is_the_oracles(case: Case):
         assert_close(a, e, most, what)
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_the_oracles(interpreted, name):
@@ -221,6 +222,7 @@ FEATURES = {  # band, soft cap, extras
 ALONE = "soft cap", "positions", "slopes", "bias", "any function"  # what wide heads take one of
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("h", "v", "s", "name"), [
     (128, 128, 1024, "causal"),
     *((*dims, 900, "masks") for dims in HEAD_DIMS),

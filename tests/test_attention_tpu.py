@@ -100,6 +100,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled
 @CASES
 def test_forward_over_hops_is_dense_attention(races, band, dtype, num_hops, heads):
     spec = AttentionSpec(0.2, band)
@@ -107,6 +108,7 @@ def test_forward_over_hops_is_dense_attention(races, band, dtype, num_hops, head
     close(forward(spec, q, k, v, num_hops=num_hops), dense(spec, q, k, v, do)[:2], TOLERANCES[dtype][0])
 
 
+@pytest.mark.sampled
 @CASES
 def test_backward_over_hops_is_dense_attentions(races, band, dtype, num_hops, heads):
     spec = AttentionSpec(0.2, band)
@@ -262,6 +264,7 @@ def ring_backward(spec, n, q, k, v, do, lse, delta):
     return dq, *jax.lax.ppermute(add(sums, share), "sp", to_next)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_ring_hides_every_permute_behind_the_kernel(target, direction):

@@ -207,6 +207,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_the_oracles(name, request):
     case = CASES[name]
@@ -240,6 +241,7 @@ def test_what_is_past_a_length_changes_nothing(races):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("who", ["queries of one", "keys of one", "both of two"])
 def test_a_block_that_meets_one_of_two_segments(races, who):
     """Whose least, whose greatest, or both are the same: it isn't taken for a block of which all is seen."""
@@ -289,6 +291,7 @@ def together(features) -> Case:
     )  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("first", range(5))
 def test_pairs_are_the_oracles(first):
     """Every pair of features, in threes, by the kernel in plain operations and, of every third of these, by the TPU's."""
@@ -302,6 +305,7 @@ def test_pairs_are_the_oracles(first):
                 assert_close(x, e, 1e-5 if what in ("output", "LSE") else 1e-4, f"{' and '.join(line)}, {what}")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x2"])
 @pytest.mark.parametrize("kind", ["masks", "logits", "wide", "float32", "few"])
 def test_compiles_without_falling_back(target, kind):

@@ -174,6 +174,7 @@ def test_equals_dense_oracle(case):
     compare(case)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
 def test_dtypes(dtype, extras):
@@ -356,6 +357,7 @@ def test_bias_of_minus_infinity_masks():
     assert jnp.all(jnp.isfinite(jnp.stack(grads))) and jnp.all(grads.dq[0, 0, 1] == 0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["query", "key", "value", "do"])
 @pytest.mark.parametrize("block", [5, 16])
 def test_nan_reaches_only_rows_that_see_it(name, block):

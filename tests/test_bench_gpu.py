@@ -36,6 +36,7 @@ DISTINCT = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", DISTINCT)
 def test_all_programs_compile_for_a_gpu(name):
     try:

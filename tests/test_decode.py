@@ -102,6 +102,7 @@ def test_a_cache_in_float8_stays_where_it_is(door):
     assert "all-gather" not in collectives(text) and f"f32[{b},{k},{s // 8},{h}]" not in text
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("door", [*FOUND, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize(("t", "window"), [(1, None), (1, 3), (5, None), (5, 2)])
@@ -142,6 +143,7 @@ def test_of_any_lengths(door, t, s, data, exchange, window):
     check(door, (2, 4), window=window, exchange=exchange, t=t, s=4 * -(-s // 4), lengths=lengths)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("axes", ["b", ("a", "b")], ids=str)
 @pytest.mark.parametrize(("exchange", "window", "t"), [("auto", None, 1), ("merge", 5, 3), ("all_gather", 3, 2)])

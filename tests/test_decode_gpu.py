@@ -59,6 +59,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_the_oracles(interpreted, name):
@@ -119,6 +120,7 @@ FEATURES = {  # band, soft cap, extras
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("h", "v", "name"), [
     *((*dims, name) for dims in ((64, 64), (192, 128)) for name in ("all keys", "all of it")),
     *((128, 128, name) for name in FEATURES),
@@ -156,6 +158,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_cache_is_copied(kind):
     """Of eight GPUs, two by four: the cache in its layout as it comes, with the update before it."""

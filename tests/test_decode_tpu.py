@@ -90,6 +90,7 @@ def run(case: Case, kernel=decode_tpu):
     return forward(*map(jnp.asarray, (q, k, v)), Extras(**{name: jnp.asarray(x) for name, x in found.items()}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_the_oracles(name, races):
     case = CASES[name]
@@ -134,6 +135,7 @@ def in_pages(case: Case, size: int, config=CHUNKED):
     return jax.tree.map(np.asarray, forward(q, list(zip(pool(k), pool(v), *scales)), extras))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PAGES)
 def test_of_pages_each_is_the_oracles(name, races):
     case = dataclasses.replace(CASES[name], extras=tuple({*CASES[name].extras, "query_positions"}))
@@ -229,6 +231,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,6 +267,7 @@ POOLS = {
 """Tokens of a page, key heads, dtype, queries, features."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("target", "kind"),
     [

@@ -122,6 +122,7 @@ def assert_derivatives(got, op, order):
         assert_close(np.asarray(g) / largest, w / largest, 1e-5, order.__name__)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT, EXPLICIT_RINGMOE_JIT, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize("op", OPS)
@@ -233,6 +234,7 @@ def bound(name, jaxpr):
     return len(re.findall(rf"\bringmoe_{name}\[", str(jaxpr)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_rematerialised_layer_runs_its_ring_once(door, moe):

@@ -105,6 +105,7 @@ def test_nothing_is_sent_before_all_have_come():
     assert steps == ["semaphore_signal", "semaphore_wait 3", "dma_start", "dma_start"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("target", "backward"), [("v5p:2x2x1", True), ("v6e:2x2", False), ("tpu7x:2x2x1", False), ("v5e:4x8", False)]
 )

@@ -49,6 +49,7 @@ def test_at_most_four_lines_differ(name):
     assert not code, "a line of RingMoE's isn't marked"
 
 
+@pytest.mark.sampled
 @every_example
 @every_way
 def test_the_ordinary_programs_numbers(name, way, unoptimised, capsys):
@@ -71,6 +72,7 @@ def gathered_by_xla(text):
     return [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line) and "ringmoe." not in line]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "way"), ON_TPU)
 def test_on_tpu(name, way):
     keep, axis_type = WAYS[way]

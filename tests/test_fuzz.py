@@ -127,6 +127,7 @@ def worker():
     worker.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", [*ATTENTION, *EXPERTS, *map(fuzz.read_case, FOUND)], ids=name_of)
 def test_a_program_of_any_shardings(worker, case):
     verdict = worker.verdict(case)

@@ -92,6 +92,7 @@ def assert_is_padded(kind):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize(("n", "counts"), COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,6 +134,7 @@ def on(target):
         pytest.skip(f"no compiler for {target}: {error}")
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("kind", KINDS)
 def test_ptxas_spills_nothing(kind, monkeypatch):

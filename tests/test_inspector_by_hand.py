@@ -28,6 +28,7 @@ def as_compiled(layout, report):
     return sent, times
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("target", "name", "outer"), PROGRAMS)
 def test_bytes_runs_and_flops_are_those_counted_by_hand(target, name, outer):
     machine = machines.target(target)

@@ -41,6 +41,7 @@ def test_the_corpus_is_large():
     assert len(NAMES) * len(MACHINES) - len(REFUSED) >= 40
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", MACHINES)
 def test_reads_and_times_it(compiled, target, name):

@@ -167,6 +167,7 @@ def test_a_long_chain_is_given_up_and_takes_no_exponential_time():
     assert counts(*lines, *loop("x4999")) == {} and counts(*lines, *loop("x20")) == {"loop": 2**20}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [

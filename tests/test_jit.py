@@ -335,6 +335,7 @@ def test_explain_inside_a_users_shard_map():
     assert "no RingMoE op found" in str(ringmoe.explain(lambda x: x + 1, 1.0))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "h200x4"])
 def test_explain_tells_what_each_op_takes_on_a_machine(target):
     """Of a layer seen on eight CPU devices: the times of its ops are within the step's, and what they wait is all it waits."""

@@ -297,6 +297,7 @@ FOUND_LAYOUTS = {  # inside a user's shard_map experts lie over the tokens' axis
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("door", SHARDED_DOORS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -304,6 +305,7 @@ def test_every_layout_through_every_door(layout, door):
     check(dataclasses.replace(LAYOUTS[layout], door=door))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("layout", FOUND_LAYOUTS)
 def test_every_layout_through_every_door_that_finds_it(layout, door):
@@ -340,6 +342,7 @@ def uneven_layer(place, door, arrays):
     return jax.tree.map(np.asarray, door.jit(lambda arrays: fun(**arrays))(put(mesh, arrays, specs)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
 def test_what_is_dropped_does_not_depend_on_the_mesh(door):
     arrays = uneven_inputs()
@@ -376,6 +379,7 @@ def run_cut(cut, factor, door):
 alone = functools.cache(functools.partial(run_cut, door=ONE_DEVICE))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("cut", CUT)
 @pytest.mark.parametrize("factor", [0.75, None])
@@ -397,6 +401,7 @@ def test_devices_may_cut_a_group(cut, door, factor, recwarn):
         assert row.exchange == "all_to_all" and ("sorted" in row.reason) == (factor is None or CUT[cut][0] < 64)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [ONE_DEVICE, TYPES, RINGMOE_JIT, PARTITIONER], ids=str)
 def test_a_dropless_layer_has_tangents_and_is_mapped(door):
     """Rows that lie sorted: pushed forward, the layer gives what its gradient says; mapped over layers of weights, each one."""
@@ -473,6 +478,7 @@ def test_a_nan_token_without_a_queue_changes_no_other_bit(door, place):
     assert np.isnan(got[0, 17]).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
 def test_two_runs_are_bitwise_equal(door):
     case = Case(door=door, mesh=(2, 4), roles=("batch", "sequence experts"), group_size=8)
@@ -505,6 +511,7 @@ def test_combine_undoes_dispatch(door):
     assert_close(grads["logits"], np.zeros((2, 32, 4)), gradient)  # the weights sum to one, whatever the logits
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [ONE_DEVICE, TYPES, PARTITIONER, RINGMOE_JIT], ids=str)
 @pytest.mark.parametrize("expert_axis", [None, "b", "a"])
 def test_dispatch_and_combine_around_a_users_own_experts(door, expert_axis):

@@ -54,11 +54,13 @@ PLACED = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "door"), PLACED, ids=str)
 def test_every_kind_through_every_door(kind, door):
     check(dataclasses.replace(KINDS[kind], door=door))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gate):
@@ -175,6 +177,7 @@ def test_a_masked_token_is_nowhere():
     jax.tree.map(lambda g, w: assert_close(g, w, 1e-5), (grads, shared), (want, want_shared))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [ONE_DEVICE, TYPES, RINGMOE_JIT], ids=str)
 def test_biases_under_vmap(door):
     """One bias is mapped and nothing else is; forward and gradient against one call per slice."""
@@ -249,6 +252,7 @@ OWN_PLACED = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("door", "place", "order"), OWN_PLACED, ids=str)
 def test_own_experts(door, place, order):
     tokens, experts = OWN_LAYOUTS[place]

@@ -48,6 +48,7 @@ def oracle():
         return np.asarray(y), [np.asarray(g) for g in pullback(2 * y)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("door", ["ringmoe.jit", "types", "partitioner", "manual"])
 def test_through_every_door_it_is_the_dense_layer(door, size):
@@ -71,6 +72,7 @@ def test_through_every_door_it_is_the_dense_layer(door, size):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("target", "backward"), [("v5p:2x2x1", False), ("v5p:2x2x1", True), ("v6e:2x2", False), ("h200x8", True)]
 )

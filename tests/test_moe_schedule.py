@@ -168,6 +168,7 @@ def assert_equals_oracle(y, grads, gated=True, atol=(1e-5, 1e-4)):
             np.testing.assert_allclose(got, expected, rtol=0, atol=atol[1], err_msg=name)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_dense_layer(case):
     arrays, dy, _ = make_inputs()
@@ -308,6 +309,7 @@ def keeps_its_promise(x, index, back, weight=None, dtype=None, starts=None):
     return jnp.where(kept, y, jnp.nan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", ["tokens only", *(SORTED[name] for name in ("one device", *IN_PIECES))])
 def test_rows_lie_in_the_runs_that_a_kernel_is_promised(case, monkeypatch):
     arrays, *_ = make_inputs()

@@ -84,6 +84,7 @@ def assert_dense(program, mesh, specs, routings, order=1):
             )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("door", "shape", "tokens", "experts"), [
     ("types", (2,), "a", "a"), ("manual", (4,), "a", "a"), ("types", (8,), "a", "a"),
     ("types", (2, 4), ("a", "b"), ("b", "a")), ("ringmoe.jit", (2, 2, 2), ("c", "a"), ("a", "b")),
@@ -155,6 +156,7 @@ def test_slices_go_where_they_are_sent_and_back():
     np.testing.assert_array_equal(both, np.stack([want, 2 * want]))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("target", "devices", "door"), [
     ("v5e:2x4", 8, "types"), ("v5p:2x2x2", 8, "ringmoe.jit"), ("v6e:2x4", 8, "ringmoe.jit"), ("tpu7x:2x2x2", 16, "types"),
     ("h200x8", 8, "ringmoe.jit"),

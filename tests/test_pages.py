@@ -113,6 +113,7 @@ def check(door, mesh, made, specs=SPECS, window=None, exchange="auto", wanted=IN
         assert_close(grads[name], want_grads[name], SINGLE[1], name)
 
 
+@pytest.mark.sampled
 @pytest.mark.oldest
 @pytest.mark.parametrize("door", [*FOUND, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize(("t", "window"), [(1, None), (1, 3), (5, None), (5, 6)])
@@ -120,6 +121,7 @@ def test_equals_attention_to_the_gathered_pages(door, t, window):
     check(door, (2, 4), arrays(t), window=window)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("mesh", "specs"),
     [
@@ -147,6 +149,7 @@ def test_a_pool_stays_where_it_is(door, mesh, specs):
     assert all(size < own for _, size in sent(text)), sent(text)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("door", [TYPES, RINGMOE_JIT, ONE_DEVICE], ids=str)
 @pytest.mark.parametrize("t", [1, 3])
 def test_features(door, t):
@@ -162,6 +165,7 @@ def test_features(door, t):
     check(door, (2, 4), made | pools | scales, wanted=("query",))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("window", [None, 700])
 @pytest.mark.parametrize("door", [RINGMOE_JIT, ONE_DEVICE], ids=str)
 def test_pages_longer_than_a_block(door, window):
@@ -201,6 +205,7 @@ def test_pages_that_devices_do_not_divide(door):
     assert_close(got, jax.jit(cut)(**made), SINGLE[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("axes", ["b", ("a", "b")], ids=str)
 @pytest.mark.parametrize(("window", "t"), [(None, 1), (5, 3)])

@@ -17,6 +17,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_program_runs(block, tmp_path, capsys):
     if "target=" in block and not importlib.util.find_spec("libtpu"):

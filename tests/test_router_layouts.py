@@ -68,6 +68,7 @@ def alone(name):
     return jax.jit(functools.partial(routed, CONFIGS[name]), compiler_options=OPTIMISED)(*inputs())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "layout", "mode"),
     [(name, layout, MODES[(i + j) % 3]) for i, name in enumerate(CONFIGS) for j, layout in enumerate(LAYOUTS)],

@@ -108,6 +108,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_router(name):
     """Choices exactly, weights, and the weights' gradient by finite differences in float64."""

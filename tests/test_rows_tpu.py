@@ -101,6 +101,7 @@ def run(x, index, weight, out):
     return jax.jit(rows_tpu.sum_of_rows, static_argnums=(3, 4))(x, index, weight, jnp.dtype(out), CHIP)
 
 
+@pytest.mark.sampled
 @CASES
 def test_sums_are_numpys(races, monkeypatch, k, dtype, out, weighted):
     """Two blocks of columns a core, three blocks of rows, the last of them half empty."""
@@ -173,6 +174,7 @@ def runs(tokens, k, num_experts, parts, dtype, d=512):
     return jnp.asarray(x, dtype), slots, weight
 
 
+@pytest.mark.sampled
 @RUNS
 def test_sums_of_runs_are_numpys(races, monkeypatch, tokens, k, num_experts, parts, dtype, out):
     """Blocks of 128 sums, on both cores where their number is even."""
@@ -268,6 +270,7 @@ def compiled(target, fun, *shapes):
     return jax.jit(fun).lower(*arrays).compile().as_text() or ""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "d"), [("bfloat16", 4096), ("float32", 1536), ("bfloat16", 7168)])
 def test_compiles_without_a_copy(target, dtype, d):
@@ -297,6 +300,7 @@ def test_compiles_without_a_copy(target, dtype, d):
         assert not whole or op not in ("copy", "transpose", "scatter"), (dims, op)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("num_experts", "k", "d", "out"), [(256, 8, 7168, "bfloat16"), (128, 8, 2048, "float32"), (3, 1, 1024, "bfloat16")]

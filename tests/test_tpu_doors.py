@@ -38,6 +38,7 @@ def compiled_text(door, fun, mesh, arrays, in_specs, out_specs):
     return door.jit(fun).lower(*arrays).compile().as_text(), door.jit(both).lower(*arrays).compile().as_text()
 
 
+@pytest.mark.sampled
 @every_target
 def test_attention(target, door):
     mesh = tpu_mesh(target, TARGETS[target], door.axis_type)
@@ -52,6 +53,7 @@ def test_attention(target, door):
         assert not collectives(text) & {"all-gather", "all-to-all"}, f"{direction}: {collectives(text)}"
 
 
+@pytest.mark.sampled
 @every_target
 def test_experts(target, door):
     mesh = tpu_mesh(target, TARGETS[target], door.axis_type)
@@ -126,6 +128,7 @@ def test_a_gradient_of_many_tokens_has_room_on_the_smallest_chip(dtype, head_dim
     jax.jit(jax.grad(loss)).lower(x, x, x).compile()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("tokens", "kernel"), [(256, "forward"), (64, "forward"), (8, "decode"), (1, "decode")])
 def test_a_cache_is_attended_to_by_the_kernel_for_so_many_tokens(tokens, kernel):
     """Without a warning; none gathers the cache."""

@@ -68,6 +68,7 @@ def same(got, want, tolerance=GRADIENT):
         assert_close(a, b, tolerance)
 
 
+@pytest.mark.sampled
 @every_door
 @pytest.mark.parametrize("mapped", ["all", "keys and values", "bias", "query"])
 def test_attention_under_vmap(door, mapped):
@@ -93,6 +94,7 @@ def test_attention_under_vmap(door, mapped):
     same(got[1], want[1])
 
 
+@pytest.mark.sampled
 @every_door
 @pytest.mark.parametrize("mapped", ["tokens", "expert weights", "both"])
 def test_experts_under_vmap(door, mapped):
@@ -175,6 +177,7 @@ def plain_model():
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(*model_inputs())
 
 
+@pytest.mark.sampled
 @every_door
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_a_model_under_control_flow(door, wrap):
