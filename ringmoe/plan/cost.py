@@ -53,9 +53,13 @@ class Machine:
         return 2, 5 if self.dims else 7
 
     @property
+    def is_gpu(self) -> bool:
+        return CHIPS[self.kind].kind == "gpu"
+
+    @property
     def block(self) -> int:
         """Queries of a pair of blocks there, and keys: of a pair that a mask cuts all is computed."""
-        return 512 if self.dims else 128
+        return 128 if self.is_gpu else 512
 
     def is_limited(self, devices: int) -> bool:
         """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""

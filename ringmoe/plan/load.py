@@ -162,7 +162,7 @@ class Load:
         causal = band.right is not None or band.left is not None
         if causal and (self.pieces > 1 or self.head_parts == self.size):
             # A block of each call; on a GPU of the own block's alone, of the others a mask leaves whole chunks.
-            calls = self.blocks * self.parts if self.machine.dims else self.parts
+            calls = self.parts if self.machine.is_gpu else self.blocks * self.parts
             in_part = calls * self.machine.block
             return total / 2 + min(in_part, PARTLY * total)
         return total
@@ -195,7 +195,7 @@ class Load:
         if self.pieces == 1:
             return 0.0
         queries, keys = self.moved
-        if self.machine.dims:
+        if not self.machine.is_gpu:
             return queries * self._to_mirror(self.query) + keys * self._to_mirror(self.key)
         there = (queries - 1) * self.query + 2 * self.key
         return self._to_mirror(there) + self._to_mirror(self.query + (keys - 2) * self.key)
@@ -231,7 +231,7 @@ class Load:
         if self.pieces > 1:
             query, key = self.query, self.key
             one = self._to_mirror
-            us += one(query) + 2 * one(key) if self.machine.dims else one(query + 2 * key)
+            us += one(query + 2 * key) if self.machine.is_gpu else one(query) + 2 * one(key)
         if self.head_parts > 1:
             us += self._to_heads(self.query * self.itemsize) + 2 * self._to_heads(self.key * self.itemsize)
         return us
