@@ -170,10 +170,9 @@ def test_times_are_readable(us, said):
     assert machines.seconds(us) == said
 
 
-def test_targets_train_on_what_compiles(monkeypatch):
-    monkeypatch.setattr(machines, "TRAINED", 256)
+def test_targets_train_on_as_many_tokens_as_they_read():
     one = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
     programs = machines.programs(TINY, one, 1024, 256)
-    _, (_, example), _ = programs["a training step of 256 tokens"]
-    assert example.shown.shape == (1, 256)
+    _, (_, example), _ = programs["a training step of 1,024 tokens"]
+    assert example.shown.shape == (1, 1024)
     assert programs["a byte of 32 answers"][1][1].keys.shape[1] == 1024

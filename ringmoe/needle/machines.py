@@ -15,7 +15,6 @@ from ringmoe.needle.haystack import AXIS, TOGETHER, Cache, Reader
 from ringmoe.needle.model import SIGNAL, Config, Params, Tokens
 
 TARGETS = ("v5p:4x4x8", "h200x8")
-TRAINED = 2**20  # tokens of a training step that is compiled, at most: XLA:TPU takes longer the more there are
 
 
 class Agreement(NamedTuple):
@@ -75,7 +74,7 @@ def programs(
     """The programs of the reference system on a mesh with the axis "seq": function, abstract arguments, keywords.
 
     Reading one more chunk of a context, TOGETHER questions after `capacity` tokens of it, and a step of training on `batch`
-    sequences of as many, but TRAINED at most.
+    sequences of as many.
     """
     placed = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
     everywhere = lambda tree: jax.tree.map(lambda x: placed(x.shape, x.dtype), tree)
@@ -88,9 +87,8 @@ def programs(
     state = everywhere(jax.eval_shape(lambda: train.init_state(0, config, train.STEPS)))
     cache = Cache(*[placed((1, capacity, 1, config.global_head_dim), reader.dtype, None, AXIS)] * 2)
     one = placed((1,), jnp.int32)
-    length = min(capacity, TRAINED)
-    shown, room = placed((batch, length), jnp.int32, None, AXIS), placed((batch, 256), jnp.int32)
-    example = data.Example(tokens(batch, length, None, AXIS), shown, room)
+    shown, room = placed((batch, capacity), jnp.int32, None, AXIS), placed((batch, 256), jnp.int32)
+    example = data.Example(tokens(batch, capacity, None, AXIS), shown, room)
     step = ringmoe.jit(functools.partial(train.train_step, config=config, steps=train.STEPS), donate_argnums=0)
     questions = (state.params, cache, one, tokens(TOGETHER, reader.room), placed((TOGETHER,), jnp.int32))
     return {
@@ -100,7 +98,7 @@ def programs(
             {"skip": config.halo},
         ),
         f"a byte of {TOGETHER} answers": (reader.answering, questions, {}),
-        f"a training step of {length:,} tokens": (step, (state, example), {}),
+        f"a training step of {capacity:,} tokens": (step, (state, example), {}),
     }
 
 
