@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringmoe
-from bench.ring import HEAD_DIM, HEADS, TARGETS, inspected
+from bench.ring import HEAD_DIM, HEADS, TARGETS, inspected, mesh_of
 
 ROWS, KEYS, COMPUTE = 1024, 1024, 512
 
@@ -32,8 +32,7 @@ def tokamax(target: str, backward: bool, tokens: int):
     )
 
     machine = ringmoe.target(target)
-    mesh = machine.mesh({"x": machine.num_devices})
-    mesh = ringmoe.ring_mesh(mesh, "x") if mesh.size <= 16 else mesh
+    mesh = mesh_of(machine)
     total = tokens * machine.num_devices
     config = splash_attention_kernel.SplashConfig(
         block_q=ROWS, block_kv=KEYS, block_kv_compute=COMPUTE, block_q_dkv=ROWS, block_kv_dkv=KEYS,

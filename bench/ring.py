@@ -30,13 +30,18 @@ MASKS = {"full": {}, "causal": {"is_causal": True}, "window": {"is_causal": True
 KEY_HEADS, TOKENS = (8, 2), (4096, 32768)  # tokens a device
 
 
+def mesh_of(machine: ringmoe.Target):
+    """One axis over all devices, in circles where it is short: of longer ones rows serve the exchange of heads."""
+    mesh = machine.mesh({"x": machine.num_devices})
+    return ringmoe.ring_mesh(mesh, "x") if mesh.size <= 16 else mesh
+
+
 def inspected(
     target: str, mask: str, backward: bool, tokens: int = 4096, heads: int = HEADS, key_heads: int = 8, **how
 ):
     """The inspector's report of one op, `tokens` a device."""
     machine = ringmoe.target(target)
-    mesh = machine.mesh({"x": machine.num_devices})
-    mesh = ringmoe.ring_mesh(mesh, "x") if mesh.size <= 16 else mesh  # of longer axes rows serve the exchange of heads
+    mesh = mesh_of(machine)
     of = lambda n: jax.ShapeDtypeStruct(
         (1, tokens * machine.num_devices, n, HEAD_DIM), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x"))
     )

@@ -186,19 +186,19 @@ class Load:
         last = hop(owed, calls) if self.hops > 2 else calls
         return hop(way, own) + (self.hops - 2) * hop(way + owed, calls) + last + hop(home, calls - own)
 
-    def _to_mirror(self, elements: int) -> float:
+    def _to_mirror(self, *arrays: int) -> float:
+        """Of arrays of so many elements that leave together: XLA:GPU makes one permute of them."""
         machine, size = self.machine, self.size  # rings abreast cross the same middle
-        return machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
+        one = lambda elements: machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
+        return one(sum(arrays)) if machine.is_gpu else sum(map(one, arrays))
 
     def _swapped(self) -> float:
-        """To balanced places and back. XLA:GPU makes one permute of all that leave together."""
+        """To balanced places and back."""
         if self.pieces == 1:
             return 0.0
         queries, keys = self.moved
-        if not self.machine.is_gpu:
-            return queries * self._to_mirror(self.query) + keys * self._to_mirror(self.key)
-        there = (queries - 1) * self.query + 2 * self.key
-        return self._to_mirror(there) + self._to_mirror(self.query + (keys - 2) * self.key)
+        there, back = [self.query] * (queries - 1) + [self.key] * 2, [self.query] + [self.key] * (keys - 2)
+        return self._to_mirror(*there) + self._to_mirror(*back)
 
     def _to_heads(self, sent: float) -> float:
         machine, parts = self.machine, self.head_parts
@@ -229,9 +229,7 @@ class Load:
         """Microseconds in which query, key and value come to where they are worked on: forward and backward alike."""
         us = 2 * self._to_all() if self.kind == "all_gather" else 0.0
         if self.pieces > 1:
-            query, key = self.query, self.key
-            one = self._to_mirror
-            us += one(query + 2 * key) if self.machine.is_gpu else one(query) + 2 * one(key)
+            us += self._to_mirror(self.query, self.key, self.key)
         if self.head_parts > 1:
             us += self._to_heads(self.query * self.itemsize) + 2 * self._to_heads(self.key * self.itemsize)
         return us
