@@ -171,12 +171,12 @@ def test_a_long_chain_is_given_up_and_takes_no_exponential_time():
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [
-        # Of the last device, 8 heads: on its own keys 1 + 2 + 3 + 4 blocks of 512 for its 4 blocks of rows, else 4 x 4.
-        # The last hop stands after the loop of the others.
-        ({"is_causal": True, "local_window_size": (8 * 2048 - 1, 0)}, (8 * (10 + 6 * 16), 8 * 16)),
+        # Blocks of 512, 8 heads, of the last device: on its own keys 1 + 2 + 3 + 4 for its 4 of rows, else 4 x 4. A turn of
+        # the ring's loop is two hops, so its first work is that of hops 0, 2 and 4, its second of 1, 3 and 5; two follow.
+        ({"is_causal": True, "local_window_size": (8 * 2048 - 1, 0)}, {8 * (10 + 2 * 16), 8 * 3 * 16, 8 * 16}),
         # Balanced, of any device: as many on its own keys, else either 4 blocks of rows see 2 of keys, or 2 see all 4.
-        ({"is_causal": True}, (8 * (10 + 6 * 8), 8 * 8)),
-        ({"is_causal": True, "local_window_size": (3000, 0)}, (8 * (10 + 15), 8 * 3)),
+        ({"is_causal": True}, {8 * (10 + 2 * 8), 8 * 3 * 8, 8 * 8}),
+        ({"is_causal": True, "local_window_size": (3000, 0)}, {8 * 10, 8 * 15, 8 * 3}),
     ],
 )
 def test_the_loops_of_our_own_ring_are_all_told(options, blocks):
@@ -188,5 +188,4 @@ def test_the_loops_of_our_own_ring_are_all_told(options, blocks):
 
     report = inspector.inspect(ringmoe.jit(attend), q, q, q, target="h200x8", mesh={"seq": 8})
     assert report.unknown_loops == () and {c.kind for c in report.collectives} == {"collective-permute"}
-    found = {t.trip_count for t in report.timelines}
-    assert all(any(count == pytest.approx(wanted, rel=1e-9) for count in found) for wanted in blocks), found
+    assert blocks <= {t.trip_count for t in report.timelines}

@@ -184,8 +184,8 @@ def walk(
     if start == hops - 2:
         carry = hop(carry, start)
     elif start < hops - 2:
-        more = jnp.arange(start, hops - 1)
-        carry, _ = jax.lax.scan(lambda carry, h: (hop(carry, h), None), carry, more, unroll=travel.unroll)
+        first, last = np.int32(start), np.int32(hops - 1)
+        carry = jax.lax.fori_loop(first, last, lambda h, carry: hop(carry, h), carry, unroll=travel.unroll)
     state, trains = hop(carry, hops - 1, last=True)
     if not owed:
         return state, []
