@@ -124,6 +124,12 @@ def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:
     return Mesh(outer.devices.reshape(mesh.axis_sizes), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def with_its_devices(mesh: AbstractMesh) -> AbstractMesh | Mesh:
+    """The mesh that `jax.set_mesh` set, where it has as many devices as `mesh`, which doesn't tell its own."""
+    outer = get_concrete_mesh()
+    return mesh if outer.empty or outer.size != mesh.size else outer
+
+
 def concrete(x):
     """The array behind a tracer of an eager `jax.grad` or `jax.vjp`; None where only an outer jit will know it.
 

@@ -6,6 +6,7 @@ by the digits (2, 4) and (4, 1). `refine` names the digits: a mesh of the same d
 fine enough to tell every array's sharding. An axis `a` that is cut in two becomes `a.0` and `a.1`, major to minor.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -14,7 +15,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.core
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from ringmoe.inspector.machines import slice_of
 
 Axes = tuple[str, ...]
 Digit = tuple[int, int]  # size, and how far apart two neighbours are in the device order
@@ -107,6 +110,18 @@ def _name_pieces(cuts: list[int], named: Mapping[str, Digit]) -> dict[str, Digit
 def device_kind(mesh: AbstractMesh) -> str:
     """What JAX calls its devices; "" where the mesh was made without any."""
     return mesh.abstract_device.device_kind if mesh.abstract_device else ""
+
+
+def slices(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many slices of TPUs, which only a network joins, a mesh is. One that doesn't tell its devices is over as many as
+    so many of those that are here would take; where there are none of its kind, over one."""
+    if isinstance(mesh, Mesh):
+        return len({slice_of(device) for device in mesh.devices.flat})
+    kind = device_kind(mesh)
+    if not kind.startswith("TPU"):
+        return 1
+    here = collections.Counter(slice_of(device) for device in jax.devices() if device.device_kind == kind)
+    return -(-mesh.size // max(here.values())) if here else 1
 
 
 def in_the_mesh_of_its_operand(fun):

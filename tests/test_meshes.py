@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import ringmoe
 from ringmoe import compat, meshes
 from tests.helpers import make_mesh
 
@@ -84,3 +85,13 @@ def test_replicas_and_whole_arrays():
     assert compat.digits_of(NamedSharding(mesh, P(None, "a")), 2) == ((), ((2, 4),))
     assert compat.digits_of(NamedSharding(mesh, P()), 2) == ((), ())
     assert compat.digits_of(jax.sharding.SingleDeviceSharding(jax.devices()[0]), 1) in (((),), None)
+
+
+def test_over_how_many_slices_a_mesh_is(monkeypatch):
+    whole = lambda name: ringmoe.target(name).mesh()
+    assert [meshes.slices(whole(name)) for name in ("v5e:4x4", "2*v5e:4x4", "h200x8")] == [1, 2, 1]
+    abstract = whole("2*v5e:4x4").abstract_mesh
+    assert meshes.slices(abstract) == meshes.slices(make_mesh((8,), AxisType.Auto).abstract_mesh) == 1  # none are here
+    for name, slices in (("2*v5e:4x4", 2), ("4*v5e:2x4", 4), ("v5e:4x8", 1), ("2*v5e:4x8", 1), ("v5p:2x2x2", 1)):
+        monkeypatch.setattr(jax, "devices", lambda name=name: list(whole(name).devices.flat))
+        assert meshes.slices(abstract) == slices, name

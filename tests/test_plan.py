@@ -415,14 +415,14 @@ def test_expert_exchange(factors, exchange, exchange_axes, sum_axes, weight_sum_
 MIXTRAL, QWEN, DEEPSEEK = (4096, 14336, 8, 2), (2048, 768, 128, 8), (7168, 2048, 256, 8)
 
 
-def published(model, kind, size, exchange="auto", backward=False):
+def published(model, kind, size, exchange="auto", backward=False, slices=1):
     """The plan of a published layer, 4096 tokens a device, all devices on one axis."""
     d, f, e, k = model
     tokens = ("expert", "slot", "weight")
     operands = (("tokens", (1, 4096 * size, d)), *((name, (1, 4096 * size, k)) for name in tokens))
     operands += ("w_in", (e, d, f)), ("w_gate", (e, d, f)), ("w_out", (e, f, d))
     rule = rules.make("experts", operands, ("tokens",))
-    how = 5120 * k // e, 4096, 2, backward, True, exchange, kind
+    how = 5120 * k // e, 4096, 2, backward, True, exchange, kind, slices
     return expert_plan.make(rule, freeze({"t": ("x",), "e": ("x",)}), (("x", size),), *how)
 
 
@@ -441,6 +441,12 @@ def test_rows_travel_in_pieces_where_the_machine_is_faster_so(model, kind, size,
     assert got.exchange == exchange and (got.pieces > 1) == in_pieces and got.remote == (exchange == "remote")
     assert bool(re.search(r"pieces( by remote DMA)?: ", got.reason)) == in_pieces and "at once: " in got.reason
     assert got.rows % (16 * got.pieces) == 0 or got.pieces == 1
+
+
+def test_rows_travel_by_dma_in_one_slice_alone():
+    assert published(DEEPSEEK, "TPU v5 lite", 256).exchange == "remote"
+    got = published(DEEPSEEK, "TPU v5 lite", 256, slices=2)
+    assert got.exchange == "all_to_all" and "no all-to-all during other work" in got.reason
 
 
 def test_on_a_gpu_rows_travel_in_pieces_forward_alone():

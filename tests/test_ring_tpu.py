@@ -180,18 +180,38 @@ def test_nothing_is_sent_before_the_neighbours_have_come():
     assert steps == ["semaphore_signal"] * 2 + ["semaphore_wait"] + ["dma_start"] * 3
 
 
-@pytest.mark.parametrize(("kind", "size", "remote"), [
-    ("TPU v5 lite", 32, True), ("TPU v5 lite", 16, False), ("TPU v5 lite", 512, False),  # more than a slice
-    ("TPU v5", 64, False), ("TPU v6 lite", 256, False), ("NVIDIA H200", 32, False), ("cpu", 32, False),
+@pytest.mark.parametrize(("kind", "size", "slices", "remote"), [
+    ("TPU v5 lite", 32, 1, True), ("TPU v5 lite", 32, 2, False), ("TPU v5 lite", 16, 1, False),
+    ("TPU v5 lite", 512, 1, False),  # more than any slice has
+    ("TPU v5", 64, 1, False), ("TPU v6 lite", 256, 1, False), ("NVIDIA H200", 32, 1, False), ("cpu", 32, 1, False),
 ])  # fmt: skip
-def test_the_plan_says_where(kind, size, remote):
+def test_the_plan_says_where(kind, size, slices, remote):
     shape = (1, 512 * size, 2, 128)
     rule = rules.make("attention", (("query", shape), ("key", shape), ("value", shape)), ("output", "lse"))
     factors = freeze({"t": ("x",), "s": ("x",)})
-    made = plan.make(rule, factors, (("x", size),), Band(), "ring", 2, device_kind=kind, in_tiles=True)
+    how = {"device_kind": kind, "in_tiles": True, "slices": slices}
+    made = plan.make(rule, factors, (("x", size),), Band(), "ring", 2, **how)
     assert made.remote == remote and ("remote DMA" in made.reason) == remote
     window = plan.make(rule, factors, (("x", size),), Band(0, 0), "ring", 2, device_kind=kind, in_tiles=True)
     assert not window.remote  # one block is all it meets
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("target", ["v5e:4x8", "2*v5e:4x4"])
+def test_no_dma_leaves_a_slice(target, kind, monkeypatch):
+    """Of 32 devices: where arguments tell them, where a mesh is set, and where the machine that runs the program has them."""
+    mesh = ringmoe.target(target).mesh({"x": 32}, axis_types=(kind,))
+    q = jax.ShapeDtypeStruct((1, 32 * 512, 1, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x")))
+    attend = lambda q, k, v: ringmoe.dot_product_attention(q, k, v, exchange="ring")
+    by_dma = lambda jit: "ring_start" in jit(attend).lower(q, q, q).as_text(debug_info=True)
+    in_one_slice = "*" not in target
+    if kind == AxisType.Auto:
+        assert by_dma(ringmoe.jit) == in_one_slice
+    else:
+        with jax.set_mesh(mesh):
+            assert by_dma(jax.jit) == in_one_slice
+        monkeypatch.setattr(jax, "devices", lambda: list(mesh.devices.flat))
+        assert by_dma(jax.jit) == in_one_slice
 
 
 def test_what_is_differentiated_or_for_another_platform_travels_by_xla():

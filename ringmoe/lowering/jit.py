@@ -13,7 +13,7 @@ from typing import Any, overload
 import jax
 import jax.core
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ringmoe import compat, meshes
 from ringmoe.errors import check
@@ -109,15 +109,16 @@ class Jitted[**P, R]:
 
     def _place(self, leaves, args, kwargs, parts):
         traced = self._plain.trace(*args, **kwargs)
-        mesh = _mesh_of(leaves, self._options)
-        if mesh.size <= 1:
+        found = _mesh_of(leaves, self._options)
+        if found.size <= 1:
             return self._plain
+        mesh, slices = found.abstract_mesh, meshes.slices(found)
         options = self._options | _overlap(mesh, traced.jaxpr, self._options)
         if not propagate.needs(traced.jaxpr):
             return self._plain if options == self._options else jax.jit(self._fun, **options)
         run = functools.partial(self._evaluate, options=options, tree=jax.tree.structure(traced.out_info))
         lower = lambda jaxpr: run(jaxpr).lower(*args, **kwargs)
-        jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower, parts)
+        jaxpr, specs = propagate.propagate(traced.jaxpr, mesh, lower, parts, slices)
         free = {} if self._options.get("out_shardings") is not None else specs
         return run(jaxpr, {i: NamedSharding(mesh, spec) for i, spec in free.items()})
 
@@ -229,10 +230,10 @@ def _signature(leaf):
     return (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else type(leaf)
 
 
-def _mesh_of(leaves, options) -> AbstractMesh:
-    """The mesh of the arguments, of in_shardings, or the one that is set."""
+def _mesh_of(leaves, options) -> Mesh | AbstractMesh:
+    """The mesh of the arguments, of in_shardings, or the one that is set: with its devices, where these are told."""
     given = jax.tree.leaves([options.get("in_shardings"), options.get("out_shardings")])
     for sharding in [getattr(x, "sharding", None) for x in leaves] + given:
         if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
-            return sharding.mesh.abstract_mesh
-    return jax.sharding.get_abstract_mesh()
+            return sharding.mesh
+    return compat.with_its_devices(jax.sharding.get_abstract_mesh())

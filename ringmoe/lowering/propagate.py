@@ -20,13 +20,16 @@ from ringmoe.primitives.op import OPS
 PIPELINE = "builtin.module(sdy-propagation-pipeline)"
 
 
-def propagate(jaxpr, mesh: AbstractMesh, lower: Callable, parts: bool = True) -> tuple[Any, dict[int, PartitionSpec]]:
+def propagate(
+    jaxpr, mesh: AbstractMesh, lower: Callable, parts: bool = True, slices: int = 1
+) -> tuple[Any, dict[int, PartitionSpec]]:
     """`(jaxpr, specs)`: `jaxpr` with a `Placement` in every op that needs one, and specs for its results.
 
     There are specs only where an op is placed along a part of a mesh axis: JAX can't name the sharding of a result that
     would lie so, and it gets one of whole axes. `lower(jaxpr)` lowers a jaxpr as the caller will at last: same shardings
     of arguments and results. Ops whose operand types tell their sharding (Explicit axes) keep `placement=None`. Without
-    `parts` no op is placed along a part of an axis: what the program hands on is not only its results.
+    `parts` no op is placed along a part of an axis: what the program hands on is not only its results. `slices` of TPUs are
+    what the mesh is over.
     """
     numbers = itertools.count()
     module = lower(map_ops(jaxpr, lambda eqn: None if _typed(eqn) else probe.Probe(next(numbers)))).compiler_ir(
@@ -38,7 +41,7 @@ def propagate(jaxpr, mesh: AbstractMesh, lower: Callable, parts: bool = True) ->
     numbers = itertools.count()
 
     def place(eqn):
-        return None if _typed(eqn) else _placement(eqn, next(numbers), mesh, found, parts)
+        return None if _typed(eqn) else _placement(eqn, next(numbers), mesh, found, parts, slices)
 
     jaxpr = map_ops(jaxpr, place)
     placed = (eqn.params["placement"] for eqn in ops(jaxpr))
@@ -67,7 +70,7 @@ def _typed(eqn) -> bool:
     return factors_in_types(OPS[eqn.primitive].rule(avals, eqn.params), avals) is not None
 
 
-def _placement(eqn, number: int, mesh: AbstractMesh, found, parts: bool) -> Placement:
+def _placement(eqn, number: int, mesh: AbstractMesh, found, parts: bool, slices: int) -> Placement:
     op, avals = OPS[eqn.primitive], [var.aval for var in eqn.invars]
     outs = [var.aval for var in eqn.outvars]
     nowhere = lambda aval: ((),) * aval.ndim
@@ -80,4 +83,4 @@ def _placement(eqn, number: int, mesh: AbstractMesh, found, parts: bool) -> Plac
     if own.manual_axes or not parts:
         free = set(mesh.axis_names) - set(mesh.manual_axes)
         fine, specs = mesh, [tuple(tuple(a for a in axes if a in free) for axes in spec) for spec in specs]
-    return Placement(fine, freeze(rule.factor_axes(specs, fine.shape)))
+    return Placement(fine, freeze(rule.factor_axes(specs, fine.shape)), slices)

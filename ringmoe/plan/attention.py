@@ -64,6 +64,7 @@ def make(
     rows_stay: bool = False,
     in_order: bool = True,
     in_tiles: bool = False,
+    slices: int = 1,
 ) -> AttentionPlan:
     """Chooses the exchange.
 
@@ -75,6 +76,7 @@ def make(
       rows_stay: whether there are arrays of queries by keys, which would have to follow rows that go elsewhere.
       in_order: whether places in the arrays are what the band compares.
       in_tiles: whether the kernel will be one in Pallas, as far as is known.
+      slices: of TPUs, that the mesh is over.
 
     Raises ValueError where the caller asked for an exchange that these shardings can't have.
     """
@@ -90,6 +92,7 @@ def make(
         rows_stay,
         in_order,
         in_tiles,
+        slices,
     )
     if call.devices(call.key_axes) == 1:
         return call.plan("local", "keys are whole on every device: nothing to exchange")
@@ -151,6 +154,7 @@ class _Call:
     rows_stay: bool
     in_order: bool
     in_tiles: bool
+    slices: int
 
     @property
     def key_axes(self) -> Axes:
@@ -289,6 +293,7 @@ class _Call:
             width=(of("h") + of("v")) // 2,
             size=self.devices(self.key_axes),
             mesh_size=math.prod(self.length.values()),
+            slices=self.slices,
             **how,
         )
 

@@ -65,6 +65,10 @@ class Machine:
         """Whether a TPU of so many devices has neither an all-to-all during other work nor a ragged one."""
         return self.dims > 0 and devices > self.asynchronous
 
+    def reaches(self, devices: int, slices: int) -> bool:
+        """Whether remote DMA goes from each of a mesh's devices, on so many slices, to every other."""
+        return self.dims > 0 and slices == 1 and devices <= self.slice
+
     def work(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
 

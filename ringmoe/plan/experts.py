@@ -121,6 +121,7 @@ def make(
     may_sort: bool = True,
     exchange: str = "auto",
     device_kind: str = "",
+    slices: int = 1,
 ) -> ExpertPlan:
     """Where rows go: to the experts' devices over axes that also shard tokens; else outputs are summed.
 
@@ -128,7 +129,7 @@ def make(
     over the hidden dim along an axis that shards tokens or experts, are gathered first. All rows travel twice forward
     (there and back), thrice `backward` (x and dy there, dx back); the weights' gradients are not counted. `may_sort`: whether
     the kernel takes sorted rows. `exchange`: one of EXCHANGES, as the caller asked. `device_kind`: JAX's name of the machine,
-    for the times by which "auto" chooses.
+    for the times by which "auto" chooses, and `slices` of TPUs are what the mesh is over.
     """
     split, length = dict(factors), dict(mesh_shape)
     token_axes = tuple(a for f in sorted(split) if _of_tokens(f) for a in split[f])
@@ -168,7 +169,7 @@ def make(
         sums=4 * matrices * here * width * hidden,
         backward=backward,
     )
-    travel, how = _travel(load, machine, exchange, mesh_size)
+    travel, how = _travel(load, machine, exchange, mesh_size, machine.reaches(mesh_size, slices))
     rows = travel.pop("rows", rows)
     why = [f"experts and tokens are both sharded over {travelling}: rows travel to their experts{how}"][
         : len(travelling)
@@ -278,8 +279,8 @@ class _Load:
         return (self.exchanges - 1) * wire + work + max(last, wire) + (pieces - 1) * step
 
 
-def _travel(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -> tuple[dict, str]:
-    """What the plan says of the way rows travel, and why."""
+def _travel(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int, reached: bool) -> tuple[dict, str]:
+    """What the plan says of the way rows travel, and why; `reached`: all devices, by remote DMA."""
     if load.devices == 1:
         return {}, ""
     if exchange == "all_to_all":
@@ -295,7 +296,7 @@ def _travel(load: _Load, machine: cost.Machine, exchange: str, mesh_size: int) -
         return {}, ""
     once, in_pieces = load.at_once(machine), load.in_pieces(machine, *best)
     told = f"at once: {once:.0f} us on {machine.kind} by the model"
-    if remote and (not machine.dims or mesh_size > machine.slice):
+    if remote and not reached:
         return {}, f", {told}, which has no all-to-all during other work"
     if load.backward and not machine.dims:
         kept = "what pieces keep for the weights' gradients is copied there"

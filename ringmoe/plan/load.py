@@ -44,6 +44,7 @@ class Load:
     width: int  # head dim, the mean of the keys' and the values'
     size: int  # devices that share the keys
     mesh_size: int
+    slices: int
     head_parts: int
     abreast: int  # rings that go round side by side, along the same axes
     joint_parts: int
@@ -80,8 +81,9 @@ class Load:
     @property
     def remote(self) -> bool:
         """Whether blocks travel by remote DMA: where a TPU's permutes are not under way during other work, and in one slice."""
-        limited = self.machine.is_limited(self.mesh_size) and self.mesh_size <= self.machine.slice
-        return self.walks and self.hops > 1 and limited and self.abreast == 1
+        machine, devices = self.machine, self.mesh_size
+        there = machine.is_limited(devices) and machine.reaches(devices, self.slices)
+        return self.walks and self.hops > 1 and there and self.abreast == 1
 
     @property
     def walks(self) -> bool:

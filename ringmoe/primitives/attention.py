@@ -127,6 +127,7 @@ def _plan(rule, factors, mesh, avals, params) -> AttentionPlan:
         rows_stay=any(("t",) in dims for name, dims in zip(operands, rule.operands) if name in ("bias", "mask")),
         in_order=not {"query_positions", "key_positions"} & {*operands},
         in_tiles=_in_tiles(params["implementation"], kind),
+        slices=params.get("slices", 1),
     )
     # Along axes of the user's shard_map a gradient is one device's share: the shard_map's own transpose adds these up.
     summed = tuple(axis for axis in found.bias_sum_axes if axis not in params["axis_name"])

@@ -42,6 +42,7 @@ class Placement:
 
     mesh: AbstractMesh
     factors: Factors
+    slices: int = 1  # of TPUs
 
 
 class Found(NamedTuple):
@@ -82,8 +83,9 @@ def find(op, avals, params) -> Found | None:
     """The plan of a bound op as far as it is known before XLA runs; None: the partitioner decides."""
     rule, mesh, placement = op.rule(avals, params), mesh_of(avals), params["placement"]
     free, known, door = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes), factors_in_types(rule, avals), "types"
+    slices = meshes.slices(compat.with_its_devices(mesh))
     if isinstance(placement, Placement):
-        known, door = dict(placement.factors), "ringmoe.jit"
+        known, door, slices = dict(placement.factors), "ringmoe.jit", placement.slices
         if not mesh.manual_axes:
             mesh, free = placement.mesh, frozenset(placement.mesh.axis_names)
     if params["axis_name"] or mesh.manual_axes:
@@ -95,7 +97,7 @@ def find(op, avals, params) -> Found | None:
         free, known, door = frozenset() if known is None else free, factors, "manual"
     if known is None:
         return None
-    return Found(op.plan(rule, known, mesh, avals, params), mesh, free, door)
+    return Found(op.plan(rule, known, mesh, avals, params | {"slices": slices}), mesh, free, door)
 
 
 def cut(op, params) -> tuple[str, ...]:

@@ -147,7 +147,9 @@ def _placed_like(grad, aval):
 def _plan(rule, factors, mesh, avals, params) -> ExpertPlan:
     call, backward = params["spec"], "tokens_cotangent" in params["operands"]
     how = call.capacity, call.group_size, avals[0].dtype.itemsize, backward, call.own is None, call.exchange
-    return plan.make(rule, freeze(factors), tuple(mesh.shape.items()), *how, meshes.device_kind(mesh))
+    return plan.make(
+        rule, freeze(factors), tuple(mesh.shape.items()), *how, meshes.device_kind(mesh), params.get("slices", 1)
+    )
 
 
 def _kernel(platform: str, params, named):
