@@ -250,6 +250,59 @@ def test_few_key_heads_go_round_a_switch(heads, key_heads, exchange, owed):
     assert ring.pieces == 2 and ring.arriving_us == machine.alone(machine.mirror(8, sent / 2), machine.steps(8))
 
 
+def test_what_a_network_adds():
+    """Two slices of 2x2x2 v5p, 1 MB of each device: links, then the network, and latencies; of GPUs the longer of both."""
+    machine, two, sent = cost.machine("TPU v5"), cost.Span(16, 2), 1e6
+    link, network = sent / machine.link, sent / machine.network
+    assert two.within == 8 and network == pytest.approx(1e6 / 6250)
+    takes = {
+        kind: machine.takes(kind, two, sent) for kind in ("all-gather", "all-to-all", "all-reduce", "reduce-scatter")
+    }
+    assert takes == pytest.approx({
+        "all-gather": 2 * link * 7 / 3 + network + 3 + 50,
+        "all-to-all": link * 2 / 4 + network / 2 + 3 + 50,
+        "all-reduce": 2 * link * 7 / 8 / 3 + network / 8 + 2 * (3 + 50),
+        "reduce-scatter": 2 * link * 7 / 8 / 3 + network / 16 + 3 + 50,
+    })  # fmt: skip
+    assert machine.takes("all-gather", cost.Span(2, 2), sent) == pytest.approx(network + 50)  # one of each slice
+    assert machine.domains(16, 2) == 2 and [cost.machine("NVIDIA H200").domains(n, 1) for n in (8, 16, 20)] == [1, 2, 3]
+    gpu, sent = cost.machine("NVIDIA H200"), 64e6
+    assert gpu.takes("all-gather", cost.Span(8), sent) == gpu.alone(7 * sent / gpu.link, 7)
+    # By NCCL's protocol for large messages: 8.4 us, 3.4 for each step over links and 14 over the network.
+    assert gpu.takes("all-gather", cost.Span(16, 2), sent) == pytest.approx(8.4 + 14 * 3.4 + 14 + 14 * sent / gpu.link)
+    assert gpu.takes("all-to-all", cost.Span(16, 2), sent) == pytest.approx(8.4 + 3.4 + 14 + sent / 2 / gpu.network)
+
+
+def over_slices(mesh, axes, exchange, kind="TPU v5", slices=2, owed=0):
+    """1024 tokens on each device along the axes, and two sequences, on every other one."""
+    size = math.prod(dict(mesh)[axis] for axis in axes)
+    shapes = [(name, (2, size * 1024, 8, 128)) for name in ("query", "key", "value")]
+    rule = rules.make("attention", tuple(shapes), ("query", "key", "value") if owed else ("output", "lse"))
+    factors = freeze({"t": axes, "s": axes, "b0": tuple(axis for axis, _ in mesh if axis not in axes)})
+    how = {"device_kind": kind, "in_tiles": True, "slices": slices, "owed_itemsize": owed}
+    return attention_plan.make(rule, factors, mesh, FULL, exchange, 2, **how)
+
+
+@pytest.mark.parametrize("owed", [0, 4])
+@pytest.mark.parametrize(
+    ("kind", "devices", "slices"), [("TPU v5", 16, 2), ("TPU v6 lite", 32, 2), ("NVIDIA H200", 16, 1)]
+)
+def test_no_ring_goes_over_a_network(kind, devices, slices, owed):
+    """Of eight heads: they are exchanged within a slice or behind a switch, and what is left for the network has two places."""
+    got = over_slices((("x", devices),), ("x",), "auto", kind, slices, owed)
+    assert got.exchange in ("all_to_all + ring", "all_gather") and got.ring.size <= 2
+    ring = over_slices((("x", devices),), ("x",), "ring", kind, slices, owed)
+    assert ring.us > 2 * got.us
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all", "merge"])
+def test_an_axis_within_a_slice_needs_no_network(exchange):
+    inside = over_slices((("data", 2), ("x", 8)), ("x",), exchange)
+    assert inside.us == over_slices((("data", 2), ("x", 8)), ("x",), exchange, slices=1).us
+    across = over_slices((("x", 8), ("data", 2)), ("x",), exchange)
+    assert across.us > 1.5 * inside.us
+
+
 @pytest.mark.parametrize(("length", "exchange"), [(2**10, "all_gather"), (2**22, "merge")])
 def test_auto_gathers_no_more_than_there_is_memory_for(length, exchange):
     """Of many more queries than keys, so that merging takes longer: until keys are 16 GiB, of 95."""

@@ -209,12 +209,12 @@ class Wire:
         seconds = wire_bytes / span.rate
         if kind.endswith("all-to-all") and span.cut:
             seconds = size * span.cut / self._link_rate()
-        network = _network_bytes(kind, size, n // domains, domains) / self.target.network_bandwidth
+        network = network_bytes(kind, size, n // domains, domains) / self.target.network_bandwidth
         return Transfer(wire_bytes, self._us(seconds, network, twice * links, twice * hops), lane, span.route)
 
     def _between_slices(self, size: float, between: SliceExchange) -> Transfer:
         """An exchange of `size` bytes a device that goes over the network alone."""
-        sent = _network_bytes(between.kind, size, 1, between.slices)
+        sent = network_bytes(between.kind, size, 1, between.slices)
         hops = 2 if between.kind == "all-reduce" else 1
         us = self._us(0.0, sent / self.target.network_bandwidth, 0, hops)
         return Transfer(sent, us, "network", f"network, {between.slices} slices")
@@ -297,7 +297,7 @@ class _Routes(NamedTuple):
     links: Mapping[tuple[int, ...], int]
 
 
-def _network_bytes(kind: str, size: float, each: int, domains: int) -> float:
+def network_bytes(kind: str, size: float, each: int, domains: int) -> float:
     """Bytes that one device puts on the network, `each` devices of the group being in every domain."""
     if domains == 1:
         return 0.0

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from ringmoe.errors import check
 from ringmoe.masks import Band
-from ringmoe.meshes import Axes
+from ringmoe.meshes import Axes, of_mesh
 from ringmoe.plan import cost
 from ringmoe.plan.base import Factors, Group, Ring, freeze
 from ringmoe.plan.load import Load
@@ -294,8 +296,18 @@ class _Call:
             size=self.devices(self.key_axes),
             mesh_size=math.prod(self.length.values()),
             slices=self.slices,
+            domains=self._domains,
             **how,
         )
+
+    @functools.cached_property
+    def _domains(self) -> tuple[int, ...]:
+        """Of each device along the keys' axes, the slice or the host of GPUs that it is on: a mesh has one after the other."""
+        size, numbers = math.prod(self.length.values()), np.zeros((), int)
+        for count, stride in map(of_mesh(self.length).__getitem__, self.key_axes):
+            numbers = np.add.outer(numbers, stride * np.arange(count))
+        domains = cost.machine(self.device_kind, self.itemsize).domains(size, self.slices)
+        return tuple((numbers.reshape(-1) * domains // size).tolist())
 
     def _walk(self, size: int, queries: int, keys: int) -> "_Walk":
         """That of a ring of so many devices, which have so many tokens together.

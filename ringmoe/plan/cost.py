@@ -6,6 +6,7 @@
     reduce-scatter  = B (n - 1) / n / that;  all-reduce twice as much
     to a neighbour  = B / a link's rate
     to the mirror   = B D L / (2 * link's rate),  half of it where the dim is a ring, for D devices of a chip
+    a network       = what `inspector.wire` says goes over it / its rate, after the links on TPUs, while they are busy on GPUs
 
 for n devices that have B bytes for all of them, on a torus as compact as n allows, whose longest dim is L: half of all bytes
 cross the cut through its middle. It is made to tell which of two is faster: a mesh axis may lie along one dim of the torus,
@@ -16,9 +17,11 @@ those of `inspector.wire`, which knows where the devices are.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 from ringmoe.inspector.chips import CHIPS, chip_of
 from ringmoe.inspector.networks import NETWORKS, Protocol
+from ringmoe.inspector.wire import network_bytes
 
 DEFAULT = "v5p"  # where a mesh doesn't tell its devices
 DTYPES = {1: "f8", 2: "bf16", 4: "f32", 8: "f32_highest"}
@@ -29,10 +32,22 @@ ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
 SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote DMA reaches no other one
 
 
+class Span(NamedTuple):
+    """So many devices, on so many slices of TPUs or hosts of GPUs, which a network joins."""
+
+    devices: int
+    domains: int = 1
+
+    @property
+    def within(self) -> int:
+        """Of one domain."""
+        return -(-self.devices // self.domains)
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """One device: FLOPs, bytes of memory, and bytes of one link, one way, in a microsecond; or, where `dims` is 0, of all links
-    to a switch; FLOPs of its vector units; and bytes of memory that there are."""
+    to a switch, and of its share of the network; FLOPs of its vector units; and bytes of memory that there are."""
 
     kind: str
     flops: float
@@ -45,6 +60,8 @@ class Machine:
     launch: float
     asynchronous: int
     slice: int
+    behind_switch: int
+    network: float
     protocols: tuple[Protocol, ...]
 
     @property
@@ -85,9 +102,28 @@ class Machine:
             return devices - 1
         return sum(n // 2 if self.is_ring(n) else n - 1 for n in self._torus(devices))
 
-    def alone(self, us: float, steps: int) -> float:
-        """How long what takes so long at the full rate takes with all that comes with it, over so many links."""
-        return min(p.launch_us + steps * p.link_us + us / p.share for p in self.protocols)
+    def alone(self, us: float, steps: int, networked: float = 0.0, hops: int = 0) -> float:
+        """How long what takes so long at the full rate takes with all that comes with it, over so many links; and so many bytes
+        of each device over the network, in so many hops."""
+        beyond = networked / self.network
+        us = us + beyond if self.dims else max(us, beyond)
+        return min(p.launch_us + steps * p.link_us + hops * p.network_us + us / p.share for p in self.protocols)
+
+    def takes(self, kind: str, span: Span, sent: float) -> float:
+        """An "all-gather", "reduce-scatter", "all-reduce" or "all-to-all" of `sent` bytes of each device."""
+        rates = {"all-gather": self.all_gather, "reduce-scatter": self.reduce_scatter, "all-reduce": self.all_reduce}
+        beyond, twice = span.domains - 1, 2 if kind == "all-reduce" else 1
+        around = span.domains if kind in ("all-gather", "reduce-scatter") and not self.dims else 1
+        steps, hops = twice * around * self.steps(span.within), twice * beyond
+        if kind == "all-to-all":
+            steps, hops = steps if self.dims else 1, min(beyond, 1)
+        here = sent * span.domains if kind == "all-gather" else sent  # what came over the network is gathered too
+        us = rates.get(kind, self.all_to_all)(span.within, here) if span.within > 1 else 0.0
+        return self.alone(us, steps, network_bytes(kind, sent, span.within, span.domains), hops)
+
+    def domains(self, devices: int, slices: int) -> int:
+        """Slices that a mesh of so many devices is over, or hosts of GPUs."""
+        return -(-devices // self.behind_switch) if self.behind_switch else slices
 
     def all_gather(self, devices: int, sent: float) -> float:
         """Of `sent` bytes of each device, to all."""
@@ -147,6 +183,8 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
         LAUNCH[chip.kind],
         ASYNCHRONOUS.get(name, 2**31),
         SLICE.get(name, 2**31),
+        NETWORKS[name].domain,
+        NETWORKS[name].bandwidth / chip.devices_per_chip * per_us,
         NETWORKS[name].protocols,
     )
 

@@ -13,8 +13,10 @@ constants are fitted to the inspector's times of them, see bench/README.md.
 import dataclasses
 import functools
 
+import numpy as np
+
 from ringmoe.masks import Band
-from ringmoe.plan.cost import Machine
+from ringmoe.plan.cost import Machine, Span
 
 SHARE = 0.98  # of the matmul rate that a TPU's kernel reaches
 VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
@@ -45,6 +47,7 @@ class Load:
     size: int  # devices that share the keys
     mesh_size: int
     slices: int
+    domains: tuple[int, ...]  # of each of the devices that share the keys, which slice or host it is on
     head_parts: int
     abreast: int  # rings that go round side by side, along the same axes
     joint_parts: int
@@ -119,6 +122,13 @@ class Load:
         """Bytes of an element of dK that goes back to its tokens: not rounded before its copies are summed."""
         return 0 if not self.backward else self.owed_itemsize if self.copies > 1 else self.itemsize
 
+    def _span(self, devices: int, apart: bool = False) -> Span:
+        """Of so many consecutive devices, or of so many `apart`: one of each run of the others."""
+        groups = (
+            np.reshape(self.domains, (-1, self.size // devices)).T if apart else np.reshape(self.domains, (-1, devices))
+        )
+        return Span(devices, max(len(np.unique(group)) for group in groups))
+
     @functools.cached_property
     def us(self) -> float:
         """Microseconds."""
@@ -175,12 +185,16 @@ class Load:
         if self.hops == 1:
             return calls
         far, block = machine.apart(self.size, self.abreast), 2 * self.key / self.parts
+        crosses = self._span(self.size // self.abreast, apart=True).domains > 1
+        beyond = 2 * self.ways * crosses  # permutes, of keys and of values, that share a device's network
         way, owed, home = (
-            machine.alone(block * size / machine.link * far, far) if size else 0.0
+            machine.alone(block * size / machine.link * far, far, beyond * block / 2 * size, beyond) if size else 0.0
             for size in (self.itemsize, self.owed_itemsize, self._home)
         )
-        # A permute whose links others share takes longer than XLA's scheduler believes, and starts so much too late.
-        late = 0.0 if self.remote else 1.0 if machine.is_limited(self.mesh_size) else 1 - 1 / far
+        # A permute whose links others share takes longer than XLA's scheduler believes, and starts so much too late. Between
+        # slices none is under way during other work in a loop.
+        held_up = machine.is_limited(self.mesh_size) or (crosses and machine.dims > 0 and self.hops > 2)
+        late = 0.0 if self.remote else 1.0 if held_up else 1 - 1 / far
         hop = lambda wire, work: max(work + late * wire, wire)
         if not self.backward:
             return (self.hops - 1) * hop(way, calls) + calls
@@ -190,8 +204,9 @@ class Load:
 
     def _to_mirror(self, *arrays: int) -> float:
         """Of arrays of so many elements that leave together: XLA:GPU makes one permute of them."""
-        machine, size = self.machine, self.size  # rings abreast cross the same middle
-        one = lambda elements: machine.alone(machine.mirror(size, elements * self.itemsize / 2), machine.steps(size))
+        machine, span = self.machine, self._span(self.size)  # rings abreast cross the same middle
+        half, beyond, size = self.itemsize / 2, int(span.domains > 1), span.within
+        one = lambda n: machine.alone(machine.mirror(size, n * half), machine.steps(size), n * half * beyond, beyond)
         return one(sum(arrays)) if machine.is_gpu else sum(map(one, arrays))
 
     def _swapped(self) -> float:
@@ -203,8 +218,7 @@ class Load:
         return self._to_mirror(*there) + self._to_mirror(*back)
 
     def _to_heads(self, sent: float) -> float:
-        machine, parts = self.machine, self.head_parts
-        return machine.alone(machine.all_to_all(parts, sent), machine.steps(parts) if machine.dims else 1)
+        return self.machine.takes("all-to-all", self._span(self.head_parts), sent)
 
     def _split(self) -> float:
         """To heads, and back to tokens."""
@@ -215,16 +229,15 @@ class Load:
         return queries * one(self.query * self.itemsize) + 2 * one(self.key * self.itemsize) + back
 
     def _to_all(self) -> float:
-        machine, size = self.machine, self.size
-        return machine.alone(machine.all_gather(size, self.key * self.itemsize), machine.steps(size))
+        return self.machine.takes("all-gather", self._span(self.size), self.key * self.itemsize)
 
     def _gathered(self) -> float:
         """K and V to all, and their gradients' sums home."""
         if self.kind != "all_gather":
             return 0.0
-        machine, size = self.machine, self.size
-        sums = machine.reduce_scatter(size, size * self.key * self.owed_itemsize)
-        return 2 * self._to_all() + (2 * machine.alone(sums, machine.steps(size)) if self.backward else 0.0)
+        sums = self.size * self.key * self.owed_itemsize
+        home = self.machine.takes("reduce-scatter", self._span(self.size), sums) if self.backward else 0.0
+        return 2 * self._to_all() + 2 * home
 
     @property
     def arriving(self) -> float:
@@ -240,15 +253,14 @@ class Load:
         """Queries to all, and the results' sums."""
         if self.kind != "merge":
             return 0.0
-        machine, joint, rest = self.machine, self.joint_parts, self.size // self.joint_parts
-        acc, us = max(4, self.itemsize), 0.0
-        if joint > 1:
-            there = machine.alone(machine.all_gather(joint, self.query * self.itemsize), machine.steps(joint))
-            us += (1 + self.backward) * there + 2 * self.backward * machine.alone(0, machine.steps(joint))
-            us += machine.alone(machine.reduce_scatter(joint, joint * self.query * acc), machine.steps(joint))
-        if rest > 1:
-            us += machine.alone(machine.all_reduce(rest, self.query * acc), 2 * machine.steps(rest))
-        rows = joint * self.query / self.width * acc
-        most = machine.alone(machine.all_reduce(self.size, rows), 2 * machine.steps(self.size))
-        us += PASSES * joint * self.query * acc / machine.memory
-        return us + (0.0 if self.backward else most + machine.alone(0, machine.steps(self.size)))
+        takes, acc, us = self.machine.takes, max(4, self.itemsize), 0.0
+        joint, rest = self._span(self.joint_parts), self._span(self.size // self.joint_parts, apart=True)
+        if joint.devices > 1:
+            us += (1 + self.backward) * takes("all-gather", joint, self.query * self.itemsize)
+            us += 2 * self.backward * takes("all-gather", joint, 0)
+            us += takes("reduce-scatter", joint, joint.devices * self.query * acc)
+        if rest.devices > 1:
+            us += takes("all-reduce", rest, self.query * acc)
+        whole, rows = self._span(self.size), joint.devices * self.query / self.width * acc
+        us += PASSES * joint.devices * self.query * acc / self.machine.memory
+        return us + (0.0 if self.backward else takes("all-reduce", whole, rows) + takes("all-gather", whole, 0))
