@@ -101,9 +101,9 @@ def test_how_keys_are_split(b, n, k, t, h, s, blocks):
         state = decode_gpu.init(spec, q, v)
         return decode_gpu.forward(spec, state, q, k, v, Extras(), Offsets((0,), (0,)))
 
-    def launch(body, name, rows, out, *args, launch=decode_gpu.launch, **options):
+    def launch(body, name, heads, rows, out, *args, launch=decode_gpu.launch, **options):
         found.append((rows, *out[0][:2]))
-        return launch(body, name, rows, out, *args, **options)
+        return launch(body, name, heads, rows, out, *args, **options)
 
     with mock.patch.object(decode_gpu, "launch", launch):
         jax.eval_shape(forward, of(b, n, t, h), of(b, k, s, h), of(b, k, s, h))

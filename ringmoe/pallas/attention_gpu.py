@@ -45,6 +45,8 @@ from ringmoe.pallas.streams_gpu import (
     anew,
     barriers,
     bring,
+    by_token,
+    fetch,
     head,
     launch,
     shared,
@@ -115,6 +117,7 @@ def forward(
     acc, m, l = launch(
         functools.partial(_body, blocks, state is None),
         "forward",
+        blocks.heads,
         blocks.num_rows,
         [(rows, dim), (rows,), (rows,)],
         [
@@ -128,8 +131,7 @@ def forward(
             barriers(GROUPS),
         ],
         known,
-        q,
-        *(cleared(x, keys, extras.key_lengths) for x in (k, v)),
+        *map(by_token, (q, *(cleared(x, keys, extras.key_lengths) for x in (k, v)))),
         *before,
         pairs=blocks.pairs(at),
         width=h + dim,
@@ -150,8 +152,8 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
     def _bring():
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
-            plgpu.copy_gmem_to_smem(q.at[n, pl.ds(i * TALL + g * ROWS, ROWS)], queries.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(q.shape[0] // k.shape[0]))
+            fetch(q, n, pl.ds(i * TALL + g * ROWS, ROWS), queries.at[g], q_full.at[g])
+        kv = lax.div(n, jnp.int32(q.shape[2] // k.shape[2]))
         bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)
@@ -190,7 +192,11 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
             return soften(0, first * block_k, s_acc[...], m, l)
 
         m, l, alpha, p = pl.run_scoped(begin, logits)
-        o = filled((ROWS, v.shape[2]), 0.0) if fresh else plgpu.load(before[0].at[mine], layout=WGMMA, optimized=False)
+        o = (
+            filled((ROWS, v_ring.shape[2]), 0.0)
+            if fresh
+            else plgpu.load(before[0].at[mine], layout=WGMMA, optimized=False)
+        )
         o, p = o * across(alpha, o.shape), p.astype(q.dtype)
 
         # Invariant: O is the sum for the keys before the last step's, in units of 2^m; P is of the last step's.

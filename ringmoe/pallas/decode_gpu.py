@@ -39,6 +39,7 @@ from ringmoe.pallas.streams_gpu import (
     WGMMA,
     Stream,
     barriers,
+    by_token,
     head,
     launch,
     padded,
@@ -89,11 +90,10 @@ def forward(spec: AttentionSpec, state, q: jax.Array, k: jax.Array, v: jax.Array
     stages, tiles = fitting(SHARED // resident), queries.shape[2] // ROWS
     splits = min(max(1, resident * MULTIPROCESSORS // (b * key_heads * tiles)), blocks.num_k)
     ring, dims = shared(q.dtype), (splits, queries.shape[2])
-    # As they lie in memory: were they to lie head by head, XLA would copy the cache.
-    as_cached = lambda x: x.swapaxes(1, 2).reshape(b, 1, s, -1)
     shares = launch(
         functools.partial(_body, blocks, splits),
         "decode",
+        key_heads,
         splits * tiles,
         [(*dims, dim), dims, dims],
         [
@@ -103,7 +103,7 @@ def forward(spec: AttentionSpec, state, q: jax.Array, k: jax.Array, v: jax.Array
         ],
         known,
         queries,
-        *map(as_cached, (k, v)),
+        *map(by_token, (k, v)),
         pairs=rows * s,
         width=h + dim,
         warpgroups=1,
@@ -132,12 +132,9 @@ def _body(
     each = lax.div(steps + splits - 1, jnp.int32(splits))
     first, steps = first + split * each, jnp.clip(steps - split * each, 0, each)
     row = pl.multiple_of(tile * ROWS, ROWS)
-    sequence, kv = lax.div(n, jnp.int32(blocks.heads)), lax.rem(n, jnp.int32(blocks.heads))
 
     def fetch(stream: Stream, step):
-        width = stream.rings[0].shape[-1]
-        cut = sequence, pl.ds((first + step) * KEYS, KEYS), pl.ds(pl.multiple_of(kv * width, width), width)
-        pl.when(step < steps)(lambda: stream.fetch(step, cut))
+        pl.when(step < steps)(lambda: stream.fetch(step, n, pl.ds((first + step) * KEYS, KEYS)))
 
     plgpu.copy_gmem_to_smem(q.at[n, pl.ds(row, ROWS)], queries, q_full.at[0])
     for early in range(keys.stages):

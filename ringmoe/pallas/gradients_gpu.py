@@ -32,6 +32,8 @@ from ringmoe.pallas.streams_gpu import (
     anew,
     barriers,
     bring,
+    by_token,
+    fetch,
     head,
     launch,
     padded,
@@ -66,7 +68,7 @@ def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
 
 
 def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
-    q, k, v, *_ = arrays
+    q, k, v, do, *numbers = arrays
     h, s, dim = q.shape[3], k.shape[2], v.shape[3]
     stages = lambda block_k: _stages(q, TALL * (h + dim), block_k * h, block_k * dim)
     # 128 logits a row, their gradients, and dQ's sum leave a thread few registers: enough to mask by distances alone.
@@ -77,6 +79,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     (dq,) = launch(
         functools.partial(_queries_body, blocks, few),
         "backward_queries",
+        q.shape[1],
         blocks.num_rows,
         [dq.shape[2:]],
         [
@@ -86,7 +89,8 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
             *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
         ],
         known,
-        *arrays,
+        *map(by_token, (q, k, v, do)),
+        *numbers,
         dq,
         pairs=blocks.pairs(at),
         width=2 * h + dim,
@@ -108,8 +112,8 @@ def _queries_body(
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             for source, own in ((q, queries), (do, outs)):
-                plgpu.copy_gmem_to_smem(source.at[n, pl.ds(i * TALL + g * ROWS, ROWS)], own.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(q.shape[0] // k.shape[0]))
+                fetch(source, n, pl.ds(i * TALL + g * ROWS, ROWS), own.at[g], q_full.at[g])
+        kv = lax.div(n, jnp.int32(q.shape[2] // k.shape[2]))
         bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)
@@ -154,12 +158,12 @@ def _queries_body(
 
             return added_to([dq], add)[0]
 
-        dq = lax.fori_loop(0, steps, step, filled((ROWS, q.shape[2]), 0.0))
+        dq = lax.fori_loop(0, steps, step, filled((ROWS, queries.shape[2]), 0.0))
         dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA, optimized=False) + dq * scale
 
 
 def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):
-    q, k, v, *others = arrays
+    q, k, v, do, *numbers = arrays
     h, dim = q.shape[3], v.shape[3]
     blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key")
     held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
@@ -167,6 +171,7 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
     return launch(
         functools.partial(_keys_body, blocks, wanted),
         f"backward_{'_'.join(wanted)}",
+        k.shape[1],
         blocks.num_rows,
         [(blocks.height, widths[name]) for name in wanted],
         [
@@ -177,10 +182,8 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
         ],
         known,
-        k,
-        v,
-        q,
-        *others,
+        *map(by_token, (k, v, q, do)),
+        *numbers,
         pairs=q.shape[1] // k.shape[1] * blocks.pairs(at),
         width=h + dim + sum(widths[name] for name in wanted) if "dk" in wanted else h + dim,
     )
@@ -194,7 +197,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         Stream([do, delta], [do_ring, delta_ring], do_full, do_free),
     )
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
-    sharing = q.shape[0] // k.shape[0]  # query heads of a key head
+    sharing = q.shape[2] // k.shape[2]  # query heads of a key head
     first, met = blocks.met(known, kv * sharing, j)
     of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
 
@@ -203,7 +206,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             for source, own in zip((k, v), held):
-                plgpu.copy_gmem_to_smem(source.at[kv, pl.ds(j * TALL + g * ROWS, ROWS)], own.at[g], k_full.at[g])
+                fetch(source, kv, pl.ds(j * TALL + g * ROWS, ROWS), own.at[g], k_full.at[g])
 
         def cut(step):
             n, row = of_step(step)

@@ -60,38 +60,64 @@ class Stream(NamedTuple):
         """Says that this warpgroup needs the blocks no more."""
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
-    def bring(self, step, cut) -> None:
+    def bring(self, step, n, rows) -> None:
         pl.when(step >= self.stages)(lambda: self.wait_until_free(step))
-        self.fetch(step, cut)
+        self.fetch(step, n, rows)
 
-    def fetch(self, step, cut) -> None:
-        """Into a slot that is known to be free."""
+    def fetch(self, step, n, rows) -> None:
+        """These rows of a head, into a slot that is known to be free."""
         for array, ring in zip(self.arrays, self.rings):
-            plgpu.copy_gmem_to_smem(array.at[cut], ring.at[self.slot(step)], self.full.at[self.slot(step)])
+            fetch(array, n, rows, ring.at[self.slot(step)], self.full.at[self.slot(step)])
 
     def wait_until_free(self, step) -> None:
         plgpu.barrier_wait(self.free.at[self.slot(step)])
 
 
-def bring(streams: Sequence[Stream], steps, cut: Callable) -> None:
-    """Brings every stream's blocks `cut(step)`, and returns once all are done with."""
+def fetch(array, n, rows, block, full) -> None:
+    """Has rows of head n, of all sequences', brought into `block`: of an array [B, T, heads width], or numbers [B heads, T]."""
+    at = n, rows
+    if len(array.shape) == 3:
+        width = block.shape[-1]
+        heads = jnp.int32(array.shape[2] // width)
+        at = lax.div(n, heads), rows, pl.ds(pl.multiple_of(lax.rem(n, heads) * width, width), width)
+    plgpu.copy_gmem_to_smem(array.at[at], block, full)
+
+
+def bring(streams: Sequence[Stream], steps, at: Callable) -> None:
+    """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with."""
 
     @pl.loop(0, steps)
     def _(step):
         for stream in streams:
-            stream.bring(step, cut(step))
+            stream.bring(step, *at(step))
 
     for stream in streams:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
 
 
-def launch(
-    body, name: str, rows: int, out, scratch_types, known: Known, *arrays, pairs: int, width: int, warpgroups=GROUPS + 1
-):
-    """Runs a kernel with a block of `warpgroups` for every head and block of rows; results have the head's dims of `arrays[0]`.
+def by_token(x):
+    """[B, N, T, H] as [B, 1, T, N H], for TMA to bring a head's rows out of: as public arrays lie in memory. To have a head's
+    tokens next to each other XLA would copy them."""
+    return x.swapaxes(1, 2).reshape(x.shape[0], 1, x.shape[2], -1)
 
-    Kernels see what is known, and arrays [B N, T, ...]; `out` are the other dims of each result, which is float32.
-    A head's products sum over `width` numbers for each of its `pairs`.
+
+def launch(
+    body,
+    name: str,
+    heads: int,
+    rows: int,
+    out,
+    scratch_types,
+    known: Known,
+    *arrays,
+    pairs: int,
+    width: int,
+    warpgroups=GROUPS + 1,
+):
+    """Runs a kernel with a block of `warpgroups` for each of so many heads of a sequence, and each block of rows.
+
+    Kernels see what is known, and arrays [B, n, T, ...] as [B n, T, ...]; `out` are the dims of each result, [B, heads, *dims],
+    which is float32. A head's products sum over `width` numbers for each of its `pairs`.
     """
     known, *arrays = compat.vary_alike((known, *arrays))
     names = tuple(known.vectors)
@@ -99,7 +125,7 @@ def launch(
     def run(numbers, *refs):
         return body(Known(numbers, dict(zip(names, refs))), *refs[len(names) :])
 
-    (batch, heads), like = arrays[0].shape[:2], jax.typeof(arrays[0]).mat
+    batch, like = arrays[0].shape[0], jax.typeof(arrays[0]).mat
     near = math.gcd(batch * heads, HEADS)
     kernel = plgpu.kernel(
         run,

@@ -6,8 +6,9 @@
                        one that shares links the first, and the way's part that is for the others
     all              = hops, and what moves before and after them, each by itself
 
-between devices, of which some exchanges go over a network (`Load.domains`), for B bytes that the call's tiles fetch and C of its state, F = 2 H FLOPs a pair and product (`Machine.products`). The kernels'
-constants are fitted to the inspector's times of them, see bench/README.md.
+between devices, of which some exchanges go over a network (`Load.domains`); for B bytes that the call's tiles fetch and C of
+its state, F = 2 H FLOPs a pair and product (`Machine.products`). The kernels' constants are fitted to the inspector's times of
+them, see bench/README.md.
 """
 
 import dataclasses
