@@ -394,6 +394,14 @@ def test_a_rings_sends_go_on_during_the_kernels(door, is_causal):
         assert not re.search(r"f32\[2,4,1024,128\]\S* copy\(", part)
 
 
+@pytest.mark.parametrize("change", [lambda f: f, gradient])
+def test_nothing_is_copied_to_lie_head_by_head(change):
+    """Two sequences on one GPU: of bfloat16 arrays [B, N, T, H] none is written, as those that XLA had transposed were."""
+    run = jax.jit(change(ringmoe.dot_product_attention)).lower(*types(on("h200"), t=2048)).compile()
+    text = run.as_text() or ""
+    assert "mosaic_gpu" in text and not re.search(r"= bf16\[2,[24],2048,128\]\{3,2,1,0\S* (?!bitcast)", text)
+
+
 def test_all_that_leaves_a_ring_together_is_under_way_at_once():
     """XLA:GPU itself has one permute under way at a time: `ringmoe.jit` lets it have four."""
     on("h200")
