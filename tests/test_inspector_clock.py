@@ -403,6 +403,19 @@ def test_what_only_sounds_like_it_is_none(line):
     assert inspect(program(line)).collectives == ()
 
 
+@pytest.mark.parametrize(("own", "named"), [("", "f/kernel"), ("f/own", "f/own")])
+def test_a_fusion_around_a_call_is_of_what_the_call_is_of(own, named):
+    """As XLA:GPU makes them of a kernel and the slices that it reads, without a name."""
+    call = f'%inner = {BIG} custom-call(%x), custom_call_target="k", metadata={{op_name="f/kernel"}}'
+    metadata = f', metadata={{op_name="{own}"}}' if own else ""
+    line = f"%around = {BIG} fusion(%w), kind=kCustom, calls=%wrapped{metadata}"
+    (found,) = [o for o in inspect(program(line, others=computation("wrapped", call))).operations if o.name == "around"]
+    assert found.op_name == named
+    assert inspect(program(start(), line, done(), others=computation("wrapped", call))).collectives[
+        0
+    ].hidden_by_ops == (named,)
+
+
 def branches(index="%i = s32[] constant(0)", names="%fast, %slow"):
     return [index, f"%c = {BIG} conditional(%i, %w, %w), branch_computations={{{names}}}"]
 

@@ -247,6 +247,7 @@ class _Walk:
             self.spent.append((instruction, cost))
 
     def _operation(self, instruction: Instruction, cost: Cost) -> Operation:
+        named = self.schedule.module.named(instruction)
         return Operation(
             instruction.name,
             instruction.opcode,
@@ -254,8 +255,8 @@ class _Walk:
             cost.us,
             cost.flops,
             computation=self.computation.name,
-            op_name=instruction.op_name,
-            source=self.schedule.module.source(instruction),
+            op_name=named.op_name,
+            source=self.schedule.module.source(named),
         )
 
     def _compute(
@@ -463,7 +464,9 @@ class _Walk:
                 flight.op_name,
                 source=flight.source,
                 axes=flight.axes,
-                hidden_by_ops=tuple(self.computation.by_name[name].op_name for name in hidden_by),
+                hidden_by_ops=tuple(
+                    self.schedule.module.named(self.computation.by_name[name]).op_name for name in hidden_by
+                ),
             )
         )
 

@@ -235,6 +235,14 @@ class Module:
     entry: Computation
     tables: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
 
+    def named(self, instruction: Instruction) -> Instruction:
+        """The one that tells what an instruction is of: itself, or in a fusion that XLA made around a call, and that says
+        nothing, the call."""
+        inside = () if instruction.op_name or instruction.opcode != "fusion" else instruction.called
+        computations = (self.computations[name] for name in inside if name in self.computations)
+        calls = (i for computation in computations for i in computation.instructions if i.opcode == "custom-call")
+        return next((call for call in calls if call.op_name), instruction)
+
     def source(self, instruction: Instruction) -> str:
         """ "file.py:line" that the instruction came from, innermost frame; "" when not told."""
         metadata = instruction.attributes.get("metadata", "")
