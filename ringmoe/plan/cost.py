@@ -177,7 +177,7 @@ def machine(device_kind: str, itemsize: int = 2) -> Machine:
         chip.vector_flops / chip.devices_per_chip * per_us,
         chip.hbm_bandwidth / chip.devices_per_chip * per_us,
         chip.hbm_bytes / chip.devices_per_chip,
-        chip.link_bandwidth * (1 if torus else chip.num_links) * per_us,
+        chip.link_bandwidth * NETWORKS[name].link_share * (1 if torus else chip.num_links) * per_us,
         chip.num_links // 2 if torus else 0,
         chip.devices_per_chip,
         LAUNCH[chip.kind],

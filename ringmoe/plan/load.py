@@ -26,6 +26,7 @@ PARTLY = 0.35  # at most of all keys, that a causal mask hides and blocks meet n
 LAUNCH = 0.3  # microseconds of a call
 BLOCK = 512  # queries that share what is fetched of keys
 PASSES = 5  # over the float32 results that are merged, in memory
+TOGETHER = 30 * 2**20  # bytes of results that XLA:GPU makes one collective of, where there are several of a kind
 LOGITS = (38.0, 110.0)  # bytes that the kernel in plain XLA operations moves for a pair
 
 
@@ -187,9 +188,12 @@ class Load:
             return calls
         far, block = machine.apart(self.size, self.abreast), 2 * self.key / self.parts
         crosses = self._span(self.size // self.abreast, apart=True).domains > 1
-        beyond = 2 * self.ways * crosses  # permutes, of keys and of values, that share a device's network
+        # Permutes, of keys and of values, that share a device's network; of which XLA:GPU makes one.
+        beyond = crosses * (1 if machine.is_gpu else 2 * self.ways)
         way, owed, home = (
-            machine.alone(block * size / machine.link * far, far, beyond * block / 2 * size, beyond) if size else 0.0
+            machine.alone(block * size / machine.link * far, far, crosses * self.ways * block * size, beyond)
+            if size
+            else 0.0
             for size in (self.itemsize, self.owed_itemsize, self._home)
         )
         # A permute whose links others share takes longer than XLA's scheduler believes, and starts so much too late. Between
@@ -229,21 +233,25 @@ class Load:
         back = 2 * one(self.key * self._returned) + 2 * one(0) if self.backward else 0.0  # lse and delta
         return queries * one(self.query * self.itemsize) + 2 * one(self.key * self.itemsize) + back
 
+    def _both(self, kind: str, sent: float, each: float) -> float:
+        """A collective of keys and one of values, or one of both, of so many bytes of every device; `each` has a result."""
+        one = self.machine.is_gpu and 2 * each <= TOGETHER
+        return (2 - one) * self.machine.takes(kind, self._span(self.size), (1 + one) * sent)
+
     def _to_all(self) -> float:
-        return self.machine.takes("all-gather", self._span(self.size), self.key * self.itemsize)
+        return self._both("all-gather", self.key * self.itemsize, self.size * self.key * self.itemsize)
 
     def _gathered(self) -> float:
         """K and V to all, and their gradients' sums home."""
         if self.kind != "all_gather":
             return 0.0
-        sums = self.size * self.key * self.owed_itemsize
-        home = self.machine.takes("reduce-scatter", self._span(self.size), sums) if self.backward else 0.0
-        return 2 * self._to_all() + 2 * home
+        sums = self.key * self.owed_itemsize
+        return self._to_all() + (self._both("reduce-scatter", self.size * sums, sums) if self.backward else 0.0)
 
     @property
     def arriving(self) -> float:
         """Microseconds in which query, key and value come to where they are worked on: forward and backward alike."""
-        us = 2 * self._to_all() if self.kind == "all_gather" else 0.0
+        us = self._to_all() if self.kind == "all_gather" else 0.0
         if self.pieces > 1:
             us += self._to_mirror(self.query, self.key, self.key)
         if self.head_parts > 1:
