@@ -29,6 +29,9 @@ LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that st
 # Devices up to which an all-to-all can be under way during other work, and up to which a TPU has a ragged one, where not always
 # (libtpu 0.0.50: "Async all-to-all not supported on limited ICI", and so the ragged one: errors if they are asked for).
 ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
+CIRCLE = (
+    16  # devices up to which a circle is better than a row for whatever is exchanged, but for what goes half round it
+)
 SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote DMA reaches no other one
 
 
@@ -141,11 +144,12 @@ class Machine:
 
     def apart(self, devices: int, far: int) -> int:
         """Links to the device that is `far` on, of so many in rows along the longest dim; as many share each of them, and all
-        devices of a chip. The one that is half of all on is at the other side, in whatever order."""
+        devices of a chip. The one that is half of all on is at the other side, in whatever order; of few devices, whose order
+        may be a circle (`ring_mesh`), at the other end."""
         chips, longest = -(-far // self.per_chip), max(self._torus(devices)) if self.dims else 1
         sharing = self.per_chip if self.dims and far >= self.per_chip else 1
         if 2 * far == devices and longest > 2:
-            return longest // 2 * sharing
+            return longest // (1 if devices <= CIRCLE and not self.is_ring(longest) else 2) * sharing
         for length in sorted(self._torus(devices), reverse=True) if self.dims else (chips,):
             if chips % length:
                 return chips * sharing
