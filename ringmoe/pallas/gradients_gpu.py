@@ -18,7 +18,7 @@ from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import Blocks, across, are_few, cleared, filled, given
+from ringmoe.pallas.logits_gpu import WIDEST, Blocks, across, are_few, cleared, filled, given
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
@@ -76,6 +76,8 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     few = are_few(spec, extras)
     block_k = 128 if few and h <= (128 if distances else 64) and min(stages(128)) >= 2 else 64
     (blocks, known), tiles = Blocks.make(spec, q, k, extras, at, block_k), shared(q.dtype)
+    # Of the widest heads one coordinate more for TMA is one register too many: XLA copies those to lie head by head.
+    as_read = by_token if h + dim < 2 * WIDEST else lambda x: x
     (dq,) = launch(
         functools.partial(_queries_body, blocks, few),
         "backward_queries",
@@ -89,7 +91,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
             *(barriers(n, arrivals) for n in stages(block_k) for arrivals in (1, GROUPS)),
         ],
         known,
-        *map(by_token, (q, k, v, do)),
+        *map(as_read, (q, k, v, do)),
         *numbers,
         dq,
         pairs=blocks.pairs(at),
@@ -113,7 +115,7 @@ def _queries_body(
         for g in range(GROUPS):
             for source, own in ((q, queries), (do, outs)):
                 fetch(source, n, pl.ds(i * TALL + g * ROWS, ROWS), own.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(q.shape[2] // k.shape[2]))
+        kv = lax.div(n, jnp.int32(q.shape[0] * q.shape[2] // (k.shape[0] * k.shape[2])))
         bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)

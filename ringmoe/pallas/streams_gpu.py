@@ -75,9 +75,8 @@ class Stream(NamedTuple):
 
 def fetch(array, n, rows, block, full) -> None:
     """Has rows of head n, of all sequences', brought into `block`: of an array [B, T, heads width], or numbers [B heads, T]."""
-    at = n, rows
-    if len(array.shape) == 3:
-        width = block.shape[-1]
+    at, width = (n, rows), block.shape[-1]
+    if array.shape[2:] not in ((), (width,)):
         heads = jnp.int32(array.shape[2] // width)
         at = lax.div(n, heads), rows, pl.ds(pl.multiple_of(lax.rem(n, heads) * width, width), width)
     plgpu.copy_gmem_to_smem(array.at[at], block, full)
