@@ -29,9 +29,7 @@ LAUNCH = {"tpu": 5.0, "gpu": 10.0, "cpu": 1000.0}  # of a piece: matmuls that st
 # Devices up to which an all-to-all can be under way during other work, and up to which a TPU has a ragged one, where not always
 # (libtpu 0.0.50: "Async all-to-all not supported on limited ICI", and so the ragged one: errors if they are asked for).
 ASYNCHRONOUS = {"v5e": 16, "cpu": 0}
-CIRCLE = (
-    16  # devices up to which a circle is better than a row for whatever is exchanged, but for what goes half round it
-)
+CIRCLE = 16  # devices up to which a mesh may have them in a circle: `ring_mesh`
 SLICE = {"v5e": 256}  # devices of the largest slice, where that matters: remote DMA reaches no other one
 
 
