@@ -377,6 +377,7 @@ def ring(change=lambda f: f, door=jax.jit, **kind):
     return text, re.split(r"\n(?=\S)", text)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("door", "is_causal"), [(jax.jit, False), (ringmoe.jit, True)])
 def test_a_rings_sends_go_on_during_the_kernels(door, is_causal):
     text, parts = ring(gradient, door, is_causal=is_causal)

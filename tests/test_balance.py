@@ -106,6 +106,7 @@ def test_of_a_length_that_devices_do_not_divide(size, length):
         np.testing.assert_allclose(grad[:, :length], expected, atol=5e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("target", "tokens", "causal"), [("v5p:2x2x1", 128, False), ("v6e:2x2", 2048, True)])
 def test_auto_is_near_the_fastest_by_the_inspector(target, tokens, causal):
     """The model that chooses, against what the compiler made of each exchange."""
@@ -123,6 +124,7 @@ def test_auto_is_near_the_fastest_by_the_inspector(target, tokens, causal):
     assert max(times.values()) > 1.3 * times["auto"]  # it matters
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 def test_on_a_machine_its_work_is_little_more_than_half(target):
     """Of that of the same ring unbalanced, which a window as long as the sequence makes of it."""

@@ -156,6 +156,7 @@ def test_a_second_derivative_with_the_hidden_dim_sharded(door):
     assert_derivatives(got, "experts", grad_of_grad)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("op", OPS)
 def test_a_third_derivative(op):
     fun, _, arrays, specs = OPS[op]

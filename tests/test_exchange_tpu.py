@@ -119,6 +119,7 @@ def test_every_tpu_works_on_one_piece_while_others_travel(target, backward):
     assert sum(hidden) >= len(travels) - (1 if backward else 2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backward", [False, True])
 def test_where_xla_can_not_hide_it_the_wire_is_hidden(backward):
     once, chosen = (

@@ -181,6 +181,7 @@ def test_without_a_gate(case):
     assert_equals_oracle(make_forward(case)(*arrays), make_backward(case)(*arrays, dy), gated=False)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", [case for name, case in SORTED.items() if name in IN_PIECES])
 def test_no_row_is_lost_though_all_are_sent_to_one_device(case):
     """Every token chooses the same experts, and all of them are kept."""

@@ -162,6 +162,7 @@ def test_shares_of_a_softmax_merge():
     np.testing.assert_allclose(parts, attend(q, k, v)[0], atol=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("base", [None, 10_000.0])
 def test_chunks_and_shards_give_the_dense_logits(params, mesh, base):
     config = dataclasses.replace(TINY, global_rope_base=base)

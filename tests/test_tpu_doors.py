@@ -119,6 +119,7 @@ def test_a_kernel_takes_the_blocks_of_its_chip(target, door):
     assert {*chips} == {target.split(":")[0]}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 256), ("float32", 256)])
 def test_a_gradient_of_many_tokens_has_room_on_the_smallest_chip(dtype, head_dim):
     """A v4's VMEM is 16 MiB, which the gradients of that many queries alone would fill."""
