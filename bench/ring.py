@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringmoe
 from ringmoe.inspector.chips import CHIPS
+from ringmoe.plan.cost import CIRCLE
 
 TARGETS = ("v4:2x2x4", "v5e:2x4", "v5e:16x16", "v5p:2x2x2", "v5p:8x8x16", "v6e:16x16", "tpu7x:4x4x8", "h200x8")
 HEADS, HEAD_DIM = 8, 128
@@ -33,7 +34,7 @@ KEY_HEADS, TOKENS = (8, 2), (4096, 32768)  # tokens a device
 def mesh_of(machine: ringmoe.Target):
     """One axis over all devices, in circles where it is short: of longer ones rows serve the exchange of heads."""
     mesh = machine.mesh({"x": machine.num_devices})
-    return ringmoe.ring_mesh(mesh, "x") if mesh.size <= 16 else mesh
+    return ringmoe.ring_mesh(mesh, "x") if mesh.size <= CIRCLE else mesh
 
 
 def inspected(

@@ -118,8 +118,8 @@ def in_the_mesh_that_is_set(mesh: AbstractMesh) -> AbstractMesh | Mesh:
     A shard_map over an abstract mesh is lowered with the axes of the concrete mesh that is set, and finds a finer mesh's
     axes unbound. What is set can't be asked for inside a trace.
     """
-    outer = get_concrete_mesh()
-    if outer.empty or outer.shape == mesh.shape or outer.size != mesh.size:
+    outer = with_its_devices(mesh)
+    if not isinstance(outer, Mesh) or outer.shape == mesh.shape:
         return mesh
     return Mesh(outer.devices.reshape(mesh.axis_sizes), mesh.axis_names, axis_types=mesh.axis_types)
 

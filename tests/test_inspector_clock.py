@@ -411,9 +411,8 @@ def test_a_fusion_around_a_call_is_of_what_the_call_is_of(own, named):
     line = f"%around = {BIG} fusion(%w), kind=kCustom, calls=%wrapped{metadata}"
     (found,) = [o for o in inspect(program(line, others=computation("wrapped", call))).operations if o.name == "around"]
     assert found.op_name == named
-    assert inspect(program(start(), line, done(), others=computation("wrapped", call))).collectives[
-        0
-    ].hidden_by_ops == (named,)
+    behind = only(inspect(program(start(), line, done(), others=computation("wrapped", call))))
+    assert behind.hidden_by_ops == (named,)
 
 
 def branches(index="%i = s32[] constant(0)", names="%fast, %slow"):

@@ -50,6 +50,7 @@ from ringmoe.pallas.streams_gpu import (
     head,
     launch,
     shared,
+    sharing,
 )
 
 TAKEN = (*LENGTHS, *SEGMENTS, *POSITIONS, "slopes", "bias")  # of Extras
@@ -153,7 +154,7 @@ def _body(blocks: Blocks, fresh: bool, known, q, k, v, *refs):
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             fetch(q, n, pl.ds(i * TALL + g * ROWS, ROWS), queries.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(q.shape[2] // k.shape[2]))
+        kv = lax.div(n, jnp.int32(sharing(q, k)))
         bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)

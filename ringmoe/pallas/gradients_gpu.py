@@ -38,6 +38,7 @@ from ringmoe.pallas.streams_gpu import (
     launch,
     padded,
     shared,
+    sharing,
 )
 
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
@@ -115,7 +116,7 @@ def _queries_body(
         for g in range(GROUPS):
             for source, own in ((q, queries), (do, outs)):
                 fetch(source, n, pl.ds(i * TALL + g * ROWS, ROWS), own.at[g], q_full.at[g])
-        kv = lax.div(n, jnp.int32(q.shape[0] * q.shape[2] // (k.shape[0] * k.shape[2])))
+        kv = lax.div(n, jnp.int32(sharing(q, k)))
         bring([keys, values], steps, lambda step: (kv, pl.ds((first + step) * block_k, block_k)))
 
     @pl.when(group < GROUPS)
@@ -199,9 +200,9 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         Stream([do, delta], [do_ring, delta_ring], do_full, do_free),
     )
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
-    sharing = q.shape[2] // k.shape[2]  # query heads of a key head
-    first, met = blocks.met(known, kv * sharing, j)
-    of_step = lambda step: (kv * sharing + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
+    heads = sharing(q, k)
+    first, met = blocks.met(known, kv * heads, j)
+    of_step = lambda step: (kv * heads + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -214,7 +215,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
             n, row = of_step(step)
             return n, pl.ds(row, ROWS)
 
-        bring([queries, slopes], met * sharing, cut)
+        bring([queries, slopes], met * heads, cut)
 
     @pl.when(group < GROUPS)
     def _multiply():
@@ -263,6 +264,6 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
             return tuple(pl.run_scoped(both, logits, logits))
 
         totals = tuple(filled((ROWS, out.shape[2]), 0.0) for out in outs)
-        totals = lax.fori_loop(0, met * sharing, step, totals)
+        totals = lax.fori_loop(0, met * heads, step, totals)
         for name, out, total in zip(wanted, outs, totals):
             out[kv, pl.ds(key, ROWS)] = total * scale if name == "dk" else total

@@ -100,6 +100,11 @@ def by_token(x):
     return x.swapaxes(1, 2).reshape(x.shape[0], 1, x.shape[2], -1)
 
 
+def sharing(q, k) -> int:
+    """Query heads of a key head, of arrays by token or head by head, as kernels see them."""
+    return q.shape[0] * q.shape[2] // (k.shape[0] * k.shape[2])
+
+
 def launch(
     body,
     name: str,

@@ -303,8 +303,9 @@ class _Call:
     @functools.cached_property
     def _domains(self) -> tuple[int, ...]:
         """Of each device along the keys' axes, the slice or the host of GPUs that it is on: a mesh has one after the other."""
-        size, numbers = math.prod(self.length.values()), np.zeros((), int)
-        for count, stride in map(of_mesh(self.length).__getitem__, self.key_axes):
+        size, digits, numbers = math.prod(self.length.values()), of_mesh(self.length), np.zeros((), int)
+        for axis in self.key_axes:
+            count, stride = digits[axis]
             numbers = np.add.outer(numbers, stride * np.arange(count))
         domains = cost.machine(self.device_kind, self.itemsize).domains(size, self.slices)
         return tuple((numbers.reshape(-1) * domains // size).tolist())

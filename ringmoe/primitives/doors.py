@@ -83,9 +83,8 @@ def find(op, avals, params) -> Found | None:
     """The plan of a bound op as far as it is known before XLA runs; None: the partitioner decides."""
     rule, mesh, placement = op.rule(avals, params), mesh_of(avals), params["placement"]
     free, known, door = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes), factors_in_types(rule, avals), "types"
-    slices = meshes.slices(compat.with_its_devices(mesh))
     if isinstance(placement, Placement):
-        known, door, slices = dict(placement.factors), "ringmoe.jit", placement.slices
+        known, door = dict(placement.factors), "ringmoe.jit"
         if not mesh.manual_axes:
             mesh, free = placement.mesh, frozenset(placement.mesh.axis_names)
     if params["axis_name"] or mesh.manual_axes:
@@ -97,6 +96,8 @@ def find(op, avals, params) -> Found | None:
         free, known, door = frozenset() if known is None else free, factors, "manual"
     if known is None:
         return None
+    placed = isinstance(placement, Placement)
+    slices = placement.slices if placed else meshes.slices(compat.with_its_devices(mesh))
     return Found(op.plan(rule, known, mesh, avals, params | {"slices": slices}), mesh, free, door)
 
 
