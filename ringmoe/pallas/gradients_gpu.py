@@ -18,7 +18,7 @@ from ringmoe import softmax
 from ringmoe.interface import AttentionSpec, Extras, Grads, Offsets
 from ringmoe.masks import Band
 from ringmoe.pallas.hopper import added_to
-from ringmoe.pallas.logits_gpu import WIDEST, Blocks, across, are_few, cleared, filled, given
+from ringmoe.pallas.logits_gpu import WIDEST, WIDTH, Blocks, across, are_few, cleared, filled, given
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
     GROUPS,
@@ -29,6 +29,7 @@ from ringmoe.pallas.streams_gpu import (
     TALL,
     WGMMA,
     Stream,
+    Sums,
     anew,
     barriers,
     bring,
@@ -54,11 +55,21 @@ def backward(spec: AttentionSpec, dq, q, k, v, do, lse, delta, extras: Extras, a
     log2 = Blocks(spec, t, s, ROWS, ROWS, has_bias=extras.bias is not None).log2
     lse, delta = padded(softmax.finite_lse(lse) * log2, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
-    dq = _queries(spec, extras, at, arrays, padded(dq, TALL))[:, :, :t]
+    dq, found = padded(dq, TALL), {}
     most = BESIDE if are_few(spec, extras) else BESIDE // 2
-    runs = (("dk", "dv"),) if h + dim <= most else (("dk",), ("dv",))
-    found = {name: x for names in runs for name, x in zip(names, _keys(spec, extras, at, arrays, names), strict=True)}
-    return Grads(dq, *(found[name][:, :, :s] for name in ("dk", "dv")))
+    if h + dim > most:
+        runs = ("dk",), ("dv",)
+    else:
+        runs = ((("dq", "dk", "dv") if FUSED(h, dim) else ("dk", "dv")),)
+    for names in runs:
+        found |= zip(names, _keys(spec, extras, at, arrays, names, dq), strict=True)
+    if "dq" not in found:
+        found["dq"] = _queries(spec, extras, at, arrays, dq)
+    lengths = {"dq": t, "dk": s, "dv": s}
+    return Grads(**{name: found[name][:, :, :length] for name, length in lengths.items()})
+
+
+FUSED = lambda h, dim: h == dim == 128
 
 
 def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
@@ -165,34 +176,55 @@ def _queries_body(
         dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA, optimized=False) + dq * scale
 
 
-def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...]):
+def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...], dq):
     q, k, v, do, *numbers = arrays
     h, dim = q.shape[3], v.shape[3]
-    blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key")
+    blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key", in_turn="dq" in wanted)
     held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
-    stages = _stages(q, TALL * sum(held), ROWS * (h + 2), ROWS * (dim + 2))
+    own, scratch = TALL * sum(held), []
+    if "dq" in wanted:
+        scratch = [
+            tiles(2, GROUPS, ROWS, ROWS),
+            barriers(1, GROUPS),
+            shared(jnp.float32)(SUMS, GROUPS, ROWS, h // GROUPS),
+            barriers(SUMS, GROUPS),
+            barriers(SUMS),
+        ]
+        own += 2 * GROUPS * ROWS * ROWS + SUMS * ROWS * h * 2
+    stages = _stages(q, own, ROWS * (h + 2), ROWS * (dim + 2))
     return launch(
         functools.partial(_keys_body, blocks, wanted),
         f"backward_{'_'.join(wanted)}",
         k.shape[1],
         blocks.num_rows,
-        [(blocks.height, widths[name]) for name in wanted],
+        [(blocks.height, widths[name]) for name in wanted if name != "dq"],
         [
             *(tiles(GROUPS, ROWS, width) for width in held),
             barriers(GROUPS, len(held)),
             *(tiles(n, ROWS, width) for n, width in zip(stages, (h, dim))),
             *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
+            *scratch,
         ],
         known,
         *map(by_token, (k, v, q, do)),
         *numbers,
         pairs=q.shape[1] // k.shape[1] * blocks.pairs(at),
-        width=h + dim + sum(widths[name] for name in wanted) if "dk" in wanted else h + dim,
+        width=h + dim + sum({"dq": h, **widths}[name] for name in wanted) if "dk" in wanted else h + dim,
+        into=dq if "dq" in wanted else None,
     )
 
 
+SUMS = 2
+
+
 def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
+    fused = "dq" in wanted
+    if fused:
+        total, *refs = refs
+        *refs, slopes_ring, slopes_full, sum_ring, sum_full, sum_free = refs
+        sums = Sums(total, sum_ring, sum_full, sum_free)
+        wanted = wanted[1:]
     outs, refs = refs[: len(wanted)], refs[len(wanted) :]
     *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
     queries, slopes = (
@@ -202,7 +234,8 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
     heads = sharing(q, k)
     first, met = blocks.met(known, kv * heads, j)
-    of_step = lambda step: (kv * heads + lax.div(step, met), (first + lax.rem(step, met)) * ROWS)
+    # From the last on: under a causal mask all blocks of threads begin at the same one.
+    of_step = lambda step: (kv * heads + lax.div(step, met), (first + met - 1 - lax.rem(step, met)) * ROWS)
 
     @pl.when(group == GROUPS)
     def _bring():
@@ -215,7 +248,11 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
             n, row = of_step(step)
             return n, pl.ds(row, ROWS)
 
-        bring([queries, slopes], met * heads, cut)
+        def add(step):
+            n, row = of_step(step)
+            sums.add(step, n, row, blocks.turn(known, n, row, j))
+
+        bring([queries, slopes], met * heads, cut, *[(SUMS, add)] * fused)
 
     @pl.when(group < GROUPS)
     def _multiply():
@@ -225,6 +262,8 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         # What more than distances and ends tells leaves no registers for dP to be under way meanwhile.
         early = blocks.spec.band.also is None and blocks.spec.soft_cap is None and not known.vectors
         plgpu.barrier_wait(k_full.at[group])
+        if fused:
+            plgpu.barrier_wait(k_full.at[1 - group])
 
         def step(n, totals):
             (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
@@ -253,7 +292,27 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
                         plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)
                     if "dk" in wanted:
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
-                        plgpu.wgmma(acc["dk"], (factor * (dp - of_column(deltas))).astype(q.dtype), query)
+                        ds = (factor * (dp - of_column(deltas))).astype(q.dtype)
+                        if fused:
+                            slot = lax.rem(n, jnp.int32(2))
+                            slopes_ring.at[slot, own][...] = ds
+                            plgpu.commit_smem()
+                            plgpu.barrier_arrive(slopes_full.at[0])
+                            plgpu.barrier_wait(slopes_full.at[0])
+                            columns = pl.ds(pl.multiple_of(own * (q_ring.shape[2] // GROUPS), WIDTH), q_ring.shape[2] // GROUPS)
+
+                            def product(dq_acc):
+                                for g in range(GROUPS):
+                                    plgpu.wgmma(
+                                        dq_acc, slopes_ring.at[slot, g].transpose((1, 0)), held[0].at[g, :, columns]
+                                    )
+                                plgpu.wgmma(acc["dk"], ds, query)
+                                dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+                                sums.give(n, own, dq * scale)
+
+                            pl.run_scoped(product, plgpu.ACC((ROWS, q_ring.shape[2] // GROUPS), jnp.float32))
+                        else:
+                            plgpu.wgmma(acc["dk"], ds, query)
                     plgpu.wgmma_wait(0)
                     queries.done(n)
                     slopes.done(n)

@@ -53,7 +53,7 @@ class Blocks(blocks.Blocks):
     has_bias: bool = False
 
     @classmethod
-    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query") -> "tuple[Blocks, Known]":
+    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query", in_turn=False) -> "tuple[Blocks, Known]":
         """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]."""
         # Whole blocks of threads read them.
         whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
@@ -74,7 +74,11 @@ class Blocks(blocks.Blocks):
             bias = jnp.pad(extras.bias, ((0, 0), (0, 0), *more)) if any(map(max, more)) else extras.bias
             vectors["bias"] = bias if rows == "query" else bias.mT
         layout, vector = blocks.packed(numbers)
-        return dataclasses.replace(made, layout=layout), Known(vector, vectors)
+        made = dataclasses.replace(made, layout=layout)
+        if in_turn:
+            layout, vector = blocks.packed(numbers | made._turns(vector, q.shape[0]))
+            made = dataclasses.replace(made, layout=layout)
+        return made, Known(vector, vectors)
 
     @property
     def num_rows(self) -> int:
@@ -152,22 +156,49 @@ class Blocks(blocks.Blocks):
     def _sequence(self, n):
         return lax.div(n, jnp.int32(self.heads))
 
-    def met(self, known: Known, n, i):
-        """The first block of the other side that those of block i of threads meet, and how many more there are."""
-        band, queries, keys = self._here(known.numbers, n)
+    def _span(self, numbers, n, i):
+        """The first block of the other side that those of block i of threads meet, and the last, exclusive."""
+        band, queries, keys = self._here(numbers, n)
         band = band.ends if self.has(*POSITIONS) else band
         if self.rows == "query":
-            own, other, meets, block, most = queries, keys, band.keys_met, self.block_k, self.num_k
+            own, other, meets, block = queries, keys, band.keys_met, self.block_k
         else:
-            own, other, meets, block, most = keys, queries, band.queries_met, self.block_q, self.num_q
+            own, other, meets, block = keys, queries, band.queries_met, self.block_q
         start = own.of(i * TALL)
         first, last = (jnp.asarray(x, jnp.int32) for x in meets(start, start + TALL, other, block))
         if self.has("met"):
-            nearest, farthest = (self.number(known.numbers, "met", self._sequence(n), i, end) for end in range(2))
+            nearest, farthest = (self.number(numbers, "met", self._sequence(n), i, end) for end in range(2))
             first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
+        return first, last
+
+    def met(self, known: Known, n, i):
+        """The first block of the other side that those of block i of threads meet, and how many more there are."""
+        if self.has("span"):
+            first, last = (self.number(known.numbers, "span", self._sequence(n), i, end) for end in range(2))
+            return first, last - first
+        first, last = self._span(known.numbers, n, i)
         # One at least, of which then nothing is seen: a kernel needs no way around its loop.
-        first = jnp.minimum(first, most - 1)
+        first = jnp.minimum(first, self._most - 1)
         return first, jnp.maximum(last - first, 1)
+
+    @property
+    def _most(self) -> int:
+        return self.num_k if self.rows == "query" else self.num_q
+
+    def _turns(self, numbers, batch: int) -> dict[str, jax.Array]:
+        own, other = jnp.arange(self.num_rows, dtype=jnp.int32), jnp.arange(self._most, dtype=jnp.int32)
+        of = lambda b, j: self._span(numbers, b * self.heads, j)
+        first, last = jax.vmap(lambda b: jax.vmap(lambda j: of(b, j))(own))(jnp.arange(batch, dtype=jnp.int32))
+        some, later = first < last, own[:, None] <= own[None, :]
+        first = jnp.where(some[:, None] & later, first[:, None], self._most - 1).min(2)
+        last = jnp.where(some[:, None] & later.T, last[:, None], 0).max(2)
+        last = jnp.maximum(last, first + 1)
+        turn = jnp.sum(last[:, None] <= other[:, None], 2, dtype=jnp.int32)
+        return {"span": jnp.stack([first, last], -1), "turn": turn}
+
+    def turn(self, known: Known, n, row, j):
+        """How many blocks of threads add to a block of the other side's before block j does."""
+        return j - self.number(known.numbers, "turn", self._sequence(n), lax.div(row, jnp.int32(self.block_q)))
 
     @property
     def is_plain(self) -> bool:

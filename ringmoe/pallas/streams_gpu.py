@@ -1,6 +1,7 @@
 """How an attention kernel of Hopper GPUs is laid out: a block of threads has one warpgroup that brings blocks by TMA into rings
 in shared memory, and two that multiply."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -82,13 +83,59 @@ def fetch(array, n, rows, block, full) -> None:
     plgpu.copy_gmem_to_smem(array.at[at], block, full)
 
 
-def bring(streams: Sequence[Stream], steps, at: Callable) -> None:
-    """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with."""
+class Sums(NamedTuple):
+    """Blocks on their way into an array that several blocks of threads add to, one after another."""
 
-    @pl.loop(0, steps)
+    total: Any  # [B n, T, H]
+    ring: Any  # [slots, GROUPS, ROWS, H / GROUPS]
+    full: Any
+    free: Any
+
+    def slot(self, step):
+        return lax.rem(jnp.int32(step), jnp.int32(self.ring.shape[0]))
+
+    def give(self, step, group, x) -> None:
+        pl.when(step >= self.ring.shape[0])(lambda: plgpu.barrier_wait(self.free.at[self.slot(step)]))
+        self.ring.at[self.slot(step), group][...] = x
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[self.slot(step)])
+
+    def add(self, step, n, row, turn) -> None:
+        heads, length, _ = self.total.shape
+        of_block = pl.get_global(plgpu.SemaphoreType.REGULAR((heads * (length // ROWS),))).at[
+            n * (length // ROWS) + lax.div(row, jnp.int32(ROWS))
+        ]
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+        pl.semaphore_wait(of_block, turn, decrement=False)
+        width = self.ring.shape[3]
+        for group in range(GROUPS):
+            plgpu.copy_smem_to_gmem(
+                self.ring.at[self.slot(step), group],
+                self.total.at[n, pl.ds(row, ROWS), pl.ds(group * width, width)],
+                reduction_op="add",
+            )
+        plgpu.wait_smem_to_gmem(0)
+        pl.semaphore_signal(of_block, 1)
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+
+def bring(streams: Sequence[Stream], steps, at: Callable, *later: tuple[int, Callable]) -> None:
+    """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with.
+
+    later: what is to be done of a step so many steps after it."""
+
+    @pl.loop(0, steps + max((lag for lag, _ in later), default=0))
     def _(step):
-        for stream in streams:
-            stream.bring(step, *at(step))
+        def blocks():
+            for stream in streams:
+                stream.bring(step, *at(step))
+
+        if later:
+            pl.when(step < steps)(blocks)
+        else:
+            blocks()
+        for lag, work in later:
+            pl.when(step >= lag)(functools.partial(work, step - lag))
 
     for stream in streams:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
@@ -117,6 +164,7 @@ def launch(
     pairs: int,
     width: int,
     warpgroups=GROUPS + 1,
+    into=None,
 ):
     """Runs a kernel with a block of `warpgroups` for each of so many heads of a sequence, and each block of rows.
 
@@ -145,7 +193,13 @@ def launch(
     arrays = [padded(x, ALIGNED) for x in arrays]
     moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
     with costing(2 * batch * heads * pairs * width, batch * heads * pairs, moved):
-        found = kernel(known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+        if into is not None:
+            total = jax.new_ref(into.reshape(-1, *into.shape[2:]))
+            found = kernel(known.numbers, *known.vectors.values(), *flat, total)
+            found = [jax.freeze(total), *found]
+            return compat.vary_alike(([x.reshape(batch, -1, *x.shape[1:]) for x in found], arrays[0]))[0]
+        found = kernel(known.numbers, *known.vectors.values(), *flat)
     # A Mosaic GPU kernel forgets over which axes of a shard_map that checks its results vary, and a loop's carry may not.
     return compat.vary_alike(([x.reshape(batch, heads, *x.shape[1:]) for x in found], arrays[0]))[0]
 
