@@ -90,12 +90,14 @@ def interpreted(monkeypatch, capfd):
 
     It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
     what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
-    fence before TMA may write there again, for which a barrier is enough.
+    fence before TMA may write there again, for which a barrier is enough. It runs one block of threads after another, so each
+    finds its turn come, and what TMA adds is added by the threads.
     """
     import jax.numpy as jnp
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from ringmoe.pallas import attention_gpu, decode_gpu, gradients_gpu
+    from ringmoe.pallas import attention_gpu, decode_gpu, gradients_gpu, streams_gpu
 
     class Total:
         """An accumulator that begins with a value."""
@@ -111,7 +113,16 @@ def interpreted(monkeypatch, capfd):
     def wgmma(acc, a, b, of_the_chip=plgpu.wgmma):
         if not isinstance(acc, Total):
             return of_the_chip(acc, a, b)
-        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        acc.value += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+
+    def load(acc, *, of_the_chip=plgpu.wgmma_accumulator_load, **wait):
+        return acc.value if isinstance(acc, Total) else of_the_chip(acc, **wait)
+
+    def add(blocks, total, n, row, turn):
+        shares, rows, width = blocks.shape
+        for share in range(shares):
+            place = total.at[n, pl.ds(row, rows), pl.ds(share * width, width)]
+            place[...] += blocks[share]
 
     def fenced(of_the_chip):
         def run(*args):
@@ -124,6 +135,8 @@ def interpreted(monkeypatch, capfd):
         monkeypatch.setattr(module, "added_to", added_to)
         monkeypatch.setattr(module, "MOST_STAGES", 2)  # so that few steps take a slot again
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    monkeypatch.setattr(plgpu, "wgmma_accumulator_load", load)
+    monkeypatch.setattr(streams_gpu, "add_in_turn", add)
     for name in ("barrier_arrive", "copy_gmem_to_smem"):
         monkeypatch.setattr(plgpu, name, fenced(getattr(plgpu, name)))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

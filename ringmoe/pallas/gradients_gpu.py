@@ -1,13 +1,17 @@
-"""Attention's gradients on Hopper GPUs: one kernel for dQ, by blocks of queries, and one for dK and dV, by blocks of keys, so
-that every sum is a block of threads' own, and bits repeat.
+"""Attention's gradients on Hopper GPUs.
 
     P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    dQ = dS K    dK = dS^T Q    dV = P^T dO
 
-P and dS are made anew in each, for dK and dV as keys by queries: the left side of the last three products is in registers. Of
-wide heads dK and dV are two kernels, for both don't fit there.
+One kernel, by blocks of keys, has dK and dV in registers, as keys by queries: the left side of their products is there too.
+Of each block of queries that it meets it adds its keys' share of dQ to what the blocks of keys before have (`Sums`): five
+products for a pair of blocks, and bits repeat. dS gets to both warpgroups through shared memory.
+
+Where registers don't suffice dQ has a kernel of its own, by blocks of queries, and of wide heads dK and dV have one each.
+Each of them makes P and dS anew.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -42,6 +46,7 @@ from ringmoe.pallas.streams_gpu import (
     sharing,
 )
 
+TOGETHER = ((64, 64), (128, 128))  # head dims whose dQ, dK and dV are one kernel, where logits take a few registers
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
 
 
@@ -55,21 +60,18 @@ def backward(spec: AttentionSpec, dq, q, k, v, do, lse, delta, extras: Extras, a
     log2 = Blocks(spec, t, s, ROWS, ROWS, has_bias=extras.bias is not None).log2
     lse, delta = padded(softmax.finite_lse(lse) * log2, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
-    dq, found = padded(dq, TALL), {}
-    most = BESIDE if are_few(spec, extras) else BESIDE // 2
-    if h + dim > most:
-        runs = ("dk",), ("dv",)
+    dq, few, found = padded(dq, TALL), are_few(spec, extras), {}
+    if few and (h, dim) in TOGETHER:
+        runs = (("dq", "dk", "dv"),)
+    elif h + dim <= (BESIDE if few else BESIDE // 2):
+        runs = (("dk", "dv"),)
     else:
-        runs = ((("dq", "dk", "dv") if FUSED(h, dim) else ("dk", "dv")),)
+        runs = ("dk",), ("dv",)
     for names in runs:
         found |= zip(names, _keys(spec, extras, at, arrays, names, dq), strict=True)
     if "dq" not in found:
         found["dq"] = _queries(spec, extras, at, arrays, dq)
-    lengths = {"dq": t, "dk": s, "dv": s}
-    return Grads(**{name: found[name][:, :, :length] for name, length in lengths.items()})
-
-
-FUSED = lambda h, dim: h == dim == 128
+    return Grads(found["dq"][:, :, :t], *(found[name][:, :, :s] for name in ("dk", "dv")))
 
 
 def _stages(q, own: int, first: int, second: int) -> tuple[int, int]:
@@ -90,7 +92,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
     (blocks, known), tiles = Blocks.make(spec, q, k, extras, at, block_k), shared(q.dtype)
     # Of the widest heads one coordinate more for TMA is one register too many: XLA copies those to lie head by head.
     as_read = by_token if h + dim < 2 * WIDEST else lambda x: x
-    (dq,) = launch(
+    (found,) = launch(
         functools.partial(_queries_body, blocks, few),
         "backward_queries",
         q.shape[1],
@@ -109,7 +111,7 @@ def _queries(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, dq):
         pairs=blocks.pairs(at),
         width=2 * h + dim,
     )
-    return dq
+    return found
 
 
 def _queries_body(
@@ -176,21 +178,54 @@ def _queries_body(
         dq_out[mine] = plgpu.load(dq_in.at[mine], layout=WGMMA, optimized=False) + dq * scale
 
 
+class Exchange(NamedTuple):
+    """dS of a step from each warpgroup's keys, in shared memory, for the products of dQ: [2, GROUPS, ROWS, ROWS], the steps
+    taking turns. Once a warpgroup says that its own of a step is there, it is done with that of the step before."""
+
+    ring: Any
+    full: Any  # barriers, one a slot
+
+    def give(self, step, group, x) -> None:
+        slot = lax.rem(step, jnp.int32(2))
+        self.ring.at[slot, group][...] = x
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[slot])
+
+    def queries(self, step, group, keys, sums: Sums, scale) -> None:
+        """Makes this warpgroup's share of dQ: its columns, or, where one has all of them, those of every second step."""
+        slot, (_, shares, rows, width) = lax.rem(step, jnp.int32(2)), sums.ring.shape
+        share = group if shares == GROUPS else 0
+
+        def multiply(acc):
+            columns = pl.ds(pl.multiple_of(share * width, width), width) if shares > 1 else slice(None)
+            for g in range(GROUPS):
+                plgpu.wgmma(acc, self.ring.at[slot, g].transpose((1, 0)), keys.at[g, :, columns])
+            sums.give(step, share, acc[...] * scale)
+
+        def run():
+            plgpu.barrier_wait(self.full.at[slot])
+            pl.run_scoped(multiply, plgpu.ACC((rows, width), jnp.float32))
+
+        run() if shares == GROUPS else pl.when(group == slot)(run)
+
+
 def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tuple[str, ...], dq):
+    """`wanted`, of which a dQ is added to dq."""
     q, k, v, do, *numbers = arrays
-    h, dim = q.shape[3], v.shape[3]
-    blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key", in_turn="dq" in wanted)
-    held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dk": h, "dv": dim}, shared(q.dtype)
-    own, scratch = TALL * sum(held), []
-    if "dq" in wanted:
-        scratch = [
+    h, dim, together = q.shape[3], v.shape[3], "dq" in wanted
+    blocks, known = Blocks.make(spec, q, k, extras, at, ROWS, rows="key", in_turn=together)
+    held, widths, tiles = (h, dim) if "dk" in wanted else (h,), {"dq": h, "dk": h, "dv": dim}, shared(q.dtype)
+    own, shares = TALL * sum(held), h // WIDTH
+    exchange = []
+    if together:
+        exchange = [
             tiles(2, GROUPS, ROWS, ROWS),
-            barriers(1, GROUPS),
-            shared(jnp.float32)(SUMS, GROUPS, ROWS, h // GROUPS),
-            barriers(SUMS, GROUPS),
-            barriers(SUMS),
+            barriers(2, GROUPS),
+            shared(jnp.float32)(2, shares, ROWS, WIDTH),
+            barriers(2, shares),
+            barriers(2),
         ]
-        own += 2 * GROUPS * ROWS * ROWS + SUMS * ROWS * h * 2
+        own += 2 * TALL * ROWS + 2 * 2 * ROWS * h
     stages = _stages(q, own, ROWS * (h + 2), ROWS * (dim + 2))
     return launch(
         functools.partial(_keys_body, blocks, wanted),
@@ -200,31 +235,27 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
         [(blocks.height, widths[name]) for name in wanted if name != "dq"],
         [
             *(tiles(GROUPS, ROWS, width) for width in held),
-            barriers(GROUPS, len(held)),
+            barriers(1, GROUPS * len(held)),
             *(tiles(n, ROWS, width) for n, width in zip(stages, (h, dim))),
             *(plgpu.SMEM((n, ROWS), jnp.float32) for n in stages),
             *(barriers(n, arrivals) for n in stages for arrivals in (2, GROUPS)),
-            *scratch,
+            *exchange,
         ],
         known,
         *map(by_token, (k, v, q, do)),
         *numbers,
         pairs=q.shape[1] // k.shape[1] * blocks.pairs(at),
-        width=h + dim + sum({"dq": h, **widths}[name] for name in wanted) if "dk" in wanted else h + dim,
-        into=dq if "dq" in wanted else None,
+        width=h + dim + sum(widths[name] for name in wanted) if "dk" in wanted else h + dim,
+        into=dq if together else None,
     )
 
 
-SUMS = 2
-
-
 def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
-    fused = "dq" in wanted
-    if fused:
-        total, *refs = refs
-        *refs, slopes_ring, slopes_full, sum_ring, sum_full, sum_free = refs
-        sums = Sums(total, sum_ring, sum_full, sum_free)
-        wanted = wanted[1:]
+    exchange = sums = None
+    if "dq" in wanted:
+        (total, *refs), wanted = refs, wanted[1:]
+        *refs, slopes_ring, slopes_full, sums_ring, sums_full, sums_free = refs
+        exchange, sums = Exchange(slopes_ring, slopes_full), Sums(total, sums_ring, sums_full, sums_free)
     outs, refs = refs[: len(wanted)], refs[len(wanted) :]
     *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
     queries, slopes = (
@@ -234,7 +265,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
     kv, j, group = head(), lax.axis_index("rows"), lax.axis_index("group")
     heads = sharing(q, k)
     first, met = blocks.met(known, kv * heads, j)
-    # From the last on: under a causal mask all blocks of threads begin at the same one.
+    # The last ones first: with those, under a causal mask, all blocks of threads begin.
     of_step = lambda step: (kv * heads + lax.div(step, met), (first + met - 1 - lax.rem(step, met)) * ROWS)
 
     @pl.when(group == GROUPS)
@@ -242,7 +273,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         plgpu.set_max_registers(BRINGING, action="decrease")
         for g in range(GROUPS):
             for source, own in zip((k, v), held):
-                fetch(source, kv, pl.ds(j * TALL + g * ROWS, ROWS), own.at[g], k_full.at[g])
+                fetch(source, kv, pl.ds(j * TALL + g * ROWS, ROWS), own.at[g], k_full.at[0])
 
         def cut(step):
             n, row = of_step(step)
@@ -250,9 +281,9 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
 
         def add(step):
             n, row = of_step(step)
-            sums.add(step, n, row, blocks.turn(known, n, row, j))
+            sums.add(step, n, row, blocks.turn(known, n, j, row))
 
-        bring([queries, slopes], met * heads, cut, *[(SUMS, add)] * fused)
+        bring([queries, slopes], met * heads, cut, None if sums is None else add)
 
     @pl.when(group < GROUPS)
     def _multiply():
@@ -260,67 +291,57 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
         # What more than distances and ends tells leaves no registers for dP to be under way meanwhile.
-        early = blocks.spec.band.also is None and blocks.spec.soft_cap is None and not known.vectors
-        plgpu.barrier_wait(k_full.at[group])
-        if fused:
-            plgpu.barrier_wait(k_full.at[1 - group])
+        early = blocks.spec.band.also is None and blocks.spec.soft_cap is None and not known.is_read
+        plgpu.barrier_wait(k_full.at[0])
 
         def step(n, totals):
             (query, lses), (out, deltas), own = queries.at(n), slopes.at(n), anew(group)
             head_of_step, row = of_step(n)
+            of_column = lambda ref: across(plgpu.load(ref, layout=WGMMA.reduce(0)), (ROWS, ROWS), 1)
 
             def ask_slopes(dp_acc):
-                slopes.wait(n)
+                if exchange is None:
+                    slopes.wait(n)
                 if "dk" in wanted:
                     plgpu.wgmma(dp_acc, held[1].at[own], out.transpose((1, 0)))
 
-            def both(s_acc, dp_acc):
-                def work(*accs):
-                    of_column = lambda ref: across(plgpu.load(ref, layout=WGMMA.reduce(0)), (ROWS, ROWS), 1)
-                    acc = dict(zip(wanted, accs))
-                    queries.wait(n)
-                    plgpu.wgmma(s_acc, held[0].at[own], query.transpose((1, 0)))
-                    if early:
-                        ask_slopes(dp_acc)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early and "dk" in wanted))
-                    s = blocks.logits(s, known, head_of_step, row, key)
-                    p, factor = blocks.weights(s, of_column(lses))
-                    if not early:
-                        p, factor = lax.optimization_barrier((p, factor))
-                        ask_slopes(dp_acc)
-                    if "dv" in wanted:
-                        plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)
-                    if "dk" in wanted:
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
-                        ds = (factor * (dp - of_column(deltas))).astype(q.dtype)
-                        if fused:
-                            slot = lax.rem(n, jnp.int32(2))
-                            slopes_ring.at[slot, own][...] = ds
-                            plgpu.commit_smem()
-                            plgpu.barrier_arrive(slopes_full.at[0])
-                            plgpu.barrier_wait(slopes_full.at[0])
-                            columns = pl.ds(pl.multiple_of(own * (q_ring.shape[2] // GROUPS), WIDTH), q_ring.shape[2] // GROUPS)
+            def work(s_acc, dp_acc, *accs):
+                acc = dict(zip(wanted, accs))
+                queries.wait(n)
+                plgpu.wgmma(s_acc, held[0].at[own], query.transpose((1, 0)))
+                if early:
+                    ask_slopes(dp_acc)
+                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=int(early and "dk" in wanted))
+                s = blocks.logits(s, known, head_of_step, row, key)
+                p, factor = blocks.weights(s, of_column(lses))
+                if not early:
+                    p, factor = lax.optimization_barrier((p, factor))
+                    ask_slopes(dp_acc)
+                if "dv" in wanted:
+                    plgpu.wgmma(acc["dv"], p.astype(q.dtype), out)
+                if "dk" in wanted:
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
+                    ds = (factor * (dp if exchange else dp - of_column(deltas))).astype(q.dtype)
+                    if exchange:
+                        exchange.give(n, own, ds)
+                    plgpu.wgmma(acc["dk"], ds, query)
+                    if exchange:
+                        exchange.queries(n, own, held[0], sums, scale)
+                plgpu.wgmma_wait(0)
+                queries.done(n)
+                slopes.done(n)
+                return ()
 
-                            def product(dq_acc):
-                                for g in range(GROUPS):
-                                    plgpu.wgmma(
-                                        dq_acc, slopes_ring.at[slot, g].transpose((1, 0)), held[0].at[g, :, columns]
-                                    )
-                                plgpu.wgmma(acc["dk"], ds, query)
-                                dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-                                sums.give(n, own, dq * scale)
+            if exchange is None:
+                both = lambda *accs: added_to(totals, functools.partial(work, *accs))
+                return tuple(pl.run_scoped(both, logits, logits))
 
-                            pl.run_scoped(product, plgpu.ACC((ROWS, q_ring.shape[2] // GROUPS), jnp.float32))
-                        else:
-                            plgpu.wgmma(acc["dk"], ds, query)
-                    plgpu.wgmma_wait(0)
-                    queries.done(n)
-                    slopes.done(n)
-                    return ()
+            def from_delta(s_acc):
+                """A thread's registers don't hold delta beside P and dP: dP's sum begins with it."""
+                slopes.wait(n)
+                return added_to([-of_column(deltas), *totals], functools.partial(work, s_acc))[1:]
 
-                return added_to(totals, work)
-
-            return tuple(pl.run_scoped(both, logits, logits))
+            return tuple(pl.run_scoped(from_delta, logits))
 
         totals = tuple(filled((ROWS, out.shape[2]), 0.0) for out in outs)
         totals = lax.fori_loop(0, met * heads, step, totals)

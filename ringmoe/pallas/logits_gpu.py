@@ -21,7 +21,7 @@ from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import FAR, Band, Mask, Places, is_open
 from ringmoe.pallas import blocks
 from ringmoe.pallas.blocks import LENGTHS, LOG2E, POSITIONS, SEGMENTS
-from ringmoe.pallas.streams_gpu import GROUPS, ROWS, TALL, WGMMA, Known
+from ringmoe.pallas.streams_gpu import GROUPS, PLACES, ROWS, TALL, WGMMA, Known
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDTH, WIDEST = 64, 256  # head dims are multiples of the one, which are 128 bytes, up to the other
@@ -53,8 +53,11 @@ class Blocks(blocks.Blocks):
     has_bias: bool = False
 
     @classmethod
-    def make(cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query", in_turn=False) -> "tuple[Blocks, Known]":
-        """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]."""
+    def make(
+        cls, spec, q, k, extras: Extras, at: Offsets, block_k: int, rows: str = "query", in_turn: bool = False
+    ) -> "tuple[Blocks, Known]":
+        """Of queries [B, N, T, H] and keys [B, K, S, H]; slopes may be each query's own, [N, T]. With `in_turn`, for a kernel
+        whose blocks of threads, of keys, take turns at a block of queries."""
         # Whole blocks of threads read them.
         whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TALL)), mode="edge")
         of_tokens = {name: getattr(extras, name) for name in (*SEGMENTS, *POSITIONS)}
@@ -78,6 +81,8 @@ class Blocks(blocks.Blocks):
         if in_turn:
             layout, vector = blocks.packed(numbers | made._turns(vector, q.shape[0]))
             made = dataclasses.replace(made, layout=layout)
+            here = at.places(q.shape[2], k.shape[2])[0].of(jnp.arange(made.num_q * ROWS, dtype=jnp.int32))
+            vectors[PLACES] = jnp.broadcast_to(here, (q.shape[0], here.size))
         return made, Known(vector, vectors)
 
     @property
@@ -156,6 +161,11 @@ class Blocks(blocks.Blocks):
     def _sequence(self, n):
         return lax.div(n, jnp.int32(self.heads))
 
+    @property
+    def _others(self) -> int:
+        """Blocks of the side that is met one by one."""
+        return self.num_k if self.rows == "query" else self.num_q
+
     def _span(self, numbers, n, i):
         """The first block of the other side that those of block i of threads meet, and the last, exclusive."""
         band, queries, keys = self._here(numbers, n)
@@ -171,34 +181,35 @@ class Blocks(blocks.Blocks):
             first, last = jnp.maximum(first, nearest), jnp.minimum(last, farthest)
         return first, last
 
+    def _turns(self, numbers, batch: int) -> dict[str, jax.Array]:
+        """Of each block of threads the span of what it meets, made longer so that neither end of it comes before that of the
+        block before; and of each block of the other side how many blocks of threads end before they would meet it.
+
+        So those that meet one are neighbours, and a block of threads' turn at it is told by subtraction.
+        """
+        own, other = (jnp.arange(number, dtype=jnp.int32) for number in (self.num_rows, self._others))
+        of_block = jax.vmap(lambda b, i: self._span(numbers, b * self.heads, i), (None, 0))
+        first, last = jax.vmap(of_block, (0, None))(jnp.arange(batch, dtype=jnp.int32), own)
+        # One that meets nothing has the place between its neighbours, and one block: a kernel needs no way around its loop.
+        some, until = (first < last)[:, None], own[:, None] >= own[None]
+        first = jnp.where(some & until.T, first[:, None], self._others - 1).min(2)
+        last = jnp.maximum(jnp.where(some & until, last[:, None], 0).max(2), first + 1)
+        before = jnp.sum(last[:, None] <= other[:, None], 2, dtype=jnp.int32)
+        return {"span": jnp.stack([first, last], -1), "before": before}
+
+    def turn(self, known: Known, n, i, row):
+        """How many blocks of threads add to a block of the other side before block i does."""
+        return i - self.number(known.numbers, "before", self._sequence(n), lax.div(row, jnp.int32(ROWS)))
+
     def met(self, known: Known, n, i):
         """The first block of the other side that those of block i of threads meet, and how many more there are."""
         if self.has("span"):
             first, last = (self.number(known.numbers, "span", self._sequence(n), i, end) for end in range(2))
             return first, last - first
         first, last = self._span(known.numbers, n, i)
-        # One at least, of which then nothing is seen: a kernel needs no way around its loop.
-        first = jnp.minimum(first, self._most - 1)
+        # One at least, of which then nothing is seen.
+        first = jnp.minimum(first, self._others - 1)
         return first, jnp.maximum(last - first, 1)
-
-    @property
-    def _most(self) -> int:
-        return self.num_k if self.rows == "query" else self.num_q
-
-    def _turns(self, numbers, batch: int) -> dict[str, jax.Array]:
-        own, other = jnp.arange(self.num_rows, dtype=jnp.int32), jnp.arange(self._most, dtype=jnp.int32)
-        of = lambda b, j: self._span(numbers, b * self.heads, j)
-        first, last = jax.vmap(lambda b: jax.vmap(lambda j: of(b, j))(own))(jnp.arange(batch, dtype=jnp.int32))
-        some, later = first < last, own[:, None] <= own[None, :]
-        first = jnp.where(some[:, None] & later, first[:, None], self._most - 1).min(2)
-        last = jnp.where(some[:, None] & later.T, last[:, None], 0).max(2)
-        last = jnp.maximum(last, first + 1)
-        turn = jnp.sum(last[:, None] <= other[:, None], 2, dtype=jnp.int32)
-        return {"span": jnp.stack([first, last], -1), "turn": turn}
-
-    def turn(self, known: Known, n, row, j):
-        """How many blocks of threads add to a block of the other side's before block j does."""
-        return j - self.number(known.numbers, "turn", self._sequence(n), lax.div(row, jnp.int32(self.block_q)))
 
     @property
     def is_plain(self) -> bool:
@@ -225,7 +236,7 @@ class Blocks(blocks.Blocks):
             s = tanh(s * ((1 if "bias" in known.vectors else self.spec.scale) / self.spec.soft_cap))
         if self.is_plain:
             return s
-        if known.vectors:
+        if known.is_read:
             pair = lax.div(row, jnp.int32(self.block_q)), lax.div(key, jnp.int32(self.block_k))
             _, full = self.seen_and_full(known.numbers, self._sequence(n), *pair)
         else:

@@ -1,7 +1,10 @@
 """How an attention kernel of Hopper GPUs is laid out: a block of threads has one warpgroup that brings blocks by TMA into rings
-in shared memory, and two that multiply."""
+in shared memory, and two that multiply.
 
-import functools
+`Sums` are for what several blocks of threads add to. The sum's order is that of the blocks of threads, so bits repeat. One
+waits for those before it alone, which the GPU starts before it: they end, whatever waits.
+"""
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,16 +25,22 @@ HEADS = 16  # whose blocks run at about the same time, so that the L2 cache stil
 SHARED = 226 * 2**10  # bytes of shared memory for blocks, of 227 KiB
 MOST_STAGES = 4
 ALIGNED = 8  # an array's rows, which TMA brings in tiles
+PLACES = "query_places"  # where queries stand: read, where numbers that are reckoned would wait in registers
 WGMMA = plgpu.Layout.WGMMA
-BRINGING, MULTIPLYING = 40, 232  # registers of a thread
+BRINGING, MULTIPLYING = 32, 240  # registers of a thread, of 65536 of all
 
 
 class Known(NamedTuple):
     """What a kernel is told beside its operands, arrays or refs: the vector of numbers, and by their names segments and
-    positions [B, T], slopes [N] or [N, T], and a bias, which the kernel of gradients of keys has [.., S, T]."""
+    positions [B, T], slopes [N] or [N, T], a bias, which the kernel of gradients of keys has [.., S, T], and PLACES [B, T]."""
 
     numbers: Any
     vectors: dict[str, Any]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether logits depend on more than places."""
+        return bool(self.vectors.keys() - {PLACES})
 
 
 class Stream(NamedTuple):
@@ -84,58 +93,65 @@ def fetch(array, n, rows, block, full) -> None:
 
 
 class Sums(NamedTuple):
-    """Blocks on their way into an array that several blocks of threads add to, one after another."""
+    """Float32 blocks on their way into an array that other blocks of threads add to as well, in slots that steps take in turn.
 
-    total: Any  # [B n, T, H]
-    ring: Any  # [slots, GROUPS, ROWS, H / GROUPS]
-    full: Any
+    total: [B n, T, H].
+    ring: [slots, shares, ROWS, H / shares], of which warpgroups have a share each, or take turns.
+    """
+
+    total: Any
+    ring: Any
+    full: Any  # barriers, one a slot
     free: Any
 
-    def slot(self, step):
-        return lax.rem(jnp.int32(step), jnp.int32(self.ring.shape[0]))
+    @property
+    def slots(self) -> int:
+        return self.ring.shape[0]
 
-    def give(self, step, group, x) -> None:
-        pl.when(step >= self.ring.shape[0])(lambda: plgpu.barrier_wait(self.free.at[self.slot(step)]))
-        self.ring.at[self.slot(step), group][...] = x
+    def give(self, step, share, x) -> None:
+        """A share of a step's, [ROWS, H / shares]."""
+        slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+        pl.when(step >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        self.ring.at[slot, share][...] = x
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.full.at[self.slot(step)])
+        plgpu.barrier_arrive(self.full.at[slot])
 
     def add(self, step, n, row, turn) -> None:
-        heads, length, _ = self.total.shape
-        of_block = pl.get_global(plgpu.SemaphoreType.REGULAR((heads * (length // ROWS),))).at[
-            n * (length // ROWS) + lax.div(row, jnp.int32(ROWS))
-        ]
-        plgpu.barrier_wait(self.full.at[self.slot(step)])
-        pl.semaphore_wait(of_block, turn, decrement=False)
-        width = self.ring.shape[3]
-        for group in range(GROUPS):
-            plgpu.copy_smem_to_gmem(
-                self.ring.at[self.slot(step), group],
-                self.total.at[n, pl.ds(row, ROWS), pl.ds(group * width, width)],
-                reduction_op="add",
-            )
-        plgpu.wait_smem_to_gmem(0)
-        pl.semaphore_signal(of_block, 1)
-        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+        """Adds a step's to ROWS of head n, once so many blocks of threads have."""
+        slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+        plgpu.barrier_wait(self.full.at[slot])
+        add_in_turn(self.ring.at[slot], self.total, n, row, turn)
+        plgpu.barrier_arrive(self.free.at[slot])
 
 
-def bring(streams: Sequence[Stream], steps, at: Callable, *later: tuple[int, Callable]) -> None:
-    """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with.
+def add_in_turn(blocks, total, n, row, turn) -> None:
+    heads, length, _ = total.shape
+    shares, rows, width = blocks.shape
+    counts = pl.get_global(plgpu.SemaphoreType.REGULAR((heads * (length // rows),)))
+    count = counts.at[n * (length // rows) + lax.div(row, jnp.int32(rows))]
+    pl.semaphore_wait(count, turn, decrement=False)
+    for share in range(shares):
+        place = total.at[n, pl.ds(row, rows), pl.ds(share * width, width)]
+        plgpu.copy_smem_to_gmem(blocks.at[share], place, reduction_op="add")
+    plgpu.wait_smem_to_gmem(0)
+    pl.semaphore_signal(count, 1)
 
-    later: what is to be done of a step so many steps after it."""
 
-    @pl.loop(0, steps + max((lag for lag, _ in later), default=0))
+def bring(streams: Sequence[Stream], steps, at: Callable, add: Callable | None = None) -> None:
+    """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with, and `add(step)` was called
+    of each: after what the warpgroups that multiply need two steps later is under way."""
+    lag = 2 if add else 0
+
+    @pl.loop(0, steps + lag)
     def _(step):
         def blocks():
             for stream in streams:
                 stream.bring(step, *at(step))
 
-        if later:
-            pl.when(step < steps)(blocks)
-        else:
-            blocks()
-        for lag, work in later:
-            pl.when(step >= lag)(functools.partial(work, step - lag))
+        if add is None:
+            return blocks()
+        pl.when(step < steps)(blocks)
+        pl.when(step >= lag)(lambda: add(step - lag))
 
     for stream in streams:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
@@ -169,9 +185,10 @@ def launch(
     """Runs a kernel with a block of `warpgroups` for each of so many heads of a sequence, and each block of rows.
 
     Kernels see what is known, and arrays [B, n, T, ...] as [B n, T, ...]; `out` are the dims of each result, [B, heads, *dims],
-    which is float32. A head's products sum over `width` numbers for each of its `pairs`.
+    which is float32. A head's products sum over `width` numbers for each of its `pairs`. An array `into` [B, n, T, H] is seen
+    after the others: the kernel adds to it, and it is the first result.
     """
-    known, *arrays = compat.vary_alike((known, *arrays))
+    known, into, *arrays = compat.vary_alike((known, into, *arrays))
     names = tuple(known.vectors)
 
     def run(numbers, *refs):
@@ -193,15 +210,13 @@ def launch(
     arrays = [padded(x, ALIGNED) for x in arrays]
     moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
     with costing(2 * batch * heads * pairs * width, batch * heads * pairs, moved):
-        flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-        if into is not None:
-            total = jax.new_ref(into.reshape(-1, *into.shape[2:]))
-            found = kernel(known.numbers, *known.vectors.values(), *flat, total)
-            found = [jax.freeze(total), *found]
-            return compat.vary_alike(([x.reshape(batch, -1, *x.shape[1:]) for x in found], arrays[0]))[0]
-        found = kernel(known.numbers, *known.vectors.values(), *flat)
+        sums = [] if into is None else [jax.new_ref(into.reshape(-1, *into.shape[2:]))]
+        found = kernel(
+            known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays), *sums
+        )
+        found = [*map(jax.freeze, sums), *found]
     # A Mosaic GPU kernel forgets over which axes of a shard_map that checks its results vary, and a loop's carry may not.
-    return compat.vary_alike(([x.reshape(batch, heads, *x.shape[1:]) for x in found], arrays[0]))[0]
+    return compat.vary_alike(([x.reshape(batch, -1, *x.shape[1:]) for x in found], arrays[0]))[0]
 
 
 def anew(group):
