@@ -7,6 +7,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax._src.mesh import get_concrete_mesh
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh
 
 from ringmoe import meshes
@@ -27,6 +29,17 @@ def vary_alike(tree):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def unmarked(x):
+    """`x`, marked as varying over no axis: a Pallas kernel refuses a Ref that is, inside a shard_map that checks it."""
+    return _UNMARKED.bind(x)
+
+
+_UNMARKED = Primitive("ringmoe_unmarked")
+_UNMARKED.def_impl(lambda x: x)
+_UNMARKED.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_UNMARKED, lambda ctx, x: [x])
 
 
 def check_axis_name(axis_name) -> tuple[str, ...]:

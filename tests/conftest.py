@@ -90,10 +90,11 @@ def interpreted(monkeypatch, capfd):
 
     It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
     what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
-    fence before TMA may write there again, for which a barrier is enough. It runs one block of threads after another, so each
-    finds its turn come, and what TMA adds is added by the threads.
+    fence before TMA may write there again, for which a barrier is enough. What blocks of
+    threads add in turn each of them writes to an array of its own, and those are added afterwards.
     """
     import jax.numpy as jnp
+    from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -120,9 +121,16 @@ def interpreted(monkeypatch, capfd):
 
     def add(blocks, total, n, row, turn):
         shares, rows, width = blocks.shape
+        own = n * lax.axis_size("rows") + lax.axis_index("rows")
         for share in range(shares):
-            place = total.at[n, pl.ds(row, rows), pl.ds(share * width, width)]
-            place[...] += blocks[share]
+            total[own, pl.ds(row, rows), pl.ds(share * width, width)] = blocks[share]
+
+    def launch(body, name, heads, rows, *args, of_the_chip=streams_gpu.launch, into=None, **kind):
+        if into is None:
+            return of_the_chip(body, name, heads, rows, *args, **kind)
+        each = jnp.zeros((into.shape[0], into.shape[1] * rows, *into.shape[2:]), into.dtype)
+        each, *found = of_the_chip(body, name, heads, rows, *args, **kind, into=each)
+        return into + each.reshape(*into.shape[:2], rows, *into.shape[2:]).sum(2), *found
 
     def fenced(of_the_chip):
         def run(*args):
@@ -137,6 +145,7 @@ def interpreted(monkeypatch, capfd):
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
     monkeypatch.setattr(plgpu, "wgmma_accumulator_load", load)
     monkeypatch.setattr(streams_gpu, "add_in_turn", add)
+    monkeypatch.setattr(gradients_gpu, "launch", launch)
     for name in ("barrier_arrive", "copy_gmem_to_smem"):
         monkeypatch.setattr(plgpu, name, fenced(getattr(plgpu, name)))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

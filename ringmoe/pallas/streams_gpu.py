@@ -5,6 +5,7 @@ in shared memory, and two that multiply.
 waits for those before it alone, which the GPU starts before it: they end, whatever waits.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -196,9 +197,10 @@ def launch(
 
     batch, like = arrays[0].shape[0], jax.typeof(arrays[0]).mat
     near = math.gcd(batch * heads, HEADS)
+    kinds = [jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out]
     kernel = plgpu.kernel(
         run,
-        out_type=[jax.ShapeDtypeStruct((batch * heads, *dims), jnp.float32, manual_axis_type=like) for dims in out],
+        out_type=kinds,
         scratch_types=scratch_types,
         grid=(batch * heads // near, rows, near),
         grid_names=("run", "rows", "head"),
@@ -207,16 +209,25 @@ def launch(
         kernel_name=f"ringmoe_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
-    arrays = [padded(x, ALIGNED) for x in arrays]
+    arrays, flat = [padded(x, ALIGNED) for x in arrays], lambda x: x.reshape(-1, *x.shape[2:])
     moved = sum(x.nbytes for x in arrays) + 4 * batch * heads * sum(map(math.prod, out))
+    moved += 0 if into is None else 2 * into.nbytes
     with costing(2 * batch * heads * pairs * width, batch * heads * pairs, moved):
-        sums = [] if into is None else [jax.new_ref(into.reshape(-1, *into.shape[2:]))]
-        found = kernel(
-            known.numbers, *known.vectors.values(), *(x.reshape(-1, *x.shape[2:]) for x in arrays), *sums
-        )
-        found = [*map(jax.freeze, sums), *found]
+        kernel = functools.partial(kernel, known.numbers, *known.vectors.values(), *map(flat, arrays))
+        found = kernel() if into is None else _adding(kernel, compat.unmarked(flat(into)), kinds)
     # A Mosaic GPU kernel forgets over which axes of a shard_map that checks its results vary, and a loop's carry may not.
     return compat.vary_alike(([x.reshape(batch, -1, *x.shape[1:]) for x in found], arrays[0]))[0]
+
+
+def _adding(kernel, total, kinds):
+    """What a kernel that adds to its last operand, in its place, makes of it, and what it returns, which is of these kinds."""
+
+    def run(refs):
+        for ref, x in zip(refs[1:], kernel(refs[0]), strict=True):
+            ref[...] = x
+
+    # No Ref of `jax.new_ref`: `custom_partitioning` lowers no program with its effect.
+    return pl.run_state(run)((total, *(jnp.zeros(x.shape, x.dtype) for x in kinds)))
 
 
 def anew(group):
