@@ -1,20 +1,13 @@
 """How blocks of threads of a Hopper kernel take turns at dQ: what the GPU does of itself, and no interpreter shows."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from jax.sharding import SingleDeviceSharding
 
-import ringmoe
-from ringmoe.inspector import kernels
 from ringmoe.interface import AttentionSpec, Extras, Offsets
 from ringmoe.masks import Band, Causal, Chunks, Prefix, Window
-from ringmoe.pallas import attention_gpu
 from ringmoe.pallas.logits_gpu import Blocks
 from ringmoe.pallas.streams_gpu import ROWS, TALL
 
@@ -78,7 +71,8 @@ def run(turns, at_once: int):
 @example(Band(), 640, 768, [0, 0], 1, [(0, 0)], 2)
 def test_every_block_of_threads_gets_its_turn(band, t, s, starts, pieces, lengths, at_once):
     pieces = pieces if t % (pieces * TALL) == s % (pieces * TALL) == 0 else 1
-    at = Offsets(*(tuple(start + 1000 * piece for piece in range(pieces)) for start in starts))
+    query, key = (tuple(start + 1000 * piece for piece in range(pieces)) for start in starts)
+    at = Offsets(query, key)
     queries, keys = (np.asarray(places.of(jnp.arange(size))) for places, size in zip(at.places(t, s), (t, s)))
     seen = np.broadcast_to(np.asarray(band(jnp.asarray(queries)[:, None], jnp.asarray(keys)[None])), (t, s))
     for b, turns in enumerate(laid_out(band, t, s, at, pieces, lengths)):

@@ -25,7 +25,9 @@ from ringmoe.pallas.hopper import added_to
 from ringmoe.pallas.logits_gpu import WIDEST, WIDTH, Blocks, across, are_few, cleared, filled, given
 from ringmoe.pallas.streams_gpu import (
     BRINGING,
+    FEWEST,
     GROUPS,
+    MOST,
     MOST_STAGES,
     MULTIPLYING,
     ROWS,
@@ -184,6 +186,7 @@ class Exchange(NamedTuple):
 
     ring: Any
     full: Any  # barriers, one a slot
+    sums: Sums  # dQ's
 
     def give(self, step, group, x) -> None:
         slot = lax.rem(step, jnp.int32(2))
@@ -191,16 +194,16 @@ class Exchange(NamedTuple):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.full.at[slot])
 
-    def queries(self, step, group, keys, sums: Sums, scale) -> None:
+    def queries(self, step, group, keys, scale) -> None:
         """Makes this warpgroup's share of dQ: its columns, or, where one has all of them, those of every second step."""
-        slot, (_, shares, rows, width) = lax.rem(step, jnp.int32(2)), sums.ring.shape
+        slot, (_, shares, rows, width) = lax.rem(step, jnp.int32(2)), self.sums.ring.shape
         share = group if shares == GROUPS else 0
 
         def multiply(acc):
             columns = pl.ds(pl.multiple_of(share * width, width), width) if shares > 1 else slice(None)
             for g in range(GROUPS):
                 plgpu.wgmma(acc, self.ring.at[slot, g].transpose((1, 0)), keys.at[g, :, columns])
-            sums.give(step, share, acc[...] * scale)
+            self.sums.give(step, share, acc[...] * scale)
 
         def run():
             plgpu.barrier_wait(self.full.at[slot])
@@ -251,11 +254,11 @@ def _keys(spec: AttentionSpec, extras: Extras, at: Offsets, arrays, wanted: tupl
 
 
 def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
-    exchange = sums = None
+    exchange = None
     if "dq" in wanted:
         (total, *refs), wanted = refs, wanted[1:]
         *refs, slopes_ring, slopes_full, sums_ring, sums_full, sums_free = refs
-        exchange, sums = Exchange(slopes_ring, slopes_full), Sums(total, sums_ring, sums_full, sums_free)
+        exchange = Exchange(slopes_ring, slopes_full, Sums(total, sums_ring, sums_full, sums_free))
     outs, refs = refs[: len(wanted)], refs[len(wanted) :]
     *held, k_full, q_ring, do_ring, lse_ring, delta_ring, q_full, q_free, do_full, do_free = refs
     queries, slopes = (
@@ -270,7 +273,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
 
     @pl.when(group == GROUPS)
     def _bring():
-        plgpu.set_max_registers(BRINGING, action="decrease")
+        plgpu.set_max_registers(FEWEST, action="decrease")
         for g in range(GROUPS):
             for source, own in zip((k, v), held):
                 fetch(source, kv, pl.ds(j * TALL + g * ROWS, ROWS), own.at[g], k_full.at[0])
@@ -279,15 +282,15 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
             n, row = of_step(step)
             return n, pl.ds(row, ROWS)
 
-        def add(step):
+        def add(sums: Sums, step):
             n, row = of_step(step)
             sums.add(step, n, row, blocks.turn(known, n, j, row))
 
-        bring([queries, slopes], met * heads, cut, None if sums is None else add)
+        bring([queries, slopes], met * heads, cut, functools.partial(add, exchange.sums) if exchange else None)
 
     @pl.when(group < GROUPS)
     def _multiply():
-        plgpu.set_max_registers(MULTIPLYING, action="increase")
+        plgpu.set_max_registers(MOST, action="increase")
         key = pl.multiple_of(j * TALL + group * ROWS, ROWS)
         scale, logits = blocks.spec.scale, plgpu.ACC((ROWS, ROWS), jnp.float32)
         # What more than distances and ends tells leaves no registers for dP to be under way meanwhile.
@@ -326,7 +329,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
                         exchange.give(n, own, ds)
                     plgpu.wgmma(acc["dk"], ds, query)
                     if exchange:
-                        exchange.queries(n, own, held[0], sums, scale)
+                        exchange.queries(n, own, held[0], scale)
                 plgpu.wgmma_wait(0)
                 queries.done(n)
                 slopes.done(n)

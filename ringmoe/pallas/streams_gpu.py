@@ -28,7 +28,8 @@ MOST_STAGES = 4
 ALIGNED = 8  # an array's rows, which TMA brings in tiles
 PLACES = "query_places"  # where queries stand: read, where numbers that are reckoned would wait in registers
 WGMMA = plgpu.Layout.WGMMA
-BRINGING, MULTIPLYING = 32, 240  # registers of a thread, of 65536 of all
+BRINGING, MULTIPLYING = 40, 232  # registers of a thread
+FEWEST, MOST = 32, 240  # where the latter need all there are
 
 
 class Known(NamedTuple):
@@ -140,19 +141,20 @@ def add_in_turn(blocks, total, n, row, turn) -> None:
 
 def bring(streams: Sequence[Stream], steps, at: Callable, add: Callable | None = None) -> None:
     """Brings every stream's blocks, (head, rows) `at(step)`, and returns once all are done with, and `add(step)` was called
-    of each: after what the warpgroups that multiply need two steps later is under way."""
-    lag = 2 if add else 0
+    of each: once what is multiplied two steps later is under way."""
 
-    @pl.loop(0, steps + lag)
-    def _(step):
-        def blocks():
-            for stream in streams:
-                stream.bring(step, *at(step))
+    def blocks(step):
+        for stream in streams:
+            stream.bring(step, *at(step))
 
-        if add is None:
-            return blocks()
-        pl.when(step < steps)(blocks)
-        pl.when(step >= lag)(lambda: add(step - lag))
+    def both(step, add: Callable):
+        pl.when(step < steps)(lambda: blocks(step))
+        pl.when(step >= 2)(lambda: add(step - 2))
+
+    if add is None:
+        pl.loop(0, steps)(blocks)
+    else:
+        pl.loop(0, steps + 2)(functools.partial(both, add=add))
 
     for stream in streams:
         pl.loop(jnp.maximum(steps - stream.stages, 0), steps)(stream.wait_until_free)
