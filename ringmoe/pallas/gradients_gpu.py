@@ -348,5 +348,7 @@ def _keys_body(blocks: Blocks, wanted, known, k, v, q, do, lse, delta, *refs):
 
         totals = tuple(filled((ROWS, out.shape[2]), 0.0) for out in outs)
         totals = lax.fori_loop(0, met * heads, step, totals)
+        if exchange:
+            exchange.sums.finish(met * heads, group)
         for name, out, total in zip(wanted, outs, totals):
             out[kv, pl.ds(key, ROWS)] = total * scale if name == "dk" else total

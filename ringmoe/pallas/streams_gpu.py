@@ -118,6 +118,16 @@ class Sums(NamedTuple):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.full.at[slot])
 
+    def finish(self, steps, group) -> None:
+        """Waits until all that this warpgroup gave is added."""
+        shares = self.ring.shape[1]
+
+        @pl.loop(jnp.maximum(steps - self.slots, 0), steps)
+        def _(step):
+            slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+            wait = lambda: plgpu.barrier_wait(self.free.at[slot])
+            wait() if shares == GROUPS else pl.when(slot == group)(wait)
+
     def add(self, step, n, row, turn) -> None:
         """Adds a step's to ROWS of head n, once so many blocks of threads have."""
         slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
