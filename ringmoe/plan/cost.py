@@ -66,11 +66,6 @@ class Machine:
     protocols: tuple[Protocol, ...]
 
     @property
-    def products(self) -> tuple[int, int]:
-        """Of a pair of blocks in attention's kernels, forward and backward."""
-        return 2, 5 if self.dims else 7
-
-    @property
     def is_gpu(self) -> bool:
         return CHIPS[self.kind].kind == "gpu"
 

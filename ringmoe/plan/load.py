@@ -7,7 +7,7 @@
     all              = hops, and what moves before and after them, each by itself
 
 between devices, of which some exchanges go over a network (`Load.domains`); for B bytes that the call's tiles fetch and C of
-its state, F = 2 H FLOPs a pair and product (`Machine.products`). The kernels' constants are fitted to the inspector's times of
+its state, F = 2 H FLOPs a pair and product (`PRODUCTS`). The kernels' constants are fitted to the inspector's times of
 them, see bench/README.md.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from ringmoe.masks import Band
 from ringmoe.plan.cost import Machine, Span
 
+PRODUCTS = 2, 5  # of a pair of blocks, forward and backward, in kernels of heads that registers suffice for
 SHARE = 0.98  # of the matmul rate that a TPU's kernel reaches
 VECTOR = (10.4, 21.3)  # its vector operations for a pair, forward and backward
 EDGE = 0.2  # of a call's bytes that move before or after its matmuls
@@ -154,7 +155,7 @@ class Load:
         if not self.in_tiles:
             return self.ways * (pairs * LOGITS[self.backward] / machine.memory + LAUNCH)
         fetched, kept = self._bytes(rows, keys / self.parts)
-        flops = self.machine.products[self.backward] * 2 * self.width * pairs
+        flops = PRODUCTS[self.backward] * 2 * self.width * pairs
         work = max(flops / machine.flops / SHARE, pairs * VECTOR[self.backward] / machine.vector)
         return self.ways * (max(work, (fetched + kept) / machine.memory) + EDGE * kept / machine.memory + LAUNCH)
 
