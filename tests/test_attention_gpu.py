@@ -263,7 +263,8 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
         words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}
     few = name in ("all keys", "causal", "masks", "prefix")  # registers that logits take
-    assert len(found) == (3 if few and (h, v) in TOGETHER else 4 if h + v <= (256 if few else 128) else 5)
+    together = name in ("all keys", "causal") and (h, v) in TOGETHER
+    assert len(found) == (3 if together else 4 if h + v <= (256 if few else 128) else 5)
     # Products of 16 deep: those of S, dP, and of the result, by what is summed over; forward asks twice for each.
     for kernel_name, kernel in found.items():
         text, said = ptx[kernel_name], words[kernel_name]

@@ -19,6 +19,7 @@ BANDS = (
     Band(20, 0),
     Band.make(True, None, (Window(80, 5) | Prefix(170)) & Chunks(100)),
     Band.make(False, None, Causal() | Prefix(170)),
+    Band.make(False, None, Window(80, 5) | Prefix(170)),
 )
 
 
@@ -61,7 +62,7 @@ def run(turns, at_once: int):
     st.sampled_from(BANDS),
     st.integers(1, 12).map(lambda n: n * ROWS),
     st.integers(1, 6).map(lambda n: n * TALL),
-    st.lists(st.integers(-900, 900), min_size=2, max_size=2),
+    st.lists(st.integers(0, 900), min_size=2, max_size=2),
     st.sampled_from([1, 2]),
     st.one_of(st.none(), st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), min_size=1, max_size=2)),
     st.integers(1, 7),
@@ -69,6 +70,7 @@ def run(turns, at_once: int):
 @example(Band(20, 0), 640, 768, [0, 700], 1, None, 1)  # the first blocks of keys are seen by nobody
 @example(Band(20, 0), 640, 768, [700, 0], 1, None, 1)  # the last ones
 @example(Band(), 640, 768, [0, 0], 1, [(0, 0)], 2)
+@example(BANDS[-1], 768, 768, [0, 0], 1, None, 6)  # all queries see the first keys, and few the others
 def test_every_block_of_threads_gets_its_turn(band, t, s, starts, pieces, lengths, at_once):
     pieces = pieces if t % (pieces * TALL) == s % (pieces * TALL) == 0 else 1
     query, key = (tuple(start + 1000 * piece for piece in range(pieces)) for start in starts)

@@ -48,7 +48,10 @@ from ringmoe.pallas.streams_gpu import (
     sharing,
 )
 
-TOGETHER = ((64, 64), (128, 128))  # head dims whose dQ, dK and dV are one kernel, where logits take a few registers
+TOGETHER = (
+    (64, 64),
+    (128, 128),
+)  # head dims whose dQ, dK and dV are one kernel, where logits depend on distances and ends
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
 
 
@@ -63,7 +66,8 @@ def backward(spec: AttentionSpec, dq, q, k, v, do, lse, delta, extras: Extras, a
     lse, delta = padded(softmax.finite_lse(lse) * log2, TALL, float(jnp.finfo(jnp.float32).max)), padded(delta, TALL)
     arrays = q, k, v, do, lse, delta
     dq, few, found = padded(dq, TALL), are_few(spec, extras), {}
-    if few and (h, dim) in TOGETHER:
+    # Spans of a mask like a prefix beside a window, made longer for the turns, would be of all queries.
+    if few and spec.band.also is None and (h, dim) in TOGETHER:
         runs = (("dq", "dk", "dv"),)
     elif h + dim <= (BESIDE if few else BESIDE // 2):
         runs = (("dk", "dv"),)
