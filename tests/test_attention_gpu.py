@@ -208,6 +208,7 @@ def gradient(attend):
 FEATURES = {  # band, soft cap, extras
     "all keys": (Band(), None, ()),
     "causal": (CAUSAL, None, ()),
+    "ends": (WINDOW, None, LENGTHS),
     "soft cap": (CAUSAL, 30.0, ()),
     "segments": (CAUSAL, None, SEGMENTS),
     "positions": (CAUSAL, None, POSITIONS),
@@ -226,6 +227,7 @@ ALONE = "soft cap", "positions", "slopes", "bias", "any function"  # what wide h
 @pytest.mark.sampled
 @pytest.mark.parametrize(("h", "v", "s", "name"), [
     (128, 128, 1024, "causal"),
+    *((64, 64, 900, name) for name in ("causal", "ends")),
     *((*dims, 900, "masks") for dims in HEAD_DIMS),
     *((*dims, 900, "all of it") for dims in HEAD_DIMS[:2]),
     (256, 256, 900, "segments"),
@@ -262,8 +264,8 @@ def test_ptxas_spills_nothing(h, v, s, name, monkeypatch):
         found = {kernel.name: kernel for kernel in kernels.read(dumps, frozenset())}
         ptx = {name: (dumps.gpu / f"{name}.ptx").read_text() for name in found}
         words = {name: (dumps.gpu / f"{name}.ptxas").read_text() for name in found}
-    few = name in ("all keys", "causal", "masks", "prefix")  # registers that logits take
-    together = name in ("all keys", "causal") and (h, v) in TOGETHER
+    few = name in ("all keys", "causal", "ends", "masks", "prefix")  # registers that logits take
+    together = name in ("all keys", "causal", "ends") and (h, v) in TOGETHER
     assert len(found) == (3 if together else 4 if h + v <= (256 if few else 128) else 5)
     # Products of 16 deep: those of S, dP, and of the result, by what is summed over; forward asks twice for each.
     for kernel_name, kernel in found.items():
