@@ -90,8 +90,8 @@ def interpreted(monkeypatch, capfd):
 
     It knows no accumulator that begins with a value, and no product whose left side is in registers: these are plain sums, of
     what is read from shared memory. To it a product reads as threads do and not, as on the chip, as TMA does, so it wants a
-    fence before TMA may write there again, for which a barrier is enough. What blocks of
-    threads add in turn each of them writes to an array of its own, and those are added afterwards.
+    fence before TMA may write there again, for which a barrier is enough. What blocks of threads add in turn each of them
+    writes to an array of its own, and those are added afterwards.
     """
     import jax.numpy as jnp
     from jax import lax

@@ -46,12 +46,11 @@ from ringmoe.pallas.streams_gpu import (
     padded,
     shared,
     sharing,
+    slot_of,
 )
 
-TOGETHER = (
-    (64, 64),
-    (128, 128),
-)  # head dims whose dQ, dK and dV are one kernel, where logits depend on distances and ends
+# Head dims whose dQ, dK and dV are one kernel, where logits depend on distances and ends.
+TOGETHER = ((64, 64), (128, 128))
 BESIDE = 256  # of head dims whose dK and dV a thread's registers hold together; half, where logits take more than a few
 
 
@@ -193,14 +192,14 @@ class Exchange(NamedTuple):
     sums: Sums  # dQ's
 
     def give(self, step, group, x) -> None:
-        slot = lax.rem(step, jnp.int32(2))
+        slot = slot_of(step, self.ring)
         self.ring.at[slot, group][...] = x
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.full.at[slot])
 
     def queries(self, step, group, keys, scale) -> None:
         """Makes this warpgroup's share of dQ: its columns, or, where one has all of them, those of every second step."""
-        slot, (_, shares, rows, width) = lax.rem(step, jnp.int32(2)), self.sums.ring.shape
+        slot, (_, shares, rows, width) = slot_of(step, self.ring), self.sums.ring.shape
         share = group if shares == GROUPS else 0
 
         def multiply(acc):

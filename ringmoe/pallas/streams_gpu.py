@@ -45,6 +45,11 @@ class Known(NamedTuple):
         return bool(self.vectors.keys() - {PLACES})
 
 
+def slot_of(step, ring):
+    """The place of a step in a ring, whose first dim is the places that steps take in turn."""
+    return lax.rem(jnp.int32(step), jnp.int32(ring.shape[0]))
+
+
 class Stream(NamedTuple):
     """Blocks on their way: of each step one of every array, each in its own ring, of which the steps take slots in turn."""
 
@@ -58,7 +63,7 @@ class Stream(NamedTuple):
         return self.rings[0].shape[0]
 
     def slot(self, step):
-        return lax.rem(jnp.int32(step), jnp.int32(self.stages))
+        return slot_of(step, self.rings[0])
 
     def at(self, step):
         """The blocks of a step, once they are there."""
@@ -112,7 +117,7 @@ class Sums(NamedTuple):
 
     def give(self, step, share, x) -> None:
         """A share of a step's, [ROWS, H / shares]."""
-        slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+        slot = slot_of(step, self.ring)
         pl.when(step >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
         self.ring.at[slot, share][...] = x
         plgpu.commit_smem()
@@ -124,19 +129,21 @@ class Sums(NamedTuple):
 
         @pl.loop(jnp.maximum(steps - self.slots, 0), steps)
         def _(step):
-            slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+            slot = slot_of(step, self.ring)
             wait = lambda: plgpu.barrier_wait(self.free.at[slot])
             wait() if shares == GROUPS else pl.when(slot == group)(wait)
 
     def add(self, step, n, row, turn) -> None:
         """Adds a step's to ROWS of head n, once so many blocks of threads have."""
-        slot = lax.rem(jnp.int32(step), jnp.int32(self.slots))
+        slot = slot_of(step, self.ring)
         plgpu.barrier_wait(self.full.at[slot])
         add_in_turn(self.ring.at[slot], self.total, n, row, turn)
         plgpu.barrier_arrive(self.free.at[slot])
 
 
 def add_in_turn(blocks, total, n, row, turn) -> None:
+    """Adds blocks [shares, ROWS, H / shares] to rows of `total` [B n, T, H], once the rows' counter, which the launch begins
+    at 0, is `turn`; and counts."""
     heads, length, _ = total.shape
     shares, rows, width = blocks.shape
     counts = pl.get_global(plgpu.SemaphoreType.REGULAR((heads * (length // rows),)))
